@@ -1,0 +1,88 @@
+// pybind11 module twinflow_kernels._C: addresses, int64 sizes and a stream handle in; nothing of torch.
+// Callers (twinflow_kernels/<op>.py) have checked dtype, device, contiguity, shape and overlap.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace py = pybind11;
+using namespace twinflow;
+using Address = std::uintptr_t;
+
+namespace {
+
+enum class Isa { baseline, avx2, avx512 };
+
+Isa detect_isa() {
+#if defined(TWINFLOW_ISA_AVX512)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+        return Isa::avx512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
+#endif
+    return Isa::baseline;
+}
+
+const Isa kDetected = detect_isa();
+Isa chosen = kDetected;
+
+const char* isa_name(Isa isa) {
+    return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline";
+}
+
+// For tests and benchmarks: run a lower instruction set than the machine offers.
+void set_isa(const std::string& name) {
+    for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512})
+        if (name == isa_name(isa)) {
+            if (isa > kDetected)
+                throw std::invalid_argument("set_isa: name must be at most " + std::string(isa_name(kDetected)) +
+                                            " on this machine, got " + name);
+            chosen = isa;
+            return;
+        }
+    throw std::invalid_argument("set_isa: name must be baseline, avx2 or avx512, got " + name);
+}
+
+template <class T>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+}  // namespace
+
+#if defined(TWINFLOW_ISA_AVX512)
+#define TWINFLOW_CPU(call)                            \
+    switch (chosen) {                                 \
+        case Isa::avx512: avx512::call; break;        \
+        case Isa::avx2: avx2::call; break;            \
+        case Isa::baseline: baseline::call; break;    \
+    }
+#else
+#define TWINFLOW_CPU(call) baseline::call;
+#endif
+
+PYBIND11_MODULE(_C, m) {
+    m.attr("has_cuda") = static_cast<bool>(TWINFLOW_CUDA);
+    m.def("isa", [] { return isa_name(chosen); });
+    m.def("detected_isa", [] { return isa_name(kDetected); });
+    m.def("set_isa", &set_isa);
+
+#if TWINFLOW_CUDA
+    m.def("cuda_versions", [] {
+        int runtime = 0, driver = 0;
+        cuda::versions(&runtime, &driver);
+        return py::make_tuple(runtime, driver);
+    });
+#endif
+
+    m.def("rollout_step_cpu", [](Address x, Address v, Address dt, int64_t rows, int64_t row_size, int x_dtype,
+                                 int v_dtype, int threads) {
+        py::gil_scoped_release release;
+        TWINFLOW_CPU(rollout_step(at<void>(x), at<const void>(v), at<const void>(dt), rows, row_size,
+                                  static_cast<DType>(x_dtype), static_cast<DType>(v_dtype), threads))
+    });
+}

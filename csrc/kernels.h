@@ -1,0 +1,25 @@
+// Launchers of the native kernels: plain addresses, int64 sizes and a stream handle; nothing of torch.
+// CPU launchers exist once per instruction set, in a namespace of that name; bindings.cpp picks one at run time.
+#pragma once
+#include <cstdint>
+
+namespace twinflow {
+
+enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+
+#define TWINFLOW_DECLARE_CPU(ISA)                                                                              \
+    namespace ISA {                                                                                           \
+    /* x (rows, row_size) -= dt (rows,) * v (rows, row_size); v has its own dtype, dt has x's. */             \
+    void rollout_step(void* x, const void* v, const void* dt, int64_t rows, int64_t row_size, DType x_dtype,  \
+                      DType v_dtype, int threads);                                                            \
+    }
+
+TWINFLOW_DECLARE_CPU(baseline)
+TWINFLOW_DECLARE_CPU(avx2)
+TWINFLOW_DECLARE_CPU(avx512)
+
+namespace cuda {
+void versions(int* runtime, int* driver);
+}  // namespace cuda
+
+}  // namespace twinflow
