@@ -112,6 +112,7 @@ def write_ninja(build_dir: Path, output: Path, include_dirs: list[str]) -> Path:
     includes = " ".join(f"-I{_escape(d)}" for d in [ROOT / "csrc", *include_dirs])
     arch_defines = " ".join(f"-DTWINFLOW_ISA_{isa.upper()}" for isa in ISA_FLAGS)
     lines = [
+        f"builddir = {_escape(build_dir)}",
         f"cxxflags = {CXX_FLAGS}{extra} {includes}",
         "rule cxx",
         f"  command = {cxx} $cxxflags $flags -MMD -MF $out.d -c $in -o $out",

@@ -1,8 +1,8 @@
 """Which backend serves an operation on a device, and why: the one place that decides.
 
-Order of preference: CUDA tensors go to `cuda` where an operation has a CUDA C++ kernel, else to `triton`; CPU tensors go
-to `cpu` (C++) where there is one; `reference` (plain PyTorch) serves everything else. `TWINFLOW_BACKEND` or `override()`
-names one backend for all operations; where it cannot serve, that is an error, never another backend.
+Order of preference: CUDA tensors go to `cuda` where an operation has a CUDA C++ kernel, else to `triton`; CPU tensors
+go to `cpu` (C++) where there is one; `reference` (plain PyTorch) serves everything else. `TWINFLOW_BACKEND` or
+`override()` names one backend for all operations; where it cannot serve, that is an error, never another backend.
 """
 
 import ctypes
