@@ -85,4 +85,9 @@ PYBIND11_MODULE(_C, m) {
         TWINFLOW_CPU(rollout_step(at<void>(x), at<const void>(v), at<const void>(dt), rows, row_size,
                                   static_cast<DType>(x_dtype), static_cast<DType>(v_dtype), threads))
     });
+
+    m.def("ema_update_cpu", [](Address pairs, int64_t count, double decay, int threads) {
+        py::gil_scoped_release release;
+        TWINFLOW_CPU(ema_update(at<const EmaPair>(pairs), count, EmaDecay{decay, 1.0 - decay}, threads))
+    });
 }

@@ -68,6 +68,13 @@ inline f16 narrow<f16>(float value) {
     result = magnitude > 0x7f800000u ? 0x7e00u : result;
     return {static_cast<uint16_t>(sign | result)};
 }
+template <>
+inline double narrow<double>(float value) { return static_cast<double>(value); }
+// float64 reaches the 16-bit types by way of float32, as in torch.
+template <>
+inline bf16 narrow<bf16>(double value) { return narrow<bf16>(static_cast<float>(value)); }
+template <>
+inline f16 narrow<f16>(double value) { return narrow<f16>(static_cast<float>(value)); }
 
 // Calls body(T{}) with the C++ type of a dtype.
 template <class Body>
