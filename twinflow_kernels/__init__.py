@@ -1,6 +1,7 @@
 """Fused kernels for few-step flow matching, as torch operations with one reference each."""
 
 from twinflow_kernels.ema_update import ema_update_
+from twinflow_kernels.rollout_start import rollout_start
 from twinflow_kernels.rollout_step import rollout_step_
 
-__all__ = ["ema_update_", "rollout_step_"]
+__all__ = ["ema_update_", "rollout_start", "rollout_step_"]
