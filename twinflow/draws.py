@@ -1,0 +1,200 @@
+"""`Draws`: every random number of a training step. Randomness lives here and nowhere else."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from twinflow.config import TwinFlowConfig
+from twinflow.grid import sampling_grid
+
+# r lies at most this share of t below t for `mul` rows (docs/method.md, equation 4).
+_MUL_SPAN = 0.05
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of one step of B rows; None where a step uses none.
+
+    Args:
+        roles: role name per row; None for `all_terms`.
+        t, r: (B,) times on the CPU, float32 or float64, signed: `adv` rows have t = r < 0.
+        z: (B, ...) noise.
+        z_fake: (adv rows, ...) noise the fakes are generated from (`partition`).
+        z_data: (B, ...) noise the data are generated from (data-free mode).
+        z_rectify, t_rectify: noise and (CPU) times at which generated samples are noised again: the `e2e` rows only
+            (`partition`) or all rows (`all_terms`).
+    """
+
+    roles: tuple[str, ...] | None
+    t: torch.Tensor
+    r: torch.Tensor
+    z: torch.Tensor
+    z_fake: torch.Tensor | None = None
+    z_data: torch.Tensor | None = None
+    z_rectify: torch.Tensor | None = None
+    t_rectify: torch.Tensor | None = None
+
+    def rows_of(self, role: str) -> tuple[int, ...]:
+        """The rows with a role."""
+        return tuple(i for i, name in enumerate(self.roles or ()) if name == role)
+
+
+def draw_step(
+    config: TwinFlowConfig,
+    latents: torch.Tensor,
+    roles: Sequence[str] | None,
+    generator: torch.Generator | None,
+    position: int,
+) -> Draws:
+    """Draws the random numbers of a step.
+
+    Times come from a CPU stream and noises from the latents' device, so that nothing waits for the device: given a
+    CUDA generator, the times' stream is seeded from its initial seed and `position`; given a CPU generator and CUDA
+    latents, the noises' stream is seeded from the CPU generator.
+
+    Args:
+        config: the objective's settings.
+        latents: (B, ...), for shape, dtype and device.
+        roles: role per row; None for `all_terms`.
+        generator: the source, or None for torch's global streams.
+        position: rows dealt so far, the number of this step in the stream.
+
+    Returns:
+        The draws; noises in float32, or wider where the latents are.
+    """
+    host, device = _streams(generator, latents.device, position)
+    batch, dtype = latents.shape[0], torch.promote_types(latents.dtype, torch.float32)
+
+    def noise(rows: int) -> torch.Tensor:
+        return torch.randn((rows, *latents.shape[1:]), dtype=dtype, device=latents.device, generator=device)
+
+    t, r = _times(config, batch, roles, host)
+    rectify = batch if roles is None else sum(role == "e2e" for role in roles)
+    fakes = 0 if roles is None else sum(role == "adv" for role in roles)
+    rectify = rectify if config.adversarial and config.rectify_weight > 0 else 0
+    return Draws(
+        roles=None if roles is None else tuple(roles),
+        t=t,
+        r=r,
+        z=noise(batch),
+        z_fake=noise(fakes) if fakes else None,
+        z_data=noise(batch) if config.data_free else None,
+        z_rectify=noise(rectify) if rectify else None,
+        t_rectify=_uniform(rectify, host).float() if rectify else None,
+    )
+
+
+def _streams(
+    generator: torch.Generator | None, device: torch.device, position: int
+) -> tuple[torch.Generator | None, torch.Generator | None]:
+    """The streams of times (CPU) and of noises (the latents' device)."""
+    if generator is None or generator.device.type == device.type == "cpu":
+        return generator, generator
+    if generator.device.type == "cpu":
+        seed = int(torch.randint(2**62, (), generator=generator))
+        return generator, torch.Generator(device).manual_seed(seed)
+    if generator.device.type != device.type:
+        raise ValueError(f"draw: generator must be on the CPU or the latents' device {device}, got {generator.device}")
+    # splitmix64 keeps the streams of neighbouring positions apart.
+    mixed = (generator.initial_seed() + (position + 1) * 0x9E3779B97F4A7C15) % 2**64
+    mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    return torch.Generator().manual_seed((mixed ^ (mixed >> 27)) % 2**63), generator
+
+
+def _uniform(count: int, generator: torch.Generator | None) -> torch.Tensor:
+    return torch.rand(count, dtype=torch.float64, generator=generator)
+
+
+def _times(
+    config: TwinFlowConfig, batch: int, roles: Sequence[str] | None, generator: torch.Generator | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Times t and r per row, float32 (docs/method.md, equation 4)."""
+    t = _beta(config.time_dist, batch, generator)
+    u = _uniform(batch, generator)
+    if roles is None:
+        t, r = t, t - u * t
+        focused = list(range(batch))
+    else:
+        role_r = {"mul": t - _MUL_SPAN * u * t, "any": t - u * t, "one": torch.zeros_like(t), "adv": -t}
+        r = torch.stack([role_r[role][i] if role != "e2e" else t.new_zeros(()) for i, role in enumerate(roles)])
+        t = torch.stack([t[i] if role not in ("e2e", "adv") else r[i] for i, role in enumerate(roles)])
+        t[[i for i, role in enumerate(roles) if role == "e2e"]] = 1.0
+        focused = [i for i, role in enumerate(roles) if role == "any"]
+    _focus(config, focused, t, r, generator)
+    return t.float(), r.float()
+
+
+def _beta(dist: tuple[float, float, float], count: int, generator: torch.Generator | None) -> torch.Tensor:
+    """t ~ Beta(a, b) * scale in (0, scale], float64."""
+    a, b, scale = dist
+    if (a, b) == (1.0, 1.0):
+        return (1.0 - _uniform(count, generator)) * scale
+    x = torch._standard_gamma(torch.full((count,), a, dtype=torch.float64), generator=generator)
+    y = torch._standard_gamma(torch.full((count,), b, dtype=torch.float64), generator=generator)
+    return (x / (x + y).clamp_min(1e-300)).clamp(1e-12, 1.0) * scale
+
+
+def _focus(
+    config: TwinFlowConfig, rows: list[int], t: torch.Tensor, r: torch.Tensor, generator: torch.Generator | None
+) -> None:
+    """Moves a share of the rows, in place, onto the queries that sampling in `target_step_count` steps makes."""
+    if config.step_focus == 0.0 or not rows:
+        return
+    grid = sampling_grid(config.target_step_count)
+    picks = _uniform(3 * len(rows), generator).view(3, -1)
+    for k, row in enumerate(rows):
+        if picks[0, k] < config.step_focus:
+            step = int(picks[1, k] * config.target_step_count)
+            t[row] = grid[step]
+            r[row] = 0.0 if picks[2, k] < 0.5 else grid[step + 1]
+
+
+def check_draws(draws: Draws, config: TwinFlowConfig, latents: torch.Tensor, where: str = "TwinFlowLoss") -> None:
+    """Raises TypeError or ValueError unless the draws fit the batch and the recipe."""
+
+    def fail(name: str, wanted: str, actual: object) -> None:
+        raise ValueError(f"{where}: draws.{name} must be {wanted}, got {actual}")
+
+    batch = latents.shape[0]
+    if (draws.roles is None) != (config.recipe == "all_terms"):
+        fail("roles", "None for all_terms and given for partition", draws.roles)
+    if draws.roles is not None and len(draws.roles) != batch:
+        fail("roles", f"{batch} names", len(draws.roles))
+    for role in draws.roles or ():
+        if role not in config.shares or (role == "adv" and not config.adversarial):
+            fail("roles", f"of {', '.join(config.shares)} (adv only where adversarial)", role)
+    e2e = batch if draws.roles is None else len(draws.rows_of("e2e"))
+    rectify = e2e if config.adversarial and config.rectify_weight > 0 else 0
+    times = {"t": (draws.t, batch), "r": (draws.r, batch)}
+    noises = {"z": (draws.z, batch)}
+    if draws.roles is not None and draws.rows_of("adv"):
+        noises["z_fake"] = (draws.z_fake, len(draws.rows_of("adv")))  # type: ignore[assignment]
+    if config.data_free:
+        noises["z_data"] = (draws.z_data, batch)  # type: ignore[assignment]
+    if rectify:
+        noises["z_rectify"] = (draws.z_rectify, rectify)  # type: ignore[assignment]
+        times["t_rectify"] = (draws.t_rectify, rectify)  # type: ignore[assignment]
+    for name, (value, rows) in times.items():
+        if not isinstance(value, torch.Tensor) or value.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{where}: draws.{name} must be a float32 or float64 tensor, got {_kind(value)}")
+        if value.device.type != "cpu" or value.shape != (rows,):
+            fail(name, f"a CPU tensor of shape ({rows},)", f"{tuple(value.shape)} on {value.device}")
+        if not bool((value.abs() <= 1).all()):  # False for NaN too
+            fail(name, "in [-1, 1]", value.tolist())
+    if not bool(((draws.t - draws.r) * draws.t.sign() >= 0).all() and (draws.r * draws.t >= 0).all()):
+        fail("r", "between 0 and t", f"t={draws.t.tolist()}, r={draws.r.tolist()}")
+    for i, role in enumerate(draws.roles or ()):
+        if (role == "adv") != bool(draws.t[i] < 0) and draws.t[i] != 0:
+            fail("t", "negative for adv rows and not for others", f"{float(draws.t[i])} for row {i} ({role})")
+    for name, (value, rows) in noises.items():
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            raise TypeError(f"{where}: draws.{name} must be a floating tensor, got {_kind(value)}")
+        if value.shape != (rows, *latents.shape[1:]):
+            fail(name, f"of shape {(rows, *latents.shape[1:])}", tuple(value.shape))
+        if value.device != latents.device:
+            fail(name, f"on the latents' device {latents.device}", value.device)
+
+
+def _kind(value: object) -> str:
+    return str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__

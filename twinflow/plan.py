@@ -1,0 +1,296 @@
+"""`make_plan()`: draws -> the ordered network calls of a step. Pure, on the host, without a model.
+
+The `published` schedule runs the calls of the published code: every row of every teacher pass, one kind of query per
+call. The `planned` schedule runs the rows that count (docs/method.md, section 4): all work without gradient first,
+then the student.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from twinflow.config import TwinFlowConfig
+from twinflow.draws import Draws
+from twinflow.rows import Rows
+
+SCHEDULES = ("planned", "published")
+TARGET_CALLS = ("fake", "data", "cfg", "rollout")  # what the regression targets are made of
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One network call.
+
+    Args:
+        name: the method of the step that runs it: `fake`, `data`, `cfg`, `rollout`, `student`, `velocity`, `generate`,
+            `fake_velocity`, `rectify`.
+        who: `student` or `teacher`.
+        rows: the batch row of each entry; a row may stand twice (cond and uncond, or two branches).
+        kinds: per entry: `cond` or `uncond` (`cfg`), `fake` or `real` (`rectify`), `main` or `generated` (`rollout`).
+        t, r: signed times per entry.
+        gradient: whether the call is differentiated.
+        piece: which part of the step it belongs to; the loss of a piece follows its last call.
+        segment: number of the Euler segment, from 0 (`rollout`).
+        discarded: True for a call that only keeps ranks in step; its result is dropped.
+    """
+
+    name: str
+    who: str
+    rows: Rows
+    kinds: tuple[str, ...]
+    t: tuple[float, ...]
+    r: tuple[float, ...]
+    gradient: bool = False
+    piece: int = 0
+    segment: int = 0
+    discarded: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The ordered calls of a step of `batch` rows, and `str()` that shows them beside the published row count."""
+
+    passes: tuple[Pass, ...]
+    pieces: tuple[Rows, ...]
+    batch: int
+    schedule: str
+    recipe: str
+    order: int
+    enhanced: frozenset[int]
+    rollout_rows: frozenset[int]
+    published_rows: int = field(repr=False)
+
+    @property
+    def rows_without_gradient(self) -> int:
+        """Network rows executed without gradient."""
+        return sum(len(p.rows) for p in self.passes if not p.gradient)
+
+    @property
+    def rows_with_gradient(self) -> int:
+        """Network rows executed with gradient."""
+        return sum(len(p.rows) for p in self.passes if p.gradient)
+
+    def __str__(self) -> str:
+        head = f"{'call':<14} {'who':<8} {'gradient':<9} {'piece':>5} {'rows':>5}  queries (row: t -> r)"
+        lines = [f"step of {self.batch} rows, recipe {self.recipe}, order {self.order}, {self.schedule} schedule", head]
+        for p in self.passes:
+            entries = zip(p.rows, p.kinds, p.t, p.r, strict=True)
+            marks = {"uncond": "u", "real": "+", "fake": "-", "generated": "g"}
+            shown = [f"{row}{marks.get(kind, '')}: {t:.3g} -> {r:.3g}" for row, kind, t, r in entries]
+            text = ", ".join(shown[:4]) + (", ..." if len(shown) > 4 else "")
+            name = p.name + (f" {p.segment + 1}" if p.name == "rollout" else "")
+            grad = "yes" if p.gradient else "-"
+            lines.append(f"{name:<14} {p.who:<8} {grad:<9} {p.piece:>5} {len(p.rows):>5}  {text}")
+        lines.append(
+            f"rows without gradient: {self.rows_without_gradient} (published schedule: {self.published_rows}); "
+            f"rows with gradient: {self.rows_with_gradient}"
+        )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What besides config and draws decides a plan.
+
+    Args:
+        cfg_by, rollout_by: who answers guidance queries and rollouts: `teacher` or `student`.
+        has_uncond: whether there is an unconditional condition.
+        merge: whether cond and uncond can be one call.
+        schedule: `planned` or `published`.
+        micro_batch: most rows of a piece, and of a call; None: the whole batch in one piece.
+        keep: calls that get one discarded row where they have none, so that ranks which share collectives run the same
+            calls: `none`, `student` (the differentiated ones) or `all`.
+    """
+
+    cfg_by: str = "teacher"
+    rollout_by: str = "teacher"
+    has_uncond: bool = True
+    merge: bool = True
+    schedule: str = "planned"
+    micro_batch: int | None = None
+    keep: str = "none"
+
+
+class _Planner:
+    """Builds the passes of one step."""
+
+    def __init__(self, config: TwinFlowConfig, draws: Draws, request: Request) -> None:
+        self.config, self.draws, self.request = config, draws, request
+        self.published = request.schedule == "published"
+        self.t, self.r = draws.t.double().tolist(), draws.r.double().tolist()
+        self.batch = len(self.t)
+        self.roles = draws.roles or ("all",) * self.batch
+        self.passes: list[Pass] = []
+        low, high = config.enhanced_range
+        guided = config.enhanced_ratio > 0 and request.has_uncond
+        self.enhanced = frozenset(
+            i
+            for i in range(self.batch)
+            if guided and self.roles[i] != "adv" and self.counted(i) and low < abs(self.t[i]) < high
+        )
+        self.rollout = frozenset(
+            i
+            for i in range(self.batch)
+            if config.estimate_order > 0 and self.roles[i] != "adv" and self.t[i] - config.delta_t > self.r[i]
+        )
+        self.rectified = {row: k for k, row in enumerate(self._rectify_rows())}
+
+    def _rectify_rows(self) -> Rows:
+        if not (self.config.adversarial and self.config.rectify_weight > 0):
+            return ()
+        return tuple(i for i in range(self.batch) if self.roles[i] in ("e2e", "all"))
+
+    def counted(self, row: int) -> bool:
+        """Whether the row has a main loss (docs/method.md, equation 16)."""
+        return self.config.estimate_order > 0 or self.roles[row] in ("mul", "adv", "all")
+
+    def student_rows(self, rows: Sequence[int]) -> Rows:
+        """The rows of a piece that the student runs with gradient."""
+        return tuple(i for i in rows if self.published or self.counted(i) or i in self.rectified)
+
+    def add(self, name: str, who: str, entries: list[tuple[int, str, float, float]], piece: int, **more) -> None:  # type: ignore[no-untyped-def]
+        """Appends a call for (row, kind, t, r) entries; none for no entries, unless ranks must keep step."""
+        if not entries:
+            if self.request.keep == "none" or (self.request.keep == "student" and not more.get("gradient")):
+                return
+            row = self.pieces[piece][0]
+            entries, more = [(row, "main", self.t[row], self.r[row])], {**more, "discarded": True}
+        rows, kinds, t, r = zip(*entries, strict=True)
+        self.passes.append(Pass(name, who, rows, kinds, t, r, piece=piece, **more))
+
+    def add_pair(self, name: str, who: str, a: list, b: list, piece: int, merge: bool) -> None:  # type: ignore[type-arg]
+        """Appends two kinds of query as one call, or as two where they cannot be or must not be one."""
+        for entries in [a + b] if merge and self.fits(len(a) + len(b)) else [a, b]:
+            self.add(name, who, entries, piece)
+
+    def fits(self, rows: int) -> bool:
+        """Whether different kinds of query may be one call; ranks that share collectives decide alike."""
+        most = self.request.micro_batch
+        return not self.published and (most is None or (rows <= most and self.request.keep != "all"))
+
+    def samples(self, piece: int) -> None:
+        """One-step samples: fake data of the adv rows, and all other data in data-free mode (equations 5, 9)."""
+        rows = self.pieces[piece]
+        if self.config.adversarial and self.roles[0] != "all" and self.config.shares["adv"] > 0:
+            self.add("fake", "student", [(i, "main", 1.0, 0.0) for i in rows if self.roles[i] == "adv"], piece)
+        if self.config.data_free:
+            self.add("data", "student", [(i, "main", 1.0, 0.0) for i in rows if self.roles[i] != "adv"], piece)
+
+    def guidance(self, piece: int) -> None:
+        """Teacher queries of the enhanced target (equation 8)."""
+        if not (self.config.enhanced_ratio > 0 and self.request.has_uncond):
+            return
+        rows = [i for i in self.pieces[piece] if self.published or i in self.enhanced]
+        cond = [(i, "cond", self.t[i], self.t[i]) for i in rows]
+        uncond = [(i, "uncond", self.t[i], self.t[i]) for i in rows]
+        self.add_pair("cfg", self.request.cfg_by, cond, uncond, piece, self.request.merge)
+
+    def rollouts(self, piece: int) -> None:
+        """Teacher rollouts (equations 10 to 12): N equal Euler segments from max(t - delta, r) down to r."""
+        order, delta = self.config.estimate_order, self.config.delta_t
+        if order == 0:
+            return
+        rows = self.pieces[piece]
+        main = [(i, "main", self.t[i], self.r[i]) for i in rows if self.published or i in self.rollout]
+        generated = []
+        if self.draws.roles is None and self.config.adversarial and self.config.consistency_weight > 0:
+            generated = [(i, "generated", 1.0, 0.0) for i in rows]
+        groups = [main + generated] if self.fits(len(main) + len(generated)) else [main, generated]
+        for entries in groups if generated else [main]:
+            for k in range(order):
+                segment = [(i, kind, *_segment(t, r, delta, order, k)) for i, kind, t, r in entries]
+                self.add("rollout", self.request.rollout_by, segment, piece, segment=k)
+
+    def student(self, piece: int) -> None:
+        """The differentiated calls."""
+        rows = self.student_rows(self.pieces[piece])
+        if self.draws.roles is not None:
+            self.add("student", "student", [(i, "main", self.t[i], self.r[i]) for i in rows], piece, gradient=True)
+            return
+        config = self.config
+        if config.estimate_order > 0:
+            self.add("student", "student", [(i, "main", self.t[i], self.r[i]) for i in rows], piece, gradient=True)
+        if config.real_velocity_weight > 0:
+            self.add("velocity", "student", [(i, "main", self.t[i], self.t[i]) for i in rows], piece, gradient=True)
+        if needs_generation(config):
+            self.add("generate", "student", [(i, "main", 1.0, 0.0) for i in rows], piece, gradient=True)
+        if config.adversarial and config.adversarial_weight > 0:
+            fakes = [(i, "main", -self.t[i], -self.t[i]) for i in rows]
+            self.add("fake_velocity", "student", fakes, piece, gradient=True)
+
+    def rectify(self, piece: int) -> None:
+        """Fake against real velocity of generated samples, by the student (equation 21)."""
+        if not (self.config.adversarial and self.config.rectify_weight > 0):
+            return
+        if self.draws.roles is not None and self.config.shares["e2e"] == 0:
+            return
+        rows = [i for i in self.pieces[piece] if i in self.rectified]
+        again = [] if self.draws.t_rectify is None else self.draws.t_rectify.double().tolist()
+        fake = [(i, "fake", -again[self.rectified[i]], -again[self.rectified[i]]) for i in rows]
+        real = [(i, "real", again[self.rectified[i]], again[self.rectified[i]]) for i in rows]
+        self.add_pair("rectify", "student", fake, real, piece, merge=True)
+
+    def build(self) -> Plan:
+        most = self.request.micro_batch or self.batch
+        self.pieces = tuple(tuple(range(i, min(i + most, self.batch))) for i in range(0, self.batch, most))
+        pieces = range(len(self.pieces))
+        for phase in (self.samples, *([self.student] if self.published else []), self.guidance, self.rollouts):
+            for piece in pieces:
+                phase(piece)
+        for piece in pieces:
+            if not self.published:
+                self.student(piece)
+            self.rectify(piece)
+        return Plan(
+            passes=tuple(self.passes), pieces=self.pieces, batch=self.batch, schedule=self.request.schedule,
+            recipe=self.config.recipe, order=self.config.estimate_order, enhanced=self.enhanced,
+            rollout_rows=self.rollout, published_rows=sum(len(p.rows) for p in self.passes if not p.gradient),
+        )  # fmt: skip
+
+
+def needs_generation(config: TwinFlowConfig) -> bool:
+    """Whether `all_terms` generates one-step samples with gradient (equation 26)."""
+    consistency = config.consistency_weight > 0 and config.estimate_order > 0
+    return config.adversarial and (config.adversarial_weight > 0 or config.rectify_weight > 0 or consistency)
+
+
+def _segment(t: float, r: float, delta: float, order: int, k: int) -> tuple[float, float]:
+    """Times (a, b) of the k-th of N equal segments from max(t - delta, r) to r; empty ones stay exactly at r."""
+    start = max(t - delta, r)
+    if start <= r:
+        return r, r
+    nodes = [start + (r - start) * j / order for j in (k, k + 1)]
+    return nodes[0], r if k + 1 == order else nodes[1]
+
+
+def make_plan(config: TwinFlowConfig, draws: Draws, request: Request | None = None) -> Plan:
+    """Plans a step.
+
+    Args:
+        config: the objective's settings.
+        draws: the step's random numbers; only roles and times matter.
+        request: who answers, which schedule, how many rows a call; None: the defaults.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: an unknown schedule.
+    """
+    request = request or Request()
+    if request.schedule not in SCHEDULES:
+        raise ValueError(f"plan: schedule must be one of {', '.join(SCHEDULES)}, got {request.schedule!r}")
+    plan = _Planner(config, draws, request).build()
+    if request.schedule == "published":
+        return plan
+    baseline = Request(request.cfg_by, request.rollout_by, request.has_uncond, schedule="published")
+    published = _Planner(config, draws, baseline).build().published_rows
+    return Plan(**{**vars(plan), "published_rows": published})
+
+
+def time_table(plan: Plan, dtype: torch.dtype) -> torch.Tensor:
+    """(3, entries) on the CPU: t, r and t - r of every entry of every call in order, for one transfer per step."""
+    t = [value for p in plan.passes for value in p.t]
+    r = [value for p in plan.passes for value in p.r]
+    return torch.tensor([t, r, [a - b for a, b in zip(t, r, strict=True)]], dtype=torch.float64).to(dtype)

@@ -1,0 +1,70 @@
+"""`StepRandomState`: where torch's global random streams stand in each network call of a step.
+
+Every call of a piece of the step starts from the same state, so that dropout masks agree between student and teacher;
+afterwards the streams stand where the first student call left them.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+
+class _Streams(NamedTuple):
+    cpu: torch.Tensor
+    device: torch.Tensor | None
+
+
+class StepRandomState:
+    """The random states of one step.
+
+    Args:
+        device: the device of the latents; its stream is kept beside the CPU's.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._start = self._capture()
+        self._left: _Streams | None = None
+        self._pieces = {0: self._start}
+
+    @contextmanager
+    def call(self, piece: int, student: bool) -> Iterator[None]:
+        """Puts the streams at the state of a piece; remembers where the first student call leaves them.
+
+        Args:
+            piece: number of the piece; piece 0 starts where the step started, the others at states derived from it.
+            student: whether this is the student's differentiated call.
+        """
+        if piece not in self._pieces:
+            self._pieces[piece] = self._derive(piece)
+        self._restore(self._pieces[piece])
+        yield
+        if student and self._left is None:
+            self._left = self._capture()
+
+    def finish(self) -> None:
+        """Leaves the streams where the first student call left them, or where the step started if there was none."""
+        self._restore(self._left or self._start)
+
+    def _capture(self) -> _Streams:
+        device = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
+        return _Streams(torch.get_rng_state(), device)
+
+    def _restore(self, streams: _Streams) -> None:
+        torch.set_rng_state(streams.cpu)
+        if streams.device is not None:
+            torch.cuda.set_rng_state(streams.device, self._device)
+
+    def _derive(self, piece: int) -> _Streams:
+        """A state for a piece: seeded by a hash of the starting state and the piece's number."""
+        digest = hashlib.blake2b(piece.to_bytes(8, "little"), digest_size=8)
+        for stream in self._start:
+            digest.update(b"" if stream is None else stream.numpy().tobytes())
+        seed = int.from_bytes(digest.digest(), "little") >> 1
+        device = None
+        if self._start.device is not None:
+            device = torch.Generator(self._device).manual_seed(seed).get_state()
+        return _Streams(torch.Generator().manual_seed(seed).get_state(), device)

@@ -1,0 +1,58 @@
+"""`RoleCounter`: which role each row of the training stream has, exactly in proportion, for any batch size."""
+
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+
+class RoleCounter:
+    """Deals roles so that over every prefix of the stream each role's count is within one row of its share.
+
+    Tijdeman's rule for the chairman assignment problem: among the roles that are owed enough, the next row goes to the
+    one whose debt runs out of bounds first. Exact rational arithmetic; the state is one integer per role.
+
+    Args:
+        shares: role -> share > 0 of the stream, summing to 1.
+    """
+
+    def __init__(self, shares: Mapping[str, float]) -> None:
+        exact = {role: Fraction(share) for role, share in shares.items()}
+        total = sum(exact.values())
+        self._shares = {role: share / total for role, share in exact.items()}
+        self.counts = dict.fromkeys(self._shares, 0)
+
+    @property
+    def rows(self) -> int:
+        """The number of rows dealt so far."""
+        return sum(self.counts.values())
+
+    def peek(self, rows: int) -> tuple[str, ...]:
+        """The roles of the next `rows` rows, without dealing them."""
+        return self._deal(dict(self.counts), rows)
+
+    def take(self, rows: int) -> tuple[str, ...]:
+        """Deals the next `rows` rows and returns their roles."""
+        return self._deal(self.counts, rows)
+
+    def _deal(self, counts: dict[str, int], rows: int) -> tuple[str, ...]:
+        dealt = []
+        slack = 1 - Fraction(1, max(2 * len(self._shares) - 2, 2))
+        position = sum(counts.values())
+        for position in range(position + 1, position + 1 + rows):
+            owed = {role: position * share - counts[role] for role, share in self._shares.items()}
+            due = [role for role in owed if owed[role] >= 1 - slack] or list(owed)
+            role = min(due, key=lambda name: (slack - owed[name]) / self._shares[name])
+            counts[role] += 1
+            dealt.append(role)
+        return tuple(dealt)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows dealt to each role."""
+        return {"counts": dict(self.counts)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from a saved state; ValueError if it deals other roles."""
+        counts = dict(state["counts"])
+        if set(counts) != set(self.counts):
+            raise ValueError(f"RoleCounter: counts must be for roles {sorted(self.counts)}, got {sorted(counts)}")
+        self.counts = {role: int(counts[role]) for role in self.counts}

@@ -1,0 +1,103 @@
+"""Rows of tensors and of conditions: a condition is any pytree whose tensor leaves have a batch axis in front."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+Rows = tuple[int, ...]
+
+
+class RowSelector:
+    """Takes rows out of tensors and conditions; a row index goes to the device once per step.
+
+    Args:
+        batch: the number of rows B.
+        device: where the tensors live.
+    """
+
+    def __init__(self, batch: int, device: torch.device) -> None:
+        self.batch = batch
+        self.device = device
+        self._indices: dict[Rows, torch.Tensor] = {}
+
+    def index(self, rows: Rows) -> torch.Tensor:
+        """The rows as an int64 tensor on the device."""
+        if rows not in self._indices:
+            self._indices[rows] = torch.tensor(rows, dtype=torch.int64).to(self.device, non_blocking=True)
+        return self._indices[rows]
+
+    def take(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """Rows of a (B, ...) tensor: the tensor itself, a view of neighbouring rows, or a copy."""
+        if rows == tuple(range(self.batch)):
+            return x
+        if rows and rows == tuple(range(rows[0], rows[0] + len(rows))):
+            return x.narrow(0, rows[0], len(rows))
+        return x.index_select(0, self.index(rows))
+
+    def put(self, x: torch.Tensor, rows: Rows, values: torch.Tensor) -> None:
+        """Writes rows of a (B, ...) tensor in place."""
+        x.index_copy_(0, self.index(rows), values.to(x.dtype))
+
+    def take_condition(self, condition: Any, rows: Rows) -> Any:
+        """Rows of every tensor leaf."""
+        return pytree.tree_map_only(torch.Tensor, lambda leaf: self.take(leaf, rows), condition)
+
+
+def concatenate(conditions: Sequence[Any]) -> Any:
+    """Joins conditions of one structure along the batch axis; leaves that are not tensors are the first's."""
+    first, *others = conditions
+    if not others:
+        return first
+    leaves, spec = pytree.tree_flatten(first)
+    columns = zip(leaves, *(pytree.tree_leaves(other) for other in others), strict=True)
+    joined = [torch.cat(column) if isinstance(column[0], torch.Tensor) else column[0] for column in columns]
+    return pytree.tree_unflatten(joined, spec)
+
+
+def broadcast_condition(condition: Any, batch: int) -> Any:
+    """Expands tensor leaves of batch 1 to `batch` rows, as views."""
+
+    def expand(leaf: torch.Tensor) -> torch.Tensor:
+        return leaf.expand(batch, *leaf.shape[1:]) if leaf.shape[0] == 1 != batch else leaf
+
+    return pytree.tree_map_only(torch.Tensor, expand, condition)
+
+
+def same_leaf_shapes(a: Any, b: Any) -> bool:
+    """Whether two conditions can be one call: equal structure, leaf shapes and dtypes, and equal other leaves."""
+    a_leaves, a_spec = pytree.tree_flatten(a)
+    b_leaves, b_spec = pytree.tree_flatten(b)
+    if a_spec != b_spec:
+        return False
+    for x, y in zip(a_leaves, b_leaves, strict=True):
+        if isinstance(x, torch.Tensor) != isinstance(y, torch.Tensor):
+            return False
+        if isinstance(x, torch.Tensor):
+            if x.shape[1:] != y.shape[1:] or x.dtype != y.dtype:
+                return False
+        elif x is not y and x != y:
+            return False
+    return True
+
+
+def check_condition(where: str, name: str, condition: Any, latents: torch.Tensor, broadcast: bool = False) -> None:
+    """Raises ValueError unless every tensor leaf has the latents' batch axis and device.
+
+    Args:
+        where, name: the function and argument, for the message.
+        condition: any pytree, or None.
+        latents: (B, ...).
+        broadcast: whether a batch of 1 will do.
+    """
+    batch = latents.shape[0]
+    for path, leaf in pytree.tree_flatten_with_path(condition)[0]:
+        if not isinstance(leaf, torch.Tensor):
+            continue
+        label = name + pytree.keystr(path)
+        if leaf.dim() == 0 or (leaf.shape[0] != batch and not (broadcast and leaf.shape[0] == 1)):
+            wanted = f"a tensor whose first axis is the batch of {batch}" + (" or 1" if broadcast else "")
+            raise ValueError(f"{where}: {label} must be {wanted}, got shape {tuple(leaf.shape)}")
+        if leaf.device != latents.device:
+            raise ValueError(f"{where}: {label} must be on the latents' device {latents.device}, got {leaf.device}")
