@@ -1,7 +1,9 @@
 // pybind11 module twinflow_kernels._C: addresses, int64 sizes and a stream handle in; nothing of torch.
 // Callers (twinflow_kernels/<op>.py) have checked dtype, device, contiguity, shape and overlap.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -89,5 +91,30 @@ PYBIND11_MODULE(_C, m) {
     m.def("ema_update_cpu", [](Address pairs, int64_t count, double decay, int threads) {
         py::gil_scoped_release release;
         TWINFLOW_CPU(ema_update(at<const EmaPair>(pairs), count, EmaDecay{decay, 1.0 - decay}, threads))
+    });
+
+    // inputs: v_pred, v_target, x_start, x_end (0: absent), rows; outputs: loss, factor, gradient (0: not wanted);
+    // dtypes: of the first four inputs and of the arithmetic.
+    m.def("velocity_loss_cpu", [](std::array<Address, 5> inputs, std::array<Address, 3> outputs,
+                                  std::array<int, 5> dtypes, int64_t row_count, int64_t row_size, double alpha,
+                                  double c, int threads) {
+        const auto input = [&](int i) { return at<const void>(inputs[i]); };
+        const auto output = [&](int i) { return at<void>(outputs[i]); };
+        const auto dtype = [&](int i) { return static_cast<DType>(dtypes[i]); };
+        const VelocityLoss params{input(0), input(1), input(2), input(3), input(4), output(0), output(1), output(2),
+                                  dtype(0), dtype(1), dtype(2), dtype(3), dtype(4), row_count, row_size, alpha, c,
+                                  threads};
+        py::gil_scoped_release release;
+        TWINFLOW_CPU(velocity_loss(params))
+    });
+
+    m.def("velocity_loss_backward_cpu", [](Address grad_loss, Address factor, Address residual, Address out,
+                                           int64_t row_count, int64_t row_size, int dtype, int out_dtype,
+                                           int threads) {
+        const VelocityLossBackward params{at<const void>(grad_loss), at<const void>(factor), at<const void>(residual),
+                                          at<void>(out), row_count, row_size, static_cast<DType>(dtype),
+                                          static_cast<DType>(out_dtype), threads};
+        py::gil_scoped_release release;
+        TWINFLOW_CPU(velocity_loss_backward(params))
     });
 }

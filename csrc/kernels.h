@@ -17,6 +17,28 @@ struct EmaDecay {
     double keep, take;  // decay, 1 - decay
 };
 
+// The velocity loss of (row_count, row_size) tensors; null addresses for tensors that are absent.
+struct VelocityLoss {
+    const void *v_pred, *v_target, *x_start, *x_end;
+    const void* rows;  // (row_count, 4): scale_pred, scale_path, clamp, weight
+    void *loss, *factor;  // (row_count,)
+    void* gradient;       // (row_count, row_size) or null; factor * gradient is the gradient of the loss
+    DType v_pred_dtype, v_target_dtype, x_start_dtype, x_end_dtype;
+    DType dtype;  // of the arithmetic, rows, loss and gradient: f32 or f64
+    int64_t row_count, row_size;
+    double alpha, c;
+    int threads;
+};
+
+// out = grad_loss[row] * factor[row] * residual, rounded once; out may be residual where the dtypes agree.
+struct VelocityLossBackward {
+    const void *grad_loss, *factor, *residual;
+    void* out;
+    int64_t row_count, row_size;
+    DType dtype, out_dtype;  // of the inputs (f32 or f64), of out
+    int threads;
+};
+
 #define TWINFLOW_DECLARE_CPU(ISA)                                                                              \
     namespace ISA {                                                                                           \
     /* x (rows, row_size) -= dt (rows,) * v (rows, row_size); v has its own dtype, dt has x's. */             \
@@ -24,6 +46,9 @@ struct EmaDecay {
                       DType v_dtype, int threads);                                                            \
     /* target <- keep * target + take * source over a table of contiguous tensors of any floating dtypes. */   \
     void ema_update(const EmaPair* pairs, int64_t count, EmaDecay decay, int threads);                        \
+    /* Losses per row, and the gradient at grad_loss = 1 where it has an address. */                          \
+    void velocity_loss(const VelocityLoss& params);                                                           \
+    void velocity_loss_backward(const VelocityLossBackward& params);                                          \
     }
 
 TWINFLOW_DECLARE_CPU(baseline)

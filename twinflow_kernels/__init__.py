@@ -3,5 +3,6 @@
 from twinflow_kernels.ema_update import ema_update_
 from twinflow_kernels.rollout_start import rollout_start
 from twinflow_kernels.rollout_step import rollout_step_
+from twinflow_kernels.velocity_loss import velocity_loss
 
-__all__ = ["ema_update_", "rollout_start", "rollout_step_"]
+__all__ = ["ema_update_", "rollout_start", "rollout_step_", "velocity_loss"]

@@ -1,0 +1,189 @@
+// The velocity loss of every row and its gradient: two passes over a row, the second while the residual is in cache.
+// Compiled once per instruction set (TWINFLOW_ISA).
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "scalar.h"
+
+namespace twinflow {
+namespace TWINFLOW_ISA {
+
+namespace {
+
+constexpr int64_t kChunk = 4096;   // elements per task and per partial sum; fixes the order of summation
+constexpr int64_t kLanes = 64;     // partial sums within a chunk, the same at every instruction set
+constexpr int64_t kGroup = 65536;  // elements per thread between the two passes: 256 KiB of float32 residual, in L2
+
+template <class M>
+struct Row {
+    M scale_pred, scale_path, clamp, weight;
+};
+
+// The inputs of one chunk in the dtype of the arithmetic; null where the row does not read them.
+template <class M>
+struct Chunk {
+    const M *v_pred, *v_target, *x_start, *x_end;
+};
+
+// `count` elements from `offset` in the dtype of the arithmetic: the input itself, or widened into `scratch`.
+template <class M>
+const M* widened(const void* data, DType dtype, int64_t offset, int64_t count, M* scratch) {
+    const M* result = scratch;
+    with_dtype(dtype, [&](auto type) {
+        using T = decltype(type);
+        const T* values = static_cast<const T*>(data) + offset;
+        if constexpr (std::is_same_v<T, M>) {
+            result = values;
+        } else {
+            for (int64_t i = 0; i < count; ++i) scratch[i] = static_cast<M>(widen(values[i]));
+        }
+    });
+    return result;
+}
+
+// R = clamp(a v_pred - b (x_start - x_end) - v_target); NaN compares false both times and stays.
+template <class M, bool kPred, bool kPath, bool kTarget>
+inline M residual_at(const Chunk<M>& in, const Row<M>& row, int64_t i) {
+    M r = 0;
+    if constexpr (kPred) r = row.scale_pred * in.v_pred[i];
+    if constexpr (kPath) r = r - row.scale_path * (in.x_start[i] - in.x_end[i]);
+    if constexpr (kTarget) r = r - in.v_target[i];
+    r = row.clamp < r ? row.clamp : r;
+    return r < -row.clamp ? -row.clamp : r;
+}
+
+// Writes R where wanted and returns the sum of R^2, in an order that depends on `count` alone.
+template <class M, bool kPred, bool kPath, bool kTarget, bool kWrite>
+double residual_loop(const Chunk<M> in, const Row<M> row, int64_t count, M* __restrict out) {
+    M sums[kLanes] = {};
+    int64_t begin = 0;
+    for (; begin + kLanes <= count; begin += kLanes) {
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+            const M r = residual_at<M, kPred, kPath, kTarget>(in, row, begin + lane);
+            if constexpr (kWrite) out[begin + lane] = r;
+            sums[lane] = sums[lane] + r * r;
+        }
+    }
+    for (int64_t lane = 0; begin + lane < count; ++lane) {
+        const M r = residual_at<M, kPred, kPath, kTarget>(in, row, begin + lane);
+        if constexpr (kWrite) out[begin + lane] = r;
+        sums[lane] = sums[lane] + r * r;
+    }
+    double total = 0;
+    for (M sum : sums) total += static_cast<double>(sum);
+    return total;
+}
+
+template <class M, bool... kFlags>
+double residual_dispatch(const Chunk<M>& in, const Row<M>& row, int64_t count, M* out) {
+    if constexpr (sizeof...(kFlags) == 4) {
+        return residual_loop<M, kFlags...>(in, row, count, out);
+    } else {
+        const void* given[] = {in.v_pred, in.x_start, in.v_target, out};
+        return given[sizeof...(kFlags)] ? residual_dispatch<M, kFlags..., true>(in, row, count, out)
+                                        : residual_dispatch<M, kFlags..., false>(in, row, count, out);
+    }
+}
+
+// The first pass over one chunk: R into the gradient's place, its sum of squares returned.
+template <class M>
+double residual_chunk(const VelocityLoss& p, const Row<M>& row, int64_t offset, int64_t count) {
+    M* out = p.gradient ? static_cast<M*>(p.gradient) + offset : nullptr;
+    if (row.weight == 0) {
+        if (out) std::fill_n(out, count, M(0));
+        return 0;
+    }
+    M scratch[4][kChunk];
+    Chunk<M> in = {};
+    if (row.scale_pred != 0) in.v_pred = widened(p.v_pred, p.v_pred_dtype, offset, count, scratch[0]);
+    if (p.v_target) in.v_target = widened(p.v_target, p.v_target_dtype, offset, count, scratch[1]);
+    if (p.x_start && row.scale_path != 0) {
+        in.x_start = widened(p.x_start, p.x_start_dtype, offset, count, scratch[2]);
+        in.x_end = widened(p.x_end, p.x_end_dtype, offset, count, scratch[3]);
+    }
+    return residual_dispatch<M>(in, row, count, out);
+}
+
+// Writes the row's loss and returns what turns R into its gradient; in float64, as it is one number per row.
+template <class M>
+double finish_row(const VelocityLoss& p, const Row<M>& row, const double* partials, int64_t chunks, M* loss) {
+    double sum = 0;
+    for (int64_t i = 0; i < chunks; ++i) sum += partials[i];
+    const double mse = sum / static_cast<double>(p.row_size), shape = p.alpha - 2;
+    double barron = 1;
+    if (std::fabs(shape) >= 1e-5)
+        barron = std::pow(mse / (p.c * p.c + 1e-8) / std::fabs(shape) + 1, shape / 2);
+    // A NaN clamp compares false with every residual; it makes the row NaN here.
+    const double weight = row.weight == 0 || row.clamp == row.clamp ? row.weight : row.clamp;
+    *loss = static_cast<M>(weight * mse * barron / p.c);
+    return weight * barron / p.c * 2 / static_cast<double>(p.row_size);
+}
+
+template <class M>
+void loss_rows(const VelocityLoss& p) {
+    const Row<M>* rows = static_cast<const Row<M>*>(p.rows);
+    M *loss = static_cast<M*>(p.loss), *gradient = static_cast<M*>(p.gradient), *factor = static_cast<M*>(p.factor);
+    const int64_t chunks = (p.row_size + kChunk - 1) / kChunk;
+    const int64_t group = std::max<int64_t>(1, kGroup * p.threads / p.row_size);
+    std::vector<double> partials(p.row_count * chunks);
+    const auto size_of = [&](int64_t task) { return std::min(kChunk, p.row_size - task % chunks * kChunk); };
+    const auto offset_of = [&](int64_t task) { return task / chunks * p.row_size + task % chunks * kChunk; };
+#pragma omp parallel num_threads(p.threads) if (p.threads > 1 && p.row_count * p.row_size > kChunk)
+    for (int64_t first = 0; first < p.row_count; first += group) {
+        const int64_t begin = first * chunks, end = std::min(first + group, p.row_count) * chunks;
+#pragma omp for schedule(static)
+        for (int64_t task = begin; task < end; ++task)
+            partials[task] = residual_chunk(p, rows[task / chunks], offset_of(task), size_of(task));
+        // The same schedule again: each thread meets the chunks that are in its cache.
+        int64_t known = -1;
+        M scale = 0;
+#pragma omp for schedule(static) nowait
+        for (int64_t task = begin; task < end; ++task) {
+            const int64_t row = task / chunks;
+            if (row != known) {
+                M row_loss;
+                scale = static_cast<M>(finish_row(p, rows[row], &partials[row * chunks], chunks, &row_loss));
+                if (task % chunks == 0) loss[row] = row_loss, factor[row] = rows[row].weight == 0 ? 0 : 1;
+                known = row;
+            }
+            if (!gradient || rows[row].weight == 0) continue;
+            M* out = gradient + offset_of(task);
+            const int64_t count = size_of(task);
+            for (int64_t i = 0; i < count; ++i) out[i] = out[i] * scale;
+        }
+    }
+}
+
+template <class M, class V>
+void backward_rows(const VelocityLossBackward& p) {
+    const M *grad_loss = static_cast<const M*>(p.grad_loss), *factors = static_cast<const M*>(p.factor);
+    const int64_t chunks = (p.row_size + kChunk - 1) / kChunk;
+#pragma omp parallel for num_threads(p.threads) schedule(static) if (p.threads > 1 && p.row_count * p.row_size > kChunk)
+    for (int64_t task = 0; task < p.row_count * chunks; ++task) {
+        const int64_t row = task / chunks, begin = task % chunks * kChunk, offset = row * p.row_size + begin;
+        const int64_t count = std::min(kChunk, p.row_size - begin);
+        const M* residual = static_cast<const M*>(p.residual) + offset;
+        V* out = static_cast<V*>(p.out) + offset;
+        // A row of weight 0 has factor 0: its gradient is 0 whatever arrives.
+        const M factor = factors[row] == 0 ? M(0) : grad_loss[row] * factors[row];
+        if (factor == 1 && p.out == p.residual) continue;
+        for (int64_t i = 0; i < count; ++i) out[i] = narrow<V>(factor * residual[i]);
+    }
+}
+
+}  // namespace
+
+void velocity_loss(const VelocityLoss& p) {
+    p.dtype == DType::f64 ? loss_rows<double>(p) : loss_rows<float>(p);
+}
+
+void velocity_loss_backward(const VelocityLossBackward& p) {
+    with_dtype(p.out_dtype, [&](auto type) {
+        using V = decltype(type);
+        p.dtype == DType::f64 ? backward_rows<double, V>(p) : backward_rows<float, V>(p);
+    });
+}
+
+}  // namespace TWINFLOW_ISA
+}  // namespace twinflow

@@ -1,0 +1,246 @@
+"""`velocity_loss`: the loss of every row of a batch, whatever the row's role, and its gradient with respect to v_pred.
+
+    R = clamp(a v_pred - b (x_start - x_end) - v_target, -clamp, clamp)    (docs/method.md, equations 13-15 and 21)
+    mse = mean(R^2) over the row                                           (equation 17)
+    w = (mse / (c^2 + 1e-8) / |alpha - 2| + 1)^((alpha - 2) / 2)           (equation 18; w = 1 for alpha = 2)
+    loss = weight mse w / c,    d loss / d v_pred = weight w / c 2 R / row_size;    l2 is alpha = 2, c = 1
+
+The regression target is sg(F - R) (equation 14), so the gradient flows through v_pred with factor one whatever a is;
+w is a constant of the gradient. Neither the target nor the error is materialised.
+
+Shapes: v_pred, v_target, x_start, x_end (B, ...), each in its own floating dtype; rows (B, 4) holds a = scale_pred,
+b = scale_path, clamp >= 0 (inf: none) and weight; losses (B,) in float32, float64 where an input is. All unitless.
+Source: RCGM and rectify losses, TwinFlow (arXiv 2512.05150), section 2; robust loss, Barron (arXiv 1701.03077).
+
+Bytes moved per element, float32: forward 16 read and 4 written (R), backward 4 read and 4 written. On a CPU the forward
+writes the gradient itself and the backward hands it out: no bytes, or 8 where grad_out is not 1.
+"""
+
+import math
+
+import torch
+
+from twinflow_kernels import _backend, _registry
+from twinflow_kernels._registry import dtype_code, register, require, require_floating, require_like
+from twinflow_kernels.velocity_loss_triton import backward_triton, forward_triton
+
+WHERE = "velocity_loss"
+Tensor = torch.Tensor
+
+
+def velocity_loss_ref(
+    v_pred: Tensor,
+    v_target: Tensor | None,
+    x_start: Tensor | None,
+    x_end: Tensor | None,
+    rows: Tensor,
+    alpha: float,
+    c: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss and what its gradient is made of, in plain PyTorch.
+
+    Args:
+        v_pred: the student's velocity, (B, ...), any floating dtype.
+        v_target: subtracted, (B, ...), or None.
+        x_start, x_end: ends of the rollout, (B, ...), or both None.
+        rows: scale_pred, scale_path, clamp, weight per row, (B, 4).
+        alpha, c: shape and scale of the Barron loss.
+
+    Returns:
+        loss (B,), factor (B,), residual (B, ...) in float32 or wider: factor * residual is d loss / d v_pred.
+    """
+    dtype = _dtype(v_pred, v_target, x_start, x_end)
+    a, b, clamp, weight = (column.view(-1, *[1] * (v_pred.dim() - 1)) for column in rows.to(dtype).unbind(1))
+    residual = torch.where(a == 0, 0.0, a * v_pred.to(dtype))
+    if x_start is not None and x_end is not None:
+        residual = residual - torch.where(b == 0, 0.0, b * (x_start.to(dtype) - x_end.to(dtype)))
+    if v_target is not None:
+        residual = residual - v_target.to(dtype)
+    residual = torch.where(weight == 0, 0.0, residual.clamp(-clamp, clamp))
+    mse = residual.flatten(1).square().mean(1) if residual.dim() > 1 else residual.square()
+    w = torch.ones_like(mse)
+    if abs(alpha - 2) >= 1e-5:
+        w = (mse / (c**2 + 1e-8) / abs(alpha - 2) + 1) ** ((alpha - 2) / 2)
+    weight = weight.reshape(-1)
+    return weight * mse * w / c, weight * w / c * 2 / _row_size(v_pred), residual
+
+
+def velocity_loss_backward_ref(grad_loss: Tensor, factor: Tensor, residual: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of v_pred: grad_loss * factor * residual, rounded once; rows with factor 0 give 0."""
+    scale = torch.where(factor == 0, 0.0, grad_loss * factor)
+    return (scale.view(-1, *[1] * (residual.dim() - 1)) * residual).to(dtype, copy=True)
+
+
+def _dtype(*tensors: Tensor | None) -> torch.dtype:
+    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def _row_size(x: Tensor) -> int:
+    return x.numel() // x.shape[0] if x.shape[0] else 0
+
+
+def _outputs(v_pred, v_target, x_start, x_end, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised loss (B,), factor (B,) and residual: of v_pred's shape, or (0,) where it is not kept."""
+    dtype = _dtype(v_pred, v_target, x_start, x_end)
+    loss, factor = (v_pred.new_empty(v_pred.shape[:1], dtype=dtype) for _ in range(2))
+    return loss, factor, torch.empty(v_pred.shape if keep else (0,), dtype=dtype, device=v_pred.device)
+
+
+def _velocity_loss_triton(v_pred, v_target, x_start, x_end, rows, alpha, c, keep) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _outputs(v_pred, v_target, x_start, x_end, keep)
+    if v_pred.shape[0]:
+        forward_triton(v_pred, v_target, x_start, x_end, rows, alpha, c, outputs)
+    return outputs
+
+
+def _backward_triton(grad_loss, factor, residual, dtype) -> Tensor:
+    dv = torch.empty(residual.shape, dtype=dtype, device=residual.device)
+    if dv.numel():
+        backward_triton(grad_loss, factor, residual, dv)
+    return dv
+
+
+def _velocity_loss_cpu(v_pred, v_target, x_start, x_end, rows, alpha, c, keep) -> tuple[Tensor, Tensor, Tensor]:
+    """Here `residual` is the gradient already: scaled while in cache, factor 1, or 0 where weight is."""
+    loss, factor, gradient = _outputs(v_pred, v_target, x_start, x_end, keep)
+    inputs = [None if x is None else x.contiguous() for x in (v_pred, v_target, x_start, x_end)]
+    inputs.append(rows.to(loss.dtype).contiguous())
+    if v_pred.shape[0]:
+        _backend.native().velocity_loss_cpu(  # type: ignore[union-attr]
+            [0 if x is None else x.data_ptr() for x in inputs],
+            [loss.data_ptr(), factor.data_ptr(), gradient.data_ptr() if keep else 0],
+            [0 if x is None else dtype_code(x.dtype) for x in inputs],
+            v_pred.shape[0], _row_size(v_pred), alpha, c, _registry.native_threads(),
+        )  # fmt: skip
+    return loss, factor, gradient
+
+
+def _backward_cpu(grad_loss, factor, residual, dtype, out: Tensor | None = None) -> Tensor:
+    dv = torch.empty(residual.shape, dtype=dtype) if out is None else out
+    if dv.numel():
+        grad_loss = grad_loss.contiguous()
+        _backend.native().velocity_loss_backward_cpu(  # type: ignore[union-attr]
+            grad_loss.data_ptr(), factor.data_ptr(), residual.data_ptr(), dv.data_ptr(), residual.shape[0],
+            _row_size(residual), dtype_code(residual.dtype), dtype_code(dtype), _registry.native_threads(),
+        )  # fmt: skip
+    return dv
+
+
+def _reference(v_pred, v_target, x_start, x_end, rows, alpha, c, keep) -> tuple[Tensor, Tensor, Tensor]:
+    loss, factor, residual = velocity_loss_ref(v_pred, v_target, x_start, x_end, rows, alpha, c)
+    return loss, factor, residual if keep else residual.new_empty(0)
+
+
+def _fake(v_pred, v_target, x_start, x_end, rows, alpha, c, keep) -> tuple[Tensor, Tensor, Tensor]:
+    return _outputs(v_pred, v_target, x_start, x_end, keep)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _, factor, residual = output
+    ctx.mark_non_differentiable(factor, residual)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(factor, residual)
+    ctx.dtype = inputs[0].dtype
+
+
+def _may_give_away(residual: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the saved gradient may become v_pred's: nothing else will read it, and it has the right dtype."""
+    if type(residual) is not Tensor or residual.dtype != dtype or residual.device.type != "cpu":
+        return False
+    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+    return _operation.choice("cpu").backend == "cpu" and not keeps_graph()
+
+
+def _backward(ctx, grad_loss, *_):
+    factor, residual = ctx.saved_tensors
+    with torch.no_grad():
+        if _may_give_away(residual, ctx.dtype):
+            dv = _backward_cpu(grad_loss, factor, residual, ctx.dtype, out=residual)
+        else:
+            dv = torch.ops.twinflow.velocity_loss_backward(grad_loss, factor, residual, ctx.dtype)
+    if torch.is_grad_enabled():
+        message = b"velocity_loss: has no second derivative, its target and its weight are constants"
+        dv = torch._C._functions.DelayedError(message, 1)(dv.requires_grad_())
+    return dv, None, None, None, None, None, None, None
+
+
+_operation = register(
+    "velocity_loss(Tensor v_pred, Tensor? v_target, Tensor? x_start, Tensor? x_end, Tensor rows, float alpha, float c,"
+    " bool keep) -> (Tensor, Tensor, Tensor)",
+    reference=_reference,
+    cpu=_velocity_loss_cpu,
+    triton=_velocity_loss_triton,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+_backward_operation = register(
+    "velocity_loss_backward(Tensor grad_loss, Tensor factor, Tensor residual, ScalarType dtype) -> Tensor",
+    reference=velocity_loss_backward_ref,
+    cpu=_backward_cpu,
+    triton=_backward_triton,
+    fake=lambda grad_loss, factor, residual, dtype: torch.empty(residual.shape, dtype=dtype, device=residual.device),
+)
+
+
+def _check(v_pred, v_target, x_start, x_end, rows, loss, alpha, c) -> None:
+    require_floating(WHERE, "v_pred", v_pred)
+    require(v_pred.dim() >= 1, WHERE, "v_pred", "of shape (B, ...)", tuple(v_pred.shape))
+    require(0 not in v_pred.shape[1:], WHERE, "v_pred", "of rows that are not empty", tuple(v_pred.shape))
+    require((x_start is None) == (x_end is None), WHERE, "x_start and x_end", "both given or both None", "one of them")
+    for name, value in (("v_target", v_target), ("x_start", x_start), ("x_end", x_end)):
+        if value is not None:
+            require_floating(WHERE, name, value)
+            require_like(WHERE, name, value, "v_pred", v_pred)
+    require_floating(WHERE, "rows", rows, (torch.float32, torch.float64))
+    require(rows.shape == (v_pred.shape[0], 4), WHERE, "rows", f"of shape ({v_pred.shape[0]}, 4)", tuple(rows.shape))
+    require(rows.device == v_pred.device, WHERE, "rows", f"on v_pred's device {v_pred.device}", rows.device)
+    if torch.is_grad_enabled():
+        for name, value in (("v_target", v_target), ("x_start", x_start), ("x_end", x_end), ("rows", rows)):
+            wanted = "a tensor without requires_grad, as the target is a constant"
+            require(value is None or not value.requires_grad, WHERE, name, wanted, "requires_grad=True")
+    require(loss in ("barron", "l2"), WHERE, "loss", "barron or l2", repr(loss))
+    require(-math.inf < alpha < math.inf, WHERE, "alpha", "finite", alpha)
+    require(0 < c < math.inf, WHERE, "c", "positive and finite", c)
+
+
+def velocity_loss(
+    v_pred: Tensor,
+    v_target: Tensor | None,
+    x_start: Tensor | None,
+    x_end: Tensor | None,
+    rows: Tensor,
+    *,
+    loss: str = "barron",
+    alpha: float = 1.0,
+    c: float = 1e-3,
+) -> Tensor:
+    """Computes the weighted loss of every row against the target sg(v_pred - R), without materialising the target.
+
+    R = clamp(scale_pred v_pred - scale_path (x_start - x_end) - v_target, -clamp, clamp). Where scale_pred is 0, v_pred
+    is not read; where scale_path is 0, x_start and x_end are not; where weight is 0 nothing is, and the row's loss and
+    gradient are exactly 0. The gradient flows to v_pred only, with factor one; there is no second derivative.
+
+    Args:
+        v_pred: the student's velocity, (B, ...), float32, float64, bfloat16 or float16.
+        v_target: target velocity, (B, ...), any of these dtypes, or None for 0.
+        x_start, x_end: ends of the teacher's rollout, (B, ...), any of these dtypes, or both None: no such term.
+        rows: scale_pred, scale_path, clamp >= 0 (inf: none) and weight per row, (B, 4), float32 or float64; used in the
+            dtype of the result.
+        loss: "barron" or "l2" (mse alone; alpha and c are not used).
+        alpha, c: shape and scale of the Barron loss.
+
+    Returns:
+        Losses, (B,), float32 (float64 where v_pred, v_target, x_start or x_end is).
+
+    Raises:
+        TypeError: an argument is not a floating tensor of an allowed dtype.
+        ValueError: shapes or devices differ, rows are empty, one of x_start and x_end is missing, a constant requires
+            grad, or loss, alpha or c is not allowed.
+
+    Source: TwinFlow (arXiv 2512.05150), section 2; docs/method.md, equations 13-18, 21 and 22.
+    """
+    _check(v_pred, v_target, x_start, x_end, rows, loss, alpha, c)
+    keep = v_pred.requires_grad and torch.is_grad_enabled()
+    alpha, c = (float(alpha), float(c)) if loss == "barron" else (2.0, 1.0)
+    return torch.ops.twinflow.velocity_loss(v_pred, v_target, x_start, x_end, rows, alpha, c, keep)[0]
