@@ -3,7 +3,7 @@
 from twinflow.config import TwinFlowConfig
 from twinflow.draws import Draws
 from twinflow.loss import TwinFlowLoss, TwinFlowOutput
-from twinflow.plan import Plan
+from twinflow.passes import Plan
 from twinflow.teacher import EMATeacher, FrozenTeacher, StudentTeacher
 
 __all__ = [

@@ -191,7 +191,8 @@ def _check(config: TwinFlowConfig) -> None:
             raise TypeError(f"TwinFlowConfig: {name} must be an integer >= {least}, got {value!r}")
         if value < least:
             raise _error(name, f"an integer >= {least}", value)
-    for name in ("enhanced_ratio", "real_velocity_weight", "adversarial_weight", "rectify_weight", "consistency_weight"):
+    weights = ("real_velocity_weight", "adversarial_weight", "rectify_weight", "consistency_weight")
+    for name in ("enhanced_ratio", *weights):
         _number(config, name, 0.0, big, "a finite number >= 0")
     for name in ("delta_t", "step_focus"):
         _number(config, name, 0.0, 1.0, "in (0, 1]" if name == "delta_t" else "in [0, 1]", open_low=name == "delta_t")

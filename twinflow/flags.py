@@ -1,4 +1,4 @@
-"""`parse_flags()`: the `twinflow_*` and `diff2flow_*` options that training config files use, under their known names."""
+"""`parse_flags()`: the `twinflow_*` and `diff2flow_*` options of training config files, under their known names."""
 
 import difflib
 from collections.abc import Mapping

@@ -6,110 +6,16 @@ then the student.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from twinflow.config import TwinFlowConfig
 from twinflow.draws import Draws
+from twinflow.passes import SCHEDULES, Pass, Plan, Request
 from twinflow.rows import Rows
 
-SCHEDULES = ("planned", "published")
-TARGET_CALLS = ("fake", "data", "cfg", "rollout")  # what the regression targets are made of
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One network call.
-
-    Args:
-        name: the method of the step that runs it: `fake`, `data`, `cfg`, `rollout`, `student`, `velocity`, `generate`,
-            `fake_velocity`, `rectify`.
-        who: `student` or `teacher`.
-        rows: the batch row of each entry; a row may stand twice (cond and uncond, or two branches).
-        kinds: per entry: `cond` or `uncond` (`cfg`), `fake` or `real` (`rectify`), `main` or `generated` (`rollout`).
-        t, r: signed times per entry.
-        gradient: whether the call is differentiated.
-        piece: which part of the step it belongs to; the loss of a piece follows its last call.
-        segment: number of the Euler segment, from 0 (`rollout`).
-        discarded: True for a call that only keeps ranks in step; its result is dropped.
-    """
-
-    name: str
-    who: str
-    rows: Rows
-    kinds: tuple[str, ...]
-    t: tuple[float, ...]
-    r: tuple[float, ...]
-    gradient: bool = False
-    piece: int = 0
-    segment: int = 0
-    discarded: bool = False
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The ordered calls of a step of `batch` rows, and `str()` that shows them beside the published row count."""
-
-    passes: tuple[Pass, ...]
-    pieces: tuple[Rows, ...]
-    batch: int
-    schedule: str
-    recipe: str
-    order: int
-    enhanced: frozenset[int]
-    rollout_rows: frozenset[int]
-    published_rows: int = field(repr=False)
-
-    @property
-    def rows_without_gradient(self) -> int:
-        """Network rows executed without gradient."""
-        return sum(len(p.rows) for p in self.passes if not p.gradient)
-
-    @property
-    def rows_with_gradient(self) -> int:
-        """Network rows executed with gradient."""
-        return sum(len(p.rows) for p in self.passes if p.gradient)
-
-    def __str__(self) -> str:
-        head = f"{'call':<14} {'who':<8} {'gradient':<9} {'piece':>5} {'rows':>5}  queries (row: t -> r)"
-        lines = [f"step of {self.batch} rows, recipe {self.recipe}, order {self.order}, {self.schedule} schedule", head]
-        for p in self.passes:
-            entries = zip(p.rows, p.kinds, p.t, p.r, strict=True)
-            marks = {"uncond": "u", "real": "+", "fake": "-", "generated": "g"}
-            shown = [f"{row}{marks.get(kind, '')}: {t:.3g} -> {r:.3g}" for row, kind, t, r in entries]
-            text = ", ".join(shown[:4]) + (", ..." if len(shown) > 4 else "")
-            name = p.name + (f" {p.segment + 1}" if p.name == "rollout" else "")
-            grad = "yes" if p.gradient else "-"
-            lines.append(f"{name:<14} {p.who:<8} {grad:<9} {p.piece:>5} {len(p.rows):>5}  {text}")
-        lines.append(
-            f"rows without gradient: {self.rows_without_gradient} (published schedule: {self.published_rows}); "
-            f"rows with gradient: {self.rows_with_gradient}"
-        )
-        return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class Request:
-    """What besides config and draws decides a plan.
-
-    Args:
-        cfg_by, rollout_by: who answers guidance queries and rollouts: `teacher` or `student`.
-        has_uncond: whether there is an unconditional condition.
-        merge: whether cond and uncond can be one call.
-        schedule: `planned` or `published`.
-        micro_batch: most rows of a piece, and of a call; None: the whole batch in one piece.
-        keep: calls that get one discarded row where they have none, so that ranks which share collectives run the same
-            calls: `none`, `student` (the differentiated ones) or `all`.
-    """
-
-    cfg_by: str = "teacher"
-    rollout_by: str = "teacher"
-    has_uncond: bool = True
-    merge: bool = True
-    schedule: str = "planned"
-    micro_batch: int | None = None
-    keep: str = "none"
+Entry = tuple[int, str, float, float]  # row, kind, t, r
 
 
 class _Planner:
@@ -149,7 +55,7 @@ class _Planner:
         """The rows of a piece that the student runs with gradient."""
         return tuple(i for i in rows if self.published or self.counted(i) or i in self.rectified)
 
-    def add(self, name: str, who: str, entries: list[tuple[int, str, float, float]], piece: int, **more) -> None:  # type: ignore[no-untyped-def]
+    def add(self, name: str, who: str, entries: list[Entry], piece: int, **more: Any) -> None:
         """Appends a call for (row, kind, t, r) entries; none for no entries, unless ranks must keep step."""
         if not entries:
             if self.request.keep == "none" or (self.request.keep == "student" and not more.get("gradient")):
@@ -159,7 +65,7 @@ class _Planner:
         rows, kinds, t, r = zip(*entries, strict=True)
         self.passes.append(Pass(name, who, rows, kinds, t, r, piece=piece, **more))
 
-    def add_pair(self, name: str, who: str, a: list, b: list, piece: int, merge: bool) -> None:  # type: ignore[type-arg]
+    def add_pair(self, name: str, who: str, a: list[Entry], b: list[Entry], piece: int, merge: bool) -> None:
         """Appends two kinds of query as one call, or as two where they cannot be or must not be one."""
         for entries in [a + b] if merge and self.fits(len(a) + len(b)) else [a, b]:
             self.add(name, who, entries, piece)
@@ -193,7 +99,7 @@ class _Planner:
             return
         rows = self.pieces[piece]
         main = [(i, "main", self.t[i], self.r[i]) for i in rows if self.published or i in self.rollout]
-        generated = []
+        generated: list[Entry] = []
         if self.draws.roles is None and self.config.adversarial and self.config.consistency_weight > 0:
             generated = [(i, "generated", 1.0, 0.0) for i in rows]
         groups = [main + generated] if self.fits(len(main) + len(generated)) else [main, generated]

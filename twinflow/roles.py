@@ -35,10 +35,10 @@ class RoleCounter:
         return self._deal(self.counts, rows)
 
     def _deal(self, counts: dict[str, int], rows: int) -> tuple[str, ...]:
-        dealt = []
+        dealt: list[str] = []
         slack = 1 - Fraction(1, max(2 * len(self._shares) - 2, 2))
-        position = sum(counts.values())
-        for position in range(position + 1, position + 1 + rows):
+        done = sum(counts.values())
+        for position in range(done + 1, done + 1 + rows):
             owed = {role: position * share - counts[role] for role, share in self._shares.items()}
             due = [role for role in owed if owed[role] >= 1 - slack] or list(owed)
             role = min(due, key=lambda name: (slack - owed[name]) / self._shares[name])

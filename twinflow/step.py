@@ -11,10 +11,11 @@ import torch
 from twinflow.coefficients import RowTable
 from twinflow.config import TwinFlowConfig
 from twinflow.draws import Draws
-from twinflow.plan import Pass, Plan, time_table
+from twinflow.interface import Student, Teacher
+from twinflow.passes import Pass, Plan
+from twinflow.plan import time_table
 from twinflow.rng import StepRandomState
-from twinflow.rows import RowSelector, Rows, concatenate
-from twinflow.teacher import Student, Teacher
+from twinflow.rows import Rows, RowSelector, concatenate
 from twinflow_kernels import rollout_start, rollout_step_
 
 

@@ -1,63 +1,14 @@
 """The three teachers, one interface: `EMATeacher`, `StudentTeacher`, `FrozenTeacher`."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from twinflow.interface import Student, Teacher, check_same_student, unwrap
 from twinflow_kernels import ema_update_
-
-Student = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any], torch.Tensor]
-
-
-def unwrap(student: Student) -> Student:
-    """The module inside torch.compile and data-parallel wrappers; anything else as it is."""
-    while True:
-        inner = getattr(student, "_orig_mod", None)
-        if inner is None and isinstance(student, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            inner = student.module
-        if inner is None:
-            return student
-        student = inner
-
-
-class Teacher:
-    """What TwinFlowLoss asks of a teacher.
-
-    Attributes:
-        cfg_by, rollout_by: who answers guidance queries and rollouts, `teacher` or `student`.
-        frozen: whether guidance comes from fixed weights (data-free mode then uses docs/method.md, equation 9).
-    """
-
-    cfg_by = "teacher"
-    rollout_by = "teacher"
-    frozen = False
-
-    def update(self) -> None:
-        """Moves the teacher towards the student; once per optimizer step, before the step's first teacher query."""
-
-    def velocity(self, x_t: torch.Tensor, t: torch.Tensor, r: torch.Tensor, cond: Any, query: str) -> torch.Tensor:
-        """The teacher's velocity F-(x_t, t, r | cond), without gradient.
-
-        Args:
-            x_t: (B, ...), in the latents' dtype.
-            t, r: (B,) signed times.
-            cond: the condition, any pytree.
-            query: `cfg` or `rollout`.
-        """
-        raise NotImplementedError
-
-    def check(self, student: Student) -> None:
-        """Raises ValueError unless the teacher belongs to this student."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from a saved state."""
 
 
 def _require_query(query: str) -> None:
@@ -81,7 +32,7 @@ class StudentTeacher(Teacher):
         return self.student(x_t, t, r, cond)
 
     def check(self, student: Student) -> None:
-        _check_same(self.student, student)
+        check_same_student(self.student, student)
 
 
 class _CopyTeacher(Teacher):
@@ -107,7 +58,7 @@ class _CopyTeacher(Teacher):
         self._call: Student = torch.compile(self._module) if compiled else self._module
 
     def check(self, student: Student) -> None:
-        _check_same(self._student, student)
+        check_same_student(self._student, student)
         module = unwrap(student)
         if not isinstance(module, nn.Module):
             return  # a plain callable around the module
@@ -258,15 +209,6 @@ def _flat(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if x.stride() != like.stride():
         x = torch.empty_like(like, dtype=x.dtype).copy_(x)
     return x.as_strided((x.numel(),), (1,))
-
-
-def _check_same(mine: Student, given: Student) -> None:
-    mine, given = unwrap(mine), unwrap(given)
-    if isinstance(mine, nn.Module) and isinstance(given, nn.Module) and mine is not given:
-        raise ValueError(
-            "TwinFlowLoss: teacher must be made from the student it is used with, got a teacher of another "
-            f"{type(mine).__name__}"
-        )
 
 
 def _load(where: str, mine: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]) -> None:

@@ -1,0 +1,66 @@
+"""What the objective asks of a student and of a teacher."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+Student = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any], torch.Tensor]
+
+
+def unwrap(student: Student) -> Student:
+    """The module inside torch.compile and data-parallel wrappers; anything else as it is."""
+    while True:
+        inner = getattr(student, "_orig_mod", None)
+        if inner is None and isinstance(student, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            inner = student.module
+        if inner is None:
+            return student
+        student = inner
+
+
+class Teacher:
+    """What TwinFlowLoss asks of a teacher.
+
+    Attributes:
+        cfg_by, rollout_by: who answers guidance queries and rollouts, `teacher` or `student`.
+        frozen: whether guidance comes from fixed weights (data-free mode then uses docs/method.md, equation 9).
+    """
+
+    cfg_by = "teacher"
+    rollout_by = "teacher"
+    frozen = False
+
+    def update(self) -> None:
+        """Moves the teacher towards the student; once per optimizer step, before the step's first teacher query."""
+
+    def velocity(self, x_t: torch.Tensor, t: torch.Tensor, r: torch.Tensor, cond: Any, query: str) -> torch.Tensor:
+        """The teacher's velocity F-(x_t, t, r | cond), without gradient.
+
+        Args:
+            x_t: (B, ...), in the latents' dtype.
+            t, r: (B,) signed times.
+            cond: the condition, any pytree.
+            query: `cfg` or `rollout`.
+        """
+        raise NotImplementedError
+
+    def check(self, student: Student) -> None:
+        """Raises ValueError unless the teacher belongs to this student."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from a saved state."""
+
+
+def check_same_student(mine: Student, given: Student) -> None:
+    mine, given = unwrap(mine), unwrap(given)
+    if isinstance(mine, nn.Module) and isinstance(given, nn.Module) and mine is not given:
+        raise ValueError(
+            "TwinFlowLoss: teacher must be made from the student it is used with, got a teacher of another "
+            f"{type(mine).__name__}"
+        )

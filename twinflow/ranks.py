@@ -1,0 +1,26 @@
+"""What the ranks of a distributed run must agree on."""
+
+import torch
+from torch import distributed
+
+from twinflow.interface import Student, unwrap
+
+
+def world() -> tuple[int, int]:
+    """(rank, number of ranks)."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def kept_calls(student: Student | None) -> str:
+    """Which calls every rank must run alike (see plan.Request)."""
+    if isinstance(student, torch.nn.parallel.DistributedDataParallel):
+        return "student"
+    module = unwrap(student) if student is not None else None
+    if isinstance(module, torch.nn.Module) and distributed.is_available() and distributed.is_initialized():
+        from torch.distributed.tensor import DTensor
+
+        if any(isinstance(p, DTensor) for p in module.parameters()):
+            return "all"
+    return "none"
