@@ -57,6 +57,11 @@ class _CopyTeacher(Teacher):
         compiled = getattr(student, "_orig_mod", None) is not None
         self._call: Student = torch.compile(self._module) if compiled else self._module
 
+    @property
+    def module(self) -> nn.Module:
+        """The teacher's network, for evaluation and export; its tensors are the teacher's own, not copies."""
+        return self._module
+
     def check(self, student: Student) -> None:
         check_same_student(self._student, student)
         module = unwrap(student)

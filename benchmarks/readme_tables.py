@@ -1,0 +1,67 @@
+"""Writes the README's tables from benchmarks/results/: `python benchmarks/readme_tables.py [--check]`."""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from report import _table, kernels_table, training_table
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def _load(pattern: str) -> list[tuple[str, dict[str, Any]]]:
+    return [(path.name, json.loads(path.read_text())) for path in sorted(RESULTS.glob(pattern))]
+
+
+def _caption(machine: dict[str, Any], command: str) -> str:
+    return f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}; `{command}`."
+
+
+def kernels() -> str:
+    """The kernels' table, one per device."""
+    by_device: dict[str, list[dict[str, Any]]] = {}
+    captions = {}
+    for path in sorted((ROOT / "benchmarks").glob("bench_*.py")):
+        op = path.stem.removeprefix("bench_")
+        for _, report in _load(f"{op}_*.json"):
+            device = report["machine"]["device"]
+            captions.setdefault(device, _caption(report["machine"], "python benchmarks/bench_<op>.py"))
+            by_device.setdefault(device, []).extend({"op": op, **case} for case in report["cases"])
+    return "\n\n".join(f"{captions[device]}\n\n{kernels_table(cases)}" for device, cases in by_device.items())
+
+
+def training() -> str:
+    """The training step's table, one per device."""
+    parts = []
+    for _, report in _load("a100_1024_*.json"):
+        caption = _caption(report["machine"], "python benchmarks/a100_1024.py")
+        notice = f"\n\n{report['notice']}" if report["notice"] else ""
+        parts.append(f"{caption} Network: {report['model']}.{notice}\n\n{training_table(report['training'])}")
+    return "\n\n".join(parts)
+
+
+def render(text: str) -> str:
+    """The README with its generated parts made anew."""
+    for name, make in {"kernels": kernels, "training": training}.items():
+        pattern = rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)"
+        text = re.sub(pattern, lambda m, make=make: f"{m[1]}\n{make()}\n\n{m[2]}", text, flags=re.DOTALL)
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="fail where the README is not what the results give")
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    rendered = render(text)
+    if parser.parse_args().check:
+        sys.exit(0 if rendered == text else "README.md: its tables are not what benchmarks/results/ gives")
+    readme.write_text(rendered)
+
+
+if __name__ == "__main__":
+    main()
