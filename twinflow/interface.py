@@ -20,6 +20,21 @@ def unwrap(student: Student) -> Student:
         student = inner
 
 
+def data_parallel(student: Student) -> nn.parallel.DistributedDataParallel | None:
+    """The DDP wrapper of a student, compiled or not; None where there is none."""
+    student = getattr(student, "_orig_mod", student)
+    return student if isinstance(student, nn.parallel.DistributedDataParallel) else None
+
+
+def without_collectives(student: Student) -> Student:
+    """What to call without gradient: under DDP the module inside.
+
+    The wrapper broadcasts buffers on every call, and ranks run different numbers of calls without gradient.
+    """
+    wrapper = data_parallel(student)
+    return student if wrapper is None else wrapper.module
+
+
 class Teacher:
     """What TwinFlowLoss asks of a teacher.
 

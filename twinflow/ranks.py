@@ -3,7 +3,7 @@
 import torch
 from torch import distributed
 
-from twinflow.interface import Student, unwrap
+from twinflow.interface import Student, data_parallel, unwrap
 
 
 def world() -> tuple[int, int]:
@@ -15,7 +15,7 @@ def world() -> tuple[int, int]:
 
 def kept_calls(student: Student | None) -> str:
     """Which calls every rank must run alike (see plan.Request)."""
-    if isinstance(student, torch.nn.parallel.DistributedDataParallel):
+    if student is not None and data_parallel(student) is not None:
         return "student"
     module = unwrap(student) if student is not None else None
     if isinstance(module, torch.nn.Module) and distributed.is_available() and distributed.is_initialized():

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from twinflow.coefficients import RowTable
 from twinflow.config import TwinFlowConfig
-from twinflow.interface import Student, Teacher, unwrap
+from twinflow.interface import Student, Teacher, data_parallel, unwrap
 from twinflow.passes import TARGET_CALLS, Pass, Plan
 from twinflow.piece import PieceLoss
 from twinflow.step import Batch, Step
@@ -102,8 +101,9 @@ class _Synchronisation:
     def __init__(self, run: StepRun, backward: Callable[[torch.Tensor], Any] | None) -> None:
         self._last = len(run.plan.pieces) - 1
         self._pause: AbstractContextManager | None = None
-        if isinstance(run.student, DistributedDataParallel) and backward is not None and self._last > 0:
-            self._pause = run.student.no_sync()
+        wrapper = data_parallel(run.student)
+        if wrapper is not None and backward is not None and self._last > 0:
+            self._pause = wrapper.no_sync()
 
     def before(self, call: Pass) -> None:
         if self._pause is not None and call.gradient and call.piece == self._last:

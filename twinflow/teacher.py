@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from twinflow.interface import Student, Teacher, check_same_student, unwrap
+from twinflow.interface import Student, Teacher, check_same_student, unwrap, without_collectives
 from twinflow_kernels import ema_update_
 
 
@@ -29,7 +29,7 @@ class StudentTeacher(Teacher):
     @torch.no_grad()
     def velocity(self, x_t: torch.Tensor, t: torch.Tensor, r: torch.Tensor, cond: Any, query: str) -> torch.Tensor:
         _require_query(query)
-        return self.student(x_t, t, r, cond)
+        return without_collectives(self.student)(x_t, t, r, cond)
 
     def check(self, student: Student) -> None:
         check_same_student(self.student, student)
@@ -196,7 +196,7 @@ class FrozenTeacher(_CopyTeacher):
     def velocity(self, x_t: torch.Tensor, t: torch.Tensor, r: torch.Tensor, cond: Any, query: str) -> torch.Tensor:
         _require_query(query)
         if query == "rollout":
-            return self._student(x_t, t, r, cond)
+            return without_collectives(self._student)(x_t, t, r, cond)
         return self._velocity(x_t, t, r, cond)
 
     def state_dict(self) -> dict[str, Any]:
