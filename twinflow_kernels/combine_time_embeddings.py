@@ -150,6 +150,7 @@ def _combine_triton(
         emb_t, emb_t if emb_r is None else emb_r.contiguous(), t, t if r is None else r.contiguous(),
         emb_t if sign_table is None else sign_table.contiguous(), out, width, HAS_R=emb_r is not None,
         HAS_TABLE=sign_table is not None, MATH=_math(emb_t.dtype), BLOCK=block, num_warps=num_warps,
+        enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
@@ -174,6 +175,7 @@ def _backward_triton(
         dout, t, t if r is None else r.contiguous(), demb_r, dtable, rows, rows_per_program, width,
         HAS_R=emb_r_dtype is not None, HAS_TABLE=table_dtype is not None, ABSOLUTE=absolute,
         MATH=_math(dout.dtype), BLOCK=block, num_warps=num_warps,
+        enable_fp_fusion=False,
     )  # fmt: skip
     return demb_r, dtable
 

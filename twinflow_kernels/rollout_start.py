@@ -101,6 +101,7 @@ def _rollout_start_triton(
     _rollout_start_kernel[(rows, triton.cdiv(row_size, block))](
         v, x_t.contiguous(), cond, uncond, ratio.to(dtype).contiguous(), delta.to(dtype).contiguous(), v_star, x_m,
         row_size, HAS_CFG=v_cond is not None, BLOCK=block, num_warps=num_warps,
+        enable_fp_fusion=False,
     )  # fmt: skip
     return v_star, x_m
 

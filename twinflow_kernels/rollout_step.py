@@ -60,7 +60,9 @@ def _rollout_step_triton(x: torch.Tensor, v_pred: torch.Tensor, dt: torch.Tensor
         return
     block, num_warps = launch_config(row_size)
     grid = (rows, triton.cdiv(row_size, block))
-    _rollout_step_kernel[grid](x, v_pred.contiguous(), dt.to(x.dtype), row_size, BLOCK=block, num_warps=num_warps)
+    _rollout_step_kernel[grid](
+        x, v_pred.contiguous(), dt.to(x.dtype), row_size, BLOCK=block, num_warps=num_warps, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 def _rollout_step_cpu(x: torch.Tensor, v_pred: torch.Tensor, dt: torch.Tensor) -> None:

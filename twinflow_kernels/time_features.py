@@ -99,6 +99,7 @@ def _time_features_triton(
     _time_features_kernel[(out.shape[0] * rows, triton.cdiv(half, block))](
         t, t if r is None else r.contiguous(), out, rows, half, SCALE=scale, RATE=_rate(half, shift),
         ABSOLUTE=absolute, FLIP=flip, ODD=num_channels % 2, BLOCK=block, num_warps=num_warps,
+        enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
