@@ -95,10 +95,11 @@ def forward_triton(v_pred, v_target, x_start, x_end, rows, alpha, c, outputs) ->
     _residual_kernel[(row_count, blocks)](
         v, target, start, end, rows, partials, residual, row_size, HAS_TARGET=v_target is not None,
         HAS_PATH=x_start is not None, KEEP=residual.numel() > 0, BLOCK=block, num_warps=num_warps,
+        enable_fp_fusion=False,
     )  # fmt: skip
     _row_loss_kernel[(row_count,)](
         partials, rows, loss, factor, blocks, row_size, ALPHA=alpha, C=c,
-        BLOCK=min(1024, triton.next_power_of_2(blocks)),
+        BLOCK=min(1024, triton.next_power_of_2(blocks)), enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -106,5 +107,7 @@ def backward_triton(grad_loss: Tensor, factor: Tensor, residual: Tensor, dv: Ten
     """Fills dv; one launch."""
     row_count, row_size = residual.shape[0], residual[0].numel()
     block, num_warps = launch_config(row_size)
-    grid = (row_count, triton.cdiv(row_size, block))
-    _gradient_kernel[grid](grad_loss.contiguous(), factor, residual, dv, row_size, BLOCK=block, num_warps=num_warps)
+    _gradient_kernel[(row_count, triton.cdiv(row_size, block))](
+        grad_loss.contiguous(), factor, residual, dv, row_size, BLOCK=block, num_warps=num_warps,
+        enable_fp_fusion=False,
+    )  # fmt: skip

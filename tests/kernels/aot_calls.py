@@ -8,7 +8,7 @@ import itertools
 
 import torch
 
-from twinflow_kernels import dual_time_embedding, rollout_start, rollout_step_
+from twinflow_kernels import dual_time_embedding, rollout_start, rollout_step_, velocity_loss
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 SIZES = (4096, 65)
@@ -47,4 +47,18 @@ def time_embedding():
         out.sum().backward()
 
 
-CALLS = [rollout_step, start, time_embedding]
+def loss():
+    dtypes = [
+        (F32, F32, F32), (BF16, F32, F32), (F16, F32, F32), (BF16, F32, None), (BF16, None, None), (F64, F64, F64),
+    ]  # fmt: skip
+    for size, (pred, target, path) in itertools.product((*SIZES, 1 << 21), dtypes):
+        v_pred = torch.ones(2, size, dtype=pred, requires_grad=True)
+        v_target = None if target is None else torch.ones(2, size, dtype=target)
+        x = None if path is None else torch.ones(2, size, dtype=path)
+        for alpha in (1.0, 2.0):
+            velocity_loss(v_pred, v_target, x, x, torch.ones(2, 4), alpha=alpha).sum().backward()
+    with torch.no_grad():
+        velocity_loss(v_pred, v_target, x, x, torch.ones(2, 4), loss="l2")
+
+
+CALLS = [rollout_step, start, time_embedding, loss]
