@@ -1,8 +1,8 @@
 """The benchmark's networks: a diffusion transformer in the shapes of known models, with random weights.
 
-Image and text tokens run through shared blocks (attention with RMS-normalised queries and keys, GELU MLP, AdaLN from two
-signed times); width, heads, depth and token counts are the named model's, so that time and memory per call are of its
-kind. Diffusers' own classes come beside these in `MODELS` once the library has adapters for them.
+Image and text tokens run through shared blocks (attention with RMS-normalised queries and keys, GELU MLP, AdaLN from
+two signed times); width, heads, depth and token counts are the named model's, so that time and memory per call are of
+its kind. Diffusers' own classes come beside these in `MODELS` once the library has adapters for them.
 """
 
 from dataclasses import dataclass

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from report import _table, kernels_table, training_table
+from report import kernels_table, training_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -83,7 +83,9 @@ def _first_losses(contest: Contest, device: torch.device) -> dict[str, float | N
     return losses
 
 
-def measure_contest(contest: Contest, recipe: str, batch: int, device: torch.device, rtol: float) -> list[dict[str, Any]]:
+def measure_contest(
+    contest: Contest, recipe: str, batch: int, device: torch.device, rtol: float
+) -> list[dict[str, Any]]:
     """Checks that the contestants compute the same loss, times them in turn, measures their peak memory."""
     losses = _first_losses(contest, device)
     fitting = {name: loss for name, loss in losses.items() if loss is not None}

@@ -1,8 +1,8 @@
 """A one-step generator of handwritten digits, trained from nothing in a few minutes on a laptop's CPU.
 
-The data are scikit-learn's 1,797 digits (8x8 pixels, in the package: nothing is downloaded). A small network first learns
-plain flow matching: the base model, which needs many steps. TwinFlow then continues from its weights for about as long,
-and the same network generates in 1, 2 or 4 steps. A table and a picture compare the two.
+The data are scikit-learn's 1,797 digits (8x8 pixels, in the package: nothing is downloaded). A small network first
+learns plain flow matching: the base model, which needs many steps. TwinFlow then continues from its weights, and the
+same network generates in 1, 2 or 4 steps. A table and a picture compare the two.
 
     python examples/digits.py                      # about two minutes on two cores
     python examples/digits.py --full               # three times as many steps: better, about six minutes
@@ -42,6 +42,7 @@ WARMUP_STEPS = 100
 
 Report = Callable[[int, dict[str, Any]], None]
 Data = tuple[torch.Tensor, torch.Tensor]  # (N, 64) pixels in [-1, 1], (N,) labels
+Row = dict[str, Any]
 
 
 def load_data() -> Data:
@@ -160,7 +161,7 @@ def _batch(data: Data, generator: torch.Generator) -> Data:
 
 
 def generate(model: nn.Module, steps: int, style: str, seed: int) -> Data:
-    """GENERATED images, as many of each class, by the library's sampler; `mul` walks the base model's ODE to the end."""
+    """GENERATED images, as many of each class, by the library's sampler; `mul` follows the base model's ODE."""
     generator = torch.Generator().manual_seed(seed)
     label = torch.arange(GENERATED) % CLASSES
     z = torch.randn(GENERATED, PIXELS, generator=generator)
@@ -184,7 +185,7 @@ def progress_bar(console: Console, name: str, steps: int) -> Iterator[Report]:
         yield report
 
 
-def compare(base: nn.Module, model: nn.Module, data: Data, seed: int) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+def compare(base: nn.Module, model: nn.Module, data: Data, seed: int) -> tuple[list[Row], dict[str, torch.Tensor]]:
     """The table's rows, and the picture's images by name."""
     queries = [("base", base, n, "mul") for n in (1, 2, 4, 50)]
     queries += [("TwinFlow", model, n, style) for style in ("few", "any") for n in (1, 2, 4)]
@@ -231,8 +232,9 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     save_picture(images, args.out / "digits.png")
     results = {
-        "seed": args.seed, "base_steps": base_steps, "steps": steps, "lr": args.lr, "batch": BATCH, "seconds": seconds,
-        "cpu_seconds": time.process_time(), "threads": torch.get_num_threads(), "config": config.to_dict(), "rows": rows,
+        "seed": args.seed, "base_steps": base_steps, "steps": steps, "lr": args.lr, "batch": BATCH,
+        "seconds": seconds, "cpu_seconds": time.process_time(), "threads": torch.get_num_threads(),
+        "config": config.to_dict(), "rows": rows,
     }  # fmt: skip
     path = args.json or args.out / "metrics.json"
     path.write_text(json.dumps(results, indent=1) + "\n")

@@ -1,5 +1,6 @@
 """`sample()`: from noise to data in a few network calls (docs/method.md, equations 32 and 33)."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def sample(
     times = sampling_grid(steps, GAP_START, gap_end)
     time_dtype = torch.promote_types(z.dtype, torch.float32)
     x = z.to(time_dtype)
-    for s, following in zip(times, times[1:], strict=False):
+    for s, following in pairwise(times):
         r = {"few": 0.0, "any": following, "mul": s}[style]
         t_rows, r_rows = (torch.full((z.shape[0],), v, dtype=time_dtype, device=z.device) for v in (s, r))
         velocity = student(x.to(z.dtype), t_rows, r_rows, cond).to(time_dtype)
