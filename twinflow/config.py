@@ -1,7 +1,7 @@
 """`TwinFlowConfig`: every choice of the objective, checked and resolved in one place."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,7 +103,7 @@ class TwinFlowConfig:
                 object.__setattr__(self, name, value)
         object.__setattr__(self, "shares", _checked_shares(self.shares, self.adversarial))
         for name in ("enhanced_range", "time_dist"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            object.__setattr__(self, name, _numbers(name, getattr(self, name)))
         _check(self)
 
     @property
@@ -173,6 +173,12 @@ def _checked_shares(shares: Mapping[str, float], adversarial: bool) -> dict[str,
     if sum(found.values()) <= 0:
         raise _error("shares", "positive for at least one role that runs", dict(shares))
     return found
+
+
+def _numbers(name: str, values: Sequence[float]) -> tuple[float, ...]:
+    if not isinstance(values, (tuple, list)) or not {type(value) for value in values} <= {int, float}:
+        raise TypeError(f"TwinFlowConfig: {name} must be a tuple of numbers, got {values!r}")
+    return tuple(values)
 
 
 def _number(config: TwinFlowConfig, name: str, low: float, high: float, wanted: str, open_low: bool = False) -> None:

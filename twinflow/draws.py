@@ -89,6 +89,8 @@ def _streams(
     generator: torch.Generator | None, device: torch.device, position: int
 ) -> tuple[torch.Generator | None, torch.Generator | None]:
     """The streams of times (CPU) and of noises (the latents' device)."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"draw: generator must be a torch.Generator or None, got {type(generator).__name__}")
     if generator is None or generator.device.type == device.type == "cpu":
         return generator, generator
     if generator.device.type == "cpu":
@@ -152,48 +154,67 @@ def _focus(
 
 def check_draws(draws: Draws, config: TwinFlowConfig, latents: torch.Tensor, where: str = "TwinFlowLoss") -> None:
     """Raises TypeError or ValueError unless the draws fit the batch and the recipe."""
-
-    def fail(name: str, wanted: str, actual: object) -> None:
-        raise ValueError(f"{where}: draws.{name} must be {wanted}, got {actual}")
-
+    if not isinstance(draws, Draws):
+        raise TypeError(f"{where}: draws must be Draws or None, got {type(draws).__name__}")
     batch = latents.shape[0]
-    if (draws.roles is None) != (config.recipe == "all_terms"):
-        fail("roles", "None for all_terms and given for partition", draws.roles)
-    if draws.roles is not None and len(draws.roles) != batch:
-        fail("roles", f"{batch} names", len(draws.roles))
-    for role in draws.roles or ():
-        if role not in config.shares or (role == "adv" and not config.adversarial):
-            fail("roles", f"of {', '.join(config.shares)} (adv only where adversarial)", role)
-    e2e = batch if draws.roles is None else len(draws.rows_of("e2e"))
-    rectify = e2e if config.adversarial and config.rectify_weight > 0 else 0
+    _check_roles(draws, config, batch, where)
+    adv = len(draws.rows_of("adv"))
+    rectify = batch if draws.roles is None else len(draws.rows_of("e2e"))
+    rectify = rectify if config.adversarial and config.rectify_weight > 0 else 0
     times = {"t": (draws.t, batch), "r": (draws.r, batch)}
     noises = {"z": (draws.z, batch)}
-    if draws.roles is not None and draws.rows_of("adv"):
-        noises["z_fake"] = (draws.z_fake, len(draws.rows_of("adv")))  # type: ignore[assignment]
+    if adv:
+        noises["z_fake"] = (draws.z_fake, adv)  # type: ignore[assignment]
     if config.data_free:
         noises["z_data"] = (draws.z_data, batch)  # type: ignore[assignment]
     if rectify:
         noises["z_rectify"] = (draws.z_rectify, rectify)  # type: ignore[assignment]
         times["t_rectify"] = (draws.t_rectify, rectify)  # type: ignore[assignment]
     for name, (value, rows) in times.items():
-        if not isinstance(value, torch.Tensor) or value.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"{where}: draws.{name} must be a float32 or float64 tensor, got {_kind(value)}")
-        if value.device.type != "cpu" or value.shape != (rows,):
-            fail(name, f"a CPU tensor of shape ({rows},)", f"{tuple(value.shape)} on {value.device}")
-        if not bool((value.abs() <= 1).all()):  # False for NaN too
-            fail(name, "in [-1, 1]", value.tolist())
-    if not bool(((draws.t - draws.r) * draws.t.sign() >= 0).all() and (draws.r * draws.t >= 0).all()):
-        fail("r", "between 0 and t", f"t={draws.t.tolist()}, r={draws.r.tolist()}")
-    for i, role in enumerate(draws.roles or ()):
-        if (role == "adv") != bool(draws.t[i] < 0) and draws.t[i] != 0:
-            fail("t", "negative for adv rows and not for others", f"{float(draws.t[i])} for row {i} ({role})")
+        _check_time(name, value, rows, where)
+    _check_order(draws, where)
     for name, (value, rows) in noises.items():
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             raise TypeError(f"{where}: draws.{name} must be a floating tensor, got {_kind(value)}")
         if value.shape != (rows, *latents.shape[1:]):
-            fail(name, f"of shape {(rows, *latents.shape[1:])}", tuple(value.shape))
+            raise _error(where, name, f"of shape {(rows, *latents.shape[1:])}", tuple(value.shape))
         if value.device != latents.device:
-            fail(name, f"on the latents' device {latents.device}", value.device)
+            raise _error(where, name, f"on the latents' device {latents.device}", value.device)
+
+
+def _check_roles(draws: Draws, config: TwinFlowConfig, batch: int, where: str) -> None:
+    if (draws.roles is None) != (config.recipe == "all_terms"):
+        raise _error(where, "roles", "None for all_terms and given for partition", draws.roles)
+    if draws.roles is not None and len(draws.roles) != batch:
+        raise _error(where, "roles", f"{batch} names", len(draws.roles))
+    for role in draws.roles or ():
+        if role not in config.shares or (role == "adv" and not config.adversarial):
+            raise _error(where, "roles", f"of {', '.join(config.shares)} (adv only where adversarial)", role)
+
+
+def _check_time(name: str, value: torch.Tensor, rows: int, where: str) -> None:
+    if not isinstance(value, torch.Tensor) or value.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{where}: draws.{name} must be a float32 or float64 tensor, got {_kind(value)}")
+    if value.device.type != "cpu" or value.shape != (rows,):
+        raise _error(where, name, f"a CPU tensor of shape ({rows},)", f"{tuple(value.shape)} on {value.device}")
+    low = 0 if name == "t_rectify" else -1
+    if not bool(((value >= low) & (value <= 1)).all()):  # False for NaN too
+        raise _error(where, name, f"in [{low}, 1]", value.tolist())
+
+
+def _check_order(draws: Draws, where: str) -> None:
+    """r lies between 0 and t; `adv` rows have t = r < 0, all others t >= 0."""
+    for i, (t, r) in enumerate(zip(draws.t.tolist(), draws.r.tolist(), strict=True)):
+        role = draws.roles[i] if draws.roles else "all"
+        if t != 0 and (role == "adv") != (t < 0):
+            raise _error(where, "t", "negative for adv rows and not for others", f"{t} for row {i} ({role})")
+        if not min(t, 0.0) <= r <= max(t, 0.0) or (role == "adv" and r != t):
+            wanted = "t for adv rows" if role == "adv" else "between 0 and t"
+            raise _error(where, "r", wanted, f"{r} with t = {t} for row {i} ({role})")
+
+
+def _error(where: str, name: str, wanted: str, actual: object) -> ValueError:
+    return ValueError(f"{where}: draws.{name} must be {wanted}, got {actual}")
 
 
 def _kind(value: object) -> str:

@@ -135,9 +135,10 @@ class TwinFlowLoss:
         self, student: Student, latents: torch.Tensor, cond: Any = None, uncond: Any = None, **more: Any
     ) -> TwinFlowOutput:
         """Computes the loss without gradient; moves neither teacher nor role counter. Arguments as for the call."""
-        if more.get("draws") is None:
-            more["draws"] = self._draw(latents, more.get("generator"))
-        return self(student, latents, cond, uncond, **{**more, "update_teacher": False})
+        counter = self._roles.state_dict()
+        out = self(student, latents, cond, uncond, **{**more, "update_teacher": False})
+        self._roles.load_state_dict(counter)
+        return out
 
     def draw(self, latents: torch.Tensor, generator: torch.Generator | None = None) -> Draws:
         """Draws the random numbers of a step and moves the role counter past it.
@@ -146,7 +147,9 @@ class TwinFlowLoss:
             latents: (B, ...), for shape, dtype and device.
             generator: the source; None: torch's global streams.
         """
-        draws = self._draw(latents, generator)
+        check_latents(latents)
+        roles, _ = self._next_roles(latents.shape[0])
+        draws = draw_step(self.config, latents, roles, generator, self._roles.rows)
         self._roles.take(latents.shape[0] * world()[1])
         return draws
 
@@ -178,11 +181,6 @@ class TwinFlowLoss:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from a saved state; ValueError if it was saved with other roles."""
         self._roles.load_state_dict(state["roles"])
-
-    def _draw(self, latents: torch.Tensor, generator: torch.Generator | None) -> Draws:
-        check_latents(latents)
-        roles, _ = self._next_roles(latents.shape[0])
-        return draw_step(self.config, latents, roles, generator, self._roles.rows)
 
     def _next_roles(self, batch: int) -> tuple[tuple[str, ...] | None, dict[str, float]]:
         """This process's roles of the next step, and the rows per role that it answers for in the mean over ranks."""
@@ -223,6 +221,9 @@ class TwinFlowLoss:
         config, draws, dealt = self.config, given.draws, 0
         check_arguments(config, given.student, given.latents, given.cond, given.uncond, given.teacher, given.step_rows)
         batch = given.latents.shape[0]
+        uncond = broadcast_condition(given.uncond, batch)
+        merge = uncond is not None and same_leaf_shapes(given.cond, uncond)
+        request = self._request(given.student, given.teacher, uncond is not None, merge, schedule, micro_batch)
         if draws is None:
             roles, counts = self._next_roles(batch)
             draws = draw_step(config, given.latents, roles, given.generator, self._roles.rows)
@@ -230,9 +231,6 @@ class TwinFlowLoss:
         else:
             check_draws(draws, config, given.latents)
             counts = {role: float(draws.roles.count(role)) for role in draws.roles or ()}  # type: ignore[union-attr]
-        uncond = broadcast_condition(given.uncond, batch)
-        merge = uncond is not None and same_leaf_shapes(given.cond, uncond)
-        request = self._request(given.student, given.teacher, uncond is not None, merge, schedule, micro_batch)
         plan = make_plan(config, draws, request)
         table = row_table(config, draws, plan, counts, given.step_rows)
         tensors = Batch(given.latents, given.cond, uncond, draws)

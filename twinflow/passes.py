@@ -91,6 +91,9 @@ class Request:
         micro_batch: most rows of a piece, and of a call; None: the whole batch in one piece.
         keep: calls that get one discarded row where they have none, so that ranks which share collectives run the same
             calls: `none`, `student` (the differentiated ones) or `all`.
+
+    Raises:
+        ValueError: an unknown schedule.
     """
 
     cfg_by: str = "teacher"
@@ -100,3 +103,7 @@ class Request:
     schedule: str = "planned"
     micro_batch: int | None = None
     keep: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"TwinFlowLoss: schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
