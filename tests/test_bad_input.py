@@ -55,8 +55,8 @@ def assert_refused(world, kind, message, **changed):
 
 ARGUMENTS = [
     (dict(student=3), TypeError, "student must be callable, got int"),
-    (dict(latents=torch.zeros(4, DIM, dtype=torch.int64)), TypeError, "latents must be a floating tensor, got torch.int64"),
-    (dict(latents=torch.zeros(4, DIM, dtype=torch.complex64)), TypeError, "latents must be a floating tensor, got torch.c"),
+    (dict(latents=torch.zeros(4, DIM).long()), TypeError, "latents must be a floating tensor, got torch.int64"),
+    (dict(latents=torch.zeros(4, DIM).cfloat()), TypeError, "latents must be a floating tensor, got torch.complex64"),
     (dict(latents=[[1.0]]), TypeError, "latents must be a floating tensor, got list"),
     (dict(latents=torch.zeros(4)), ValueError, r"latents must be \(B, ...\) with B >= 1, got shape \(4,\)"),
     (dict(latents=torch.zeros(0, DIM)), ValueError, r"latents must be .* got shape \(0, 5\)"),
@@ -153,7 +153,7 @@ def test_negative_times_in_all_terms():
     world = World(recipe="all_terms")
     t = -world.draws.t
     for draws in (replace(world.draws, t=t, r=t), replace(world.draws, t_rectify=t)):
-        assert_refused(world, ValueError, "draws.t.* must be", draws=draws)
+        assert_refused(world, ValueError, r"draws.t.* must be", draws=draws)
 
 
 def test_adv_rows_where_adversarial_is_off():

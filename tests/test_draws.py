@@ -1,5 +1,7 @@
 """Draws: distributions of the roles, where the numbers come from, reproducibility."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from batches import toy_draws
@@ -151,7 +153,7 @@ def test_sampling_grid_options():
     assert sampling_grid(30, 0.001, 0.0, (1.17, 0.8, 1.1))[1] == pytest.approx(warped)
     for steps in range(1, 12):
         grid = sampling_grid(steps)
-        assert len(grid) == steps + 1 and all(a > b for a, b in zip(grid, grid[1:], strict=False))
+        assert len(grid) == steps + 1 and all(a > b for a, b in pairwise(grid))
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -172,7 +174,7 @@ def test_step_focus_puts_its_share_on_the_grid(recipe, share):
     generator = torch.Generator().manual_seed(1)
     draws = draw_step(config, torch.zeros(MANY, 1), roles, generator, 0)
     grid = [torch.tensor(t).item() for t in sampling_grid(4)]
-    queries = [(a, r) for a, b in zip(grid, grid[1:], strict=False) for r in (0.0, b)]
+    queries = [(a, r) for a, b in pairwise(grid) for r in (0.0, b)]
     found = [(t, r) in queries for t, r in zip(draws.t.tolist(), draws.r.tolist(), strict=True)]
     if roles is not None:
         assert not any(on for on, role in zip(found, roles, strict=True) if role != "any")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from batches import COND, DIM, move, toy_batch, trained_pair
-from toy import ToyNet
 from torch import nn
+from toy import ToyNet
 
 from twinflow import EMATeacher, FrozenTeacher, StudentTeacher, TwinFlowConfig, TwinFlowLoss
 
@@ -35,7 +35,7 @@ def test_decay_sequence():
 
 
 def test_who_answers():
-    """EMA: its own weights. Student: the student. Frozen: guidance from the first weights, rollouts from the student."""
+    """EMA: its own weights. Student: the student. Frozen: first weights for guidance, the student for rollouts."""
     net = ToyNet(DIM, COND)
     ema, student, frozen = EMATeacher(net, 0.9), StudentTeacher(net), FrozenTeacher(net)
     before = answers(student)
