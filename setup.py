@@ -108,19 +108,22 @@ def write_ninja(build_dir: Path, output: Path, include_dirs: list[str]) -> Path:
     """Writes build.ninja for the extension and returns its path."""
     cxx, nvcc = _find_cxx(), _find_nvcc()
     sanitize = os.environ.get("TWINFLOW_SANITIZE", "")
-    extra = f" -fsanitize={sanitize} -fno-omit-frame-pointer -g -O1" if sanitize else ""
+    extra = f" -fsanitize={sanitize} -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1" if sanitize else ""
     includes = " ".join(f"-I{_escape(d)}" for d in [ROOT / "csrc", *include_dirs])
     arch_defines = " ".join(f"-DTWINFLOW_ISA_{isa.upper()}" for isa in ISA_FLAGS)
     lines = [
         f"builddir = {_escape(build_dir)}",
         f"cxxflags = {CXX_FLAGS}{extra} {includes}",
         "rule cxx",
+        "  description = C++ $out",
         f"  command = {cxx} $cxxflags $flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule nvcc",
+        "  description = CUDA $out",
         f"  command = {nvcc} {NVCC_FLAGS} {_gencode_flags()} {includes} -c $in -o $out",
         "rule link",
+        "  description = link $out",
         f"  command = {cxx} -shared{extra} $in -o $out $libs",
     ]
     objects = []

@@ -1,0 +1,43 @@
+"""Hashes the bits of every bench case's output: `cmp` of two runs' files shows that a process changes nothing.
+
+python benchmarks/determinism.py [--device cpu] --out hashes.json
+"""
+
+import argparse
+import hashlib
+import importlib
+import json
+from pathlib import Path
+
+import harness
+import torch
+from torch.utils._pytree import tree_leaves
+
+
+def bits(output: object) -> str:
+    """A hash of the bytes of every tensor in a pytree."""
+    found = hashlib.sha256()
+    for x in tree_leaves(output):
+        if isinstance(x, torch.Tensor):
+            found.update(x.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    hashes = {}
+    for path in sorted(Path(__file__).parent.glob("bench_*.py")):
+        for case in importlib.import_module(path.stem).cases(torch.device(options.device)):
+            first, again = (bits(case.run(harness.inputs_of(case, 0))) for _ in range(2))
+            if first != again:
+                raise SystemExit(f"{path.stem}: {case.name}: two calls in one process differ")
+            hashes[f"{path.stem}: {case.name}"] = first
+    options.out.write_text(json.dumps(hashes, indent=1) + "\n")
+    print(f"{len(hashes)} cases: two calls gave the same bits")
+
+
+if __name__ == "__main__":
+    main()
