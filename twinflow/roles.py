@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from fractions import Fraction
+from math import lcm
 from typing import Any
 
 
@@ -18,7 +19,9 @@ class RoleCounter:
     def __init__(self, shares: Mapping[str, float]) -> None:
         exact = {role: Fraction(share) for role, share in shares.items()}
         total = sum(exact.values())
-        self._shares = {role: share / total for role, share in exact.items()}
+        self._whole = lcm(*((share / total).denominator for share in exact.values()))
+        # Shares as integers that sum to `_whole`; the arithmetic below is in units of 1 / `_whole`.
+        self._shares = {role: int(share / total * self._whole) for role, share in exact.items()}
         self.counts = dict.fromkeys(self._shares, 0)
 
     @property
@@ -35,15 +38,26 @@ class RoleCounter:
         return self._deal(self.counts, rows)
 
     def _deal(self, counts: dict[str, int], rows: int) -> tuple[str, ...]:
+        if len(counts) == 1:
+            (role,) = counts
+            counts[role] += rows
+            return (role,) * rows
         dealt: list[str] = []
-        slack = 1 - Fraction(1, max(2 * len(self._shares) - 2, 2))
+        # A role is due once it is owed 1 / parts of a row; the next row is that of the due role whose debt would be
+        # the first to exceed 1 - 1 / parts.
+        parts, whole = 2 * len(counts) - 2, self._whole
         done = sum(counts.values())
         for position in range(done + 1, done + 1 + rows):
-            owed = {role: position * share - counts[role] for role, share in self._shares.items()}
-            due = [role for role in owed if owed[role] >= 1 - slack] or list(owed)
-            role = min(due, key=lambda name: (slack - owed[name]) / self._shares[name])
-            counts[role] += 1
-            dealt.append(role)
+            chosen, chosen_room = "", 0
+            for role, share in self._shares.items():
+                owed = parts * (position * share - counts[role] * whole)
+                if owed < whole:
+                    continue
+                room = (parts - 1) * whole - owed  # over share: the time left
+                if not chosen or room * self._shares[chosen] < chosen_room * share:
+                    chosen, chosen_room = role, room
+            counts[chosen] += 1
+            dealt.append(chosen)
         return tuple(dealt)
 
     def state_dict(self) -> dict[str, Any]:
