@@ -137,6 +137,15 @@ class _Planner:
         real = [(i, "real", again[self.rectified[i]], again[self.rectified[i]]) for i in rows]
         self.add_pair("rectify", "student", fake, real, piece, merge=True)
 
+    def published_rows(self) -> int:
+        """Rows without gradient of the published schedule: it drops none of a pass's rows."""
+        config, all_terms = self.config, self.draws.roles is None
+        fakes = 0 if all_terms else self.roles.count("adv")
+        data = self.batch - fakes if config.data_free else 0
+        guidance = 2 * self.batch if config.enhanced_ratio > 0 and self.request.has_uncond else 0
+        walks = 2 if all_terms and config.adversarial and config.consistency_weight > 0 else 1
+        return fakes + data + guidance + walks * config.estimate_order * self.batch + 2 * len(self.rectified)
+
     def build(self) -> Plan:
         most = self.request.micro_batch or self.batch
         self.pieces = tuple(tuple(range(i, min(i + most, self.batch))) for i in range(0, self.batch, most))
@@ -151,7 +160,7 @@ class _Planner:
         return Plan(
             passes=tuple(self.passes), pieces=self.pieces, batch=self.batch, schedule=self.request.schedule,
             recipe=self.config.recipe, order=self.config.estimate_order, enhanced=self.enhanced,
-            rollout_rows=self.rollout, published_rows=sum(len(p.rows) for p in self.passes if not p.gradient),
+            rollout_rows=self.rollout, published_rows=self.published_rows(),
         )  # fmt: skip
 
 
@@ -182,12 +191,7 @@ def make_plan(config: TwinFlowConfig, draws: Draws, request: Request | None = No
         The plan.
     """
     request = request or Request()
-    plan = _Planner(config, draws, request).build()
-    if request.schedule == "published":
-        return plan
-    baseline = Request(request.cfg_by, request.rollout_by, request.has_uncond, schedule="published")
-    published = _Planner(config, draws, baseline).build().published_rows
-    return Plan(**{**vars(plan), "published_rows": published})
+    return _Planner(config, draws, request).build()
 
 
 def time_table(plan: Plan, dtype: torch.dtype) -> torch.Tensor:
