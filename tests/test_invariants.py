@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from batches import COND, DIM, EIGHT, TEACHERS, gradients, move, toy_batch, toy_draws, trained_pair, with_times
-from toy import ToyNet, make_teacher
 from torch import nn
+from toy import ToyNet, make_teacher
 
 from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss
 from twinflow.draws import draw_step
@@ -31,8 +31,9 @@ class Constant(nn.Module):
 def test_a_constant_velocity_is_a_fixed_point(recipe, order, teacher, loss):
     """Data from which every path has the constant velocity: no loss and no gradient, at any order."""
     net = Constant()
-    config = TwinFlowConfig(recipe=recipe, estimate_order=order, loss=loss, rectify_weight=0.5,
-                            adversarial=recipe == "all_terms", shares=dict.fromkeys(("e2e", "mul", "any", "one"), 1))  # fmt: skip
+    shares = dict.fromkeys(("e2e", "mul", "any", "one"), 1)
+    options = dict(estimate_order=order, loss=loss, rectify_weight=0.5, shares=shares)
+    config = TwinFlowConfig(recipe=recipe, adversarial=recipe == "all_terms", **options)
     roles = ("e2e", "mul", "any", "one", "any", "mul") if recipe == "partition" else None
     _, cond, uncond = toy_batch(6, torch.float64)
     draws = toy_draws(config, torch.zeros(6, DIM, dtype=torch.float64), roles)

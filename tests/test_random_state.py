@@ -59,22 +59,19 @@ def test_dropout_masks_align_where_row_sets_match(rng_align):
     """Equal cond and uncond: with the masks aligned the guidance is exactly nothing, however large its ratio."""
     student, teacher = trained_pair("ema", dropout=0.1)
     latents, cond, _ = toy_batch(8)
+    # A second leaf of another length keeps cond and uncond in two calls, which then have the same rows.
+    conditions = (cond, torch.zeros(8, 2)), (cond.clone(), torch.zeros(8, 3))
+    draws = toy_draws(TwinFlowConfig(), latents, EIGHT)
     found = []
     for ratio in (0.0, 50.0):
-        config = TwinFlowConfig(enhanced_ratio=ratio, rng_align=rng_align)
-        draws = toy_draws(config, latents, EIGHT) if not found else draws
+        criterion = TwinFlowLoss(TwinFlowConfig(enhanced_ratio=ratio, rng_align=rng_align))
         torch.manual_seed(11)
-        # A second leaf of another length keeps cond and uncond in two calls, which then have the same rows.
-        unlike = cond.clone()
-        out = TwinFlowLoss(config)(
-            Padded(student), (latents), (cond, torch.zeros(8, 2)), (unlike, torch.zeros(8, 3)),
-            teacher=PaddedTeacher(teacher), draws=draws,
-        )  # fmt: skip
+        out = criterion(padded(student), latents, *conditions, teacher=PaddedTeacher(teacher), draws=draws)
         found.append(out.loss)
     assert torch.equal(*found)
 
 
-def Padded(net):
+def padded(net):
     return lambda x_t, t, r, cond: net(x_t, t, r, cond[0])
 
 
@@ -84,7 +81,7 @@ class PaddedTeacher(StudentTeacher):
     cfg_by = rollout_by = "teacher"
 
     def __init__(self, teacher):
-        self.teacher, self.student = teacher, Padded(teacher._student)
+        self.teacher, self.student = teacher, padded(teacher._student)
 
     def velocity(self, x_t, t, r, cond, query):
         return self.teacher.velocity(x_t, t, r, cond[0], query)
