@@ -172,7 +172,7 @@ def test_draw_checks_latents_and_generator():
     criterion = TwinFlowLoss()
     with pytest.raises(TypeError, match="latents must be a floating tensor"):
         criterion.draw(torch.zeros(4, DIM, dtype=torch.int32))
-    with pytest.raises(TypeError, match="generator must be a torch.Generator or None, got str"):
+    with pytest.raises(TypeError, match=r"generator must be a torch.Generator or None, got str"):
         criterion.draw(torch.zeros(4, DIM), generator="cpu")
     assert criterion.state_dict() == TwinFlowLoss().state_dict()
 

@@ -233,7 +233,7 @@ class TwinFlowLoss:
             counts = {role: float(draws.roles.count(role)) for role in draws.roles or ()}  # type: ignore[union-attr]
         plan = make_plan(config, draws, request)
         table = row_table(config, draws, plan, counts, given.step_rows)
-        tensors = Batch(given.latents, given.cond, uncond, draws)
+        tensors = Batch(given.latents.detach(), given.cond, uncond, draws)
         run = StepRun(given.student, given.teacher, tensors, plan, table)
         loss, terms = run_step(config, run, update_teacher, backward)
         self._roles.take(dealt)

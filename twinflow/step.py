@@ -136,7 +136,7 @@ class Step:
         if not isinstance(velocity, torch.Tensor) or velocity.shape != x_t.shape or not velocity.is_floating_point():
             got = f"{velocity.dtype} {tuple(velocity.shape)}" if isinstance(velocity, torch.Tensor) else type(velocity)
             raise ValueError(f"TwinFlowLoss: {call.who} must return a floating velocity {tuple(x_t.shape)}, got {got}")
-        return velocity
+        return velocity if grad else velocity.detach()  # a view of a parameter would start a graph
 
     def _condition(self, call: Pass) -> Any:
         first = call.kinds.index("uncond") if "uncond" in call.kinds else len(call.rows)
