@@ -29,13 +29,13 @@ sanitize: venv
 
 venv: $(VENV)/installed
 
-# torch comes first and pinned, so that nothing else chooses one.
+# torch comes first and pinned, so that nothing else chooses one; the native code is left to `build`.
 $(VENV)/installed: constraints.txt pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit("make: Python 3.11 or newer is needed for the pinned versions (make PYTHON=python3.12), got " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) $$(grep '^torch==' constraints.txt)
 	$(PIP) setuptools wheel pybind11 ninja
-	$(PIP) --no-build-isolation -e '.[dev]'
+	TWINFLOW_BUILD_NATIVE=0 $(PIP) --no-build-isolation -e '.[dev]'
 	touch $@
 
 build: venv
