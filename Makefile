@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip --disable-pip-version-check install -q -c constraints.txt
+PIP := $(PY) -m pip --disable-pip-version-check install -q --no-compile -c constraints.txt
 SANITIZED := build/sanitize
 
 .PHONY: demo test test-all bench lint sanitize venv build clean
