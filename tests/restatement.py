@@ -136,7 +136,8 @@ def all_terms_loss(net, teacher, config, x, cond, uncond, draws, step_rows=None)
             terms.append(weight * row_loss(f, residual.detach(), config, config.loss))
 
         f = run(net, x_t, t, r, c)
-        add(1.0, f, rcgm_residual(config, teacher, f, v_star, x_t, t, r, c))
+        weight = math.tan((1 - (t - r)) * math.pi / 2.5) + 1 if config.time_weight else 1.0
+        add(weight, f, rcgm_residual(config, teacher, f, v_star, x_t, t, r, c))
         f = run(net, x_t, t, t, c)
         add(config.real_velocity_weight, f, f - v_star)
         if not config.adversarial:
