@@ -184,6 +184,10 @@ def test_wrong_students():
             make(ToyNet().requires_grad_(False))
     with pytest.raises(TypeError, match="StudentTeacher: student must be callable, got int"):
         StudentTeacher(3)
+    net = ToyNet()
+    net.phase = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    with pytest.raises(TypeError, match=r"EMATeacher: parameter phase must be floating, got torch.complex64"):
+        EMATeacher(net, 0.9)
     with pytest.raises(TypeError, match=r"EMATeacher: dtype must be a floating dtype, got torch.int64"):
         EMATeacher(ToyNet(), 0.9, dtype=torch.int64)
 

@@ -104,7 +104,7 @@ class EMATeacher(_CopyTeacher):
 
     Raises:
         ValueError: decay outside (0, 1), or no parameter requires grad.
-        TypeError: student is not an nn.Module.
+        TypeError: student is not an nn.Module, or has a trainable parameter that is not floating.
     """
 
     def __init__(
@@ -123,6 +123,9 @@ class EMATeacher(_CopyTeacher):
         if not dtype.is_floating_point:
             raise TypeError(f"EMATeacher: dtype must be a floating dtype, got {dtype}")
         super().__init__(student)
+        for name, target in self._targets.items():
+            if not target.is_floating_point():
+                raise TypeError(f"EMATeacher: parameter {name} must be floating, got {target.dtype}")
         self.decay = float(decay)
         self.current_decay = 0.0
         self.updates = 0
