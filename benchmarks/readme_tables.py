@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from report import kernels_table, training_table
+from report import kernels_table, table, training_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -44,9 +44,37 @@ def training() -> str:
     return "\n\n".join(parts)
 
 
+def digits() -> str:
+    """The demo's table."""
+    report = json.loads((RESULTS / "digits_cpu.json").read_text())
+    rows = []
+    for row in report["rows"]:
+        counts = row["class_counts"]
+        scores = [f"{row['frechet']:.3f}", f"{row['accuracy']:.3f}", f"{min(counts)} to {max(counts)}"]
+        rows.append([row["model"], str(row["steps"] or ""), row["style"], *scores])
+    caption = (
+        f"`make demo`, seed {report['seed']}: {report['base_steps']} steps of flow matching, then {report['steps']} of "
+        f"TwinFlow, {report['seconds']:.0f} s in all on {report['threads']} CPU threads."
+    )
+    head = ["model", "steps", "style", "Fréchet distance", "label accuracy", "images per class"]
+    return f"{caption}\n\n{table(head, rows)}"
+
+
+def study(name: str) -> str:
+    """A study's table as it was written beside its results."""
+    return (RESULTS / f"{name}_cpu.md").read_text().strip()
+
+
 def render(text: str) -> str:
     """The README with its generated parts made anew."""
-    for name, make in {"kernels": kernels, "training": training}.items():
+    parts = {
+        "digits": digits,
+        "stability": lambda: study("stability"),
+        "step_focus": lambda: study("step_focus"),
+        "kernels": kernels,
+        "training": training,
+    }
+    for name, make in parts.items():
         pattern = rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)"
         text = re.sub(pattern, lambda m, make=make: f"{m[1]}\n{make()}\n\n{m[2]}", text, flags=re.DOTALL)
     return text

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
@@ -19,7 +19,7 @@ def kernels_table(results: list[dict[str, Any]]) -> str:
             [f"`{result['op']}` {result['name']}", f"{ours['median_us']:.0f}", f"{ours['gb_per_s']:.1f}",
              f"{ours['percent_of_copy']:.0f} %", ", ".join(peers)]
         )  # fmt: skip
-    return _table(["kernel", "µs", "GB/s", "of copy", "time of peers over ours"], rows)
+    return table(["kernel", "µs", "GB/s", "of copy", "time of peers over ours"], rows)
 
 
 def training_table(lines: list[dict[str, Any]]) -> str:
@@ -34,7 +34,7 @@ def training_table(lines: list[dict[str, Any]]) -> str:
         ratio = f"{base['median_s'] / line['median_s']:.2f}x" if "median_s" in base else ""
         rows.append([*head, f"{line['median_s']:.3f}", ratio, f"{line['peak_bytes'] / 1e9:.2f}"])
     head = ["recipe", "batch", "schedule", "rows without gradient", "s/step", "speed-up", "peak GB above weights"]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def inference_table(lines: list[dict[str, Any]]) -> str:
@@ -43,7 +43,7 @@ def inference_table(lines: list[dict[str, Any]]) -> str:
         [str(x["steps"]), f"{x['samples_per_s']:.2f}", f"{x['latency_s']:.4f}", f"{x['sampler_s'] * 1e3:.2f}"]
         for x in lines
     ]
-    return _table(["steps", "samples/s at batch 10", "s at batch 1", "sampler ms at batch 1"], rows)
+    return table(["steps", "samples/s at batch 10", "s at batch 1", "sampler ms at batch 1"], rows)
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -57,9 +57,9 @@ def markdown(report: dict[str, Any]) -> str:
     if report["notice"]:
         parts.append(f"**{report['notice']}**")
     tables = {"kernels": kernels_table, "training": training_table, "inference": inference_table}
-    for name, table in tables.items():
+    for name, make in tables.items():
         if name in report:
-            parts += [f"## {name.capitalize()}", table(report[name])]
+            parts += [f"## {name.capitalize()}", make(report[name])]
     return "\n\n".join(parts) + "\n"
 
 
