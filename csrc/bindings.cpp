@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "ema_pairs.h"
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -79,6 +80,12 @@ PYBIND11_MODULE(_C, m) {
         cuda::versions(&runtime, &driver);
         return py::make_tuple(runtime, driver);
     });
+    m.def("ema_update_cuda", [](Address pairs, int64_t count, double decay, Address decay_on_device, int decay_dtype,
+                                int device, Address stream) {
+        py::gil_scoped_release release;
+        const EmaDecay numbers{decay, 1.0 - decay, at<const void>(decay_on_device), static_cast<DType>(decay_dtype)};
+        cuda::ema_update(at<const EmaPair>(pairs), count, numbers, device, at<void>(stream));
+    });
 #endif
 
     m.def("rollout_step_cpu", [](Address x, Address v, Address dt, int64_t rows, int64_t row_size, int x_dtype,
@@ -87,6 +94,16 @@ PYBIND11_MODULE(_C, m) {
         TWINFLOW_CPU(rollout_step(at<void>(x), at<const void>(v), at<const void>(dt), rows, row_size,
                                   static_cast<DType>(x_dtype), static_cast<DType>(v_dtype), threads))
     });
+
+    // Reads lists of tensors without Python's attribute look-ups; made from torch.Tensor and torch.nn.Parameter.
+    py::class_<TensorReader>(m, "TensorReader")
+        .def(py::init([](py::object tensor_type, py::object parameter_type) {
+            return TensorReader(tensor_type.ptr(), parameter_type.ptr());
+        }), py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
+        .def("ema_pairs", [](const TensorReader& reader, py::list targets, py::list sources, py::list copies,
+                             Address pairs) {
+            return ema_pairs(reader, targets.ptr(), sources.ptr(), copies.ptr(), at<EmaPair>(pairs));
+        });
 
     m.def("ema_update_cpu", [](Address pairs, int64_t count, double decay, int threads) {
         py::gil_scoped_release release;

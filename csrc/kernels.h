@@ -14,7 +14,9 @@ struct EmaPair {
 };
 
 struct EmaDecay {
-    double keep, take;  // decay, 1 - decay
+    double keep, take;                // decay, 1 - decay
+    const void* on_device = nullptr;  // where set, a CUDA kernel reads the decay there instead
+    DType dtype = DType::f32;         // of on_device
 };
 
 // The velocity loss of (row_count, row_size) tensors; null addresses for tensors that are absent.
@@ -57,6 +59,8 @@ TWINFLOW_DECLARE_CPU(avx512)
 
 namespace cuda {
 void versions(int* runtime, int* driver);
+// As the CPU's ema_update, on a device and its stream; throws std::runtime_error where CUDA reports an error.
+void ema_update(const EmaPair* pairs, int64_t count, EmaDecay decay, int device, void* stream);
 }  // namespace cuda
 
 }  // namespace twinflow

@@ -7,17 +7,27 @@ Shapes: targets and sources are lists of equally shaped tensors; decay in [0, 1]
 
 Bytes moved per parameter: target read and written, source read: 12 for float32, 10 for a bf16 source; a copy adds its
 own size.
+
+Ladder, CPU (64 M parameters; see benchmarks/results/): v1 = the `mul_`/`add_` pair, two passes, a cast and 2 n
+parallel regions; v2 = `_foreach_lerp_`, one pass, equal dtypes only; v3 = one C++ pass over a table of addresses,
+threads sharing the elements and not the tensors, the source widened in tiles of 1,024.
+Ladder, CUDA (not timed: no GPU at hand; both are kept until one is, TWINFLOW_BACKEND picks): v1 = Triton over a table
+on the device, one launch per combination of dtypes, tables cached by their contents; v2 (default) = CUDA C++, the table
+by value in the kernel's parameters, dtypes per tensor at run time, 1,363 tensors a launch (1,022 with copies): nothing
+is copied to the device and a CUDA graph needs no warm-up.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
+import triton
+import triton.language as tl
 
 from twinflow_kernels import _backend, _registry
+from twinflow_kernels._ema_pairs import PAIR, WHERE, Tensors, check_lists, prepare
 from twinflow_kernels._registry import register, require, require_floating
-
-WHERE = "ema_update_"
 
 
 def ema_update_ref(target: torch.Tensor, source: torch.Tensor, decay: float | torch.Tensor) -> torch.Tensor:
@@ -38,80 +48,153 @@ def ema_update_ref(target: torch.Tensor, source: torch.Tensor, decay: float | to
     return torch.where(keep == 0, new, torch.where(keep == 1, old, mixed)).to(target.dtype)
 
 
-def _spans(tensors: Sequence[torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
-    """First address and address past the end of each tensor, both 0 where it is empty."""
-    begin = np.fromiter(map(torch.Tensor.data_ptr, tensors), np.int64, len(tensors))
-    size = np.fromiter(map(torch.Tensor.numel, tensors), np.int64, len(tensors))
-    if not all(map(torch.Tensor.is_contiguous, tensors)):
-        for i, x in enumerate(tensors):
-            if size[i] and not x.is_contiguous():
-                size[i] = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
-    size *= np.fromiter(map(torch.Tensor.element_size, tensors), np.int64, len(tensors))
-    begin[size == 0] = 0
-    return begin, begin + size
+def _read_decay(
+    decay: float, decay_tensor: torch.Tensor | None, device: torch.device | None
+) -> tuple[float, torch.Tensor | None]:
+    """The decay as a number, or as a tensor where it lies on `device`, to be read by the kernel there."""
+    if decay_tensor is None or decay_tensor.device == device:
+        return decay, decay_tensor
+    value = float(decay_tensor)
+    require(0.0 <= value <= 1.0, WHERE, "decay", "in [0, 1]", value)
+    return value, None
 
 
-def _check_memory(written: Sequence[torch.Tensor], read: Sequence[torch.Tensor]) -> None:
-    """Raises ValueError where a written tensor shares memory with another written or a read one; O(n log n)."""
-    begin, end = _spans([*written, *read])
-    order = np.argsort(begin, kind="stable")
-    begin, end, is_written = begin[order], end[order], order < len(written)
-    # Of the ranges that begin earlier, the furthest end of any, and of a written one.
-    any_end = np.maximum.accumulate(end)[:-1]
-    written_end = np.maximum.accumulate(np.where(is_written, end, 0))[:-1]
-    clash = begin[1:] < np.where(is_written[1:], any_end, written_end)
-    require(
-        not clash.any(), WHERE, "targets and copies", "memory of their own", "an overlap among them or with a source"
-    )
+def launch_config(count: int, aligned: bool) -> tuple[int, int, int]:
+    """(chunk, block, num_warps) of the Triton kernel for tensors of up to `count` elements; grid = (chunks,).
+
+    A program walks one chunk of a tensor, `block` elements at a time.
+    """
+    block = min(2048 if aligned else 512, max(128, triton.next_power_of_2(count)))
+    return min(16384, max(block, triton.next_power_of_2(count))), block, 8
 
 
-def _host_decay(decay: float, decay_tensor: torch.Tensor | None) -> float:
-    """The decay as a number; a decay tensor that lies on the host is read and checked here."""
-    if decay_tensor is not None:
-        decay = float(decay_tensor)
-        require(0.0 <= decay <= 1.0, WHERE, "decay", "in [0, 1]", decay)
-    return decay
+@triton.jit
+def _update_columns(target, source, copy, columns, mask, keep, HAS_COPY: tl.constexpr):
+    replace, stay = keep == 0, keep == 1
+    old = tl.load(target + columns, mask=mask & (not replace), other=0.0)
+    new = tl.load(source + columns, mask=mask & (not stay), other=0.0)
+    wide: tl.constexpr = tl.float64 if old.dtype == tl.float64 else tl.float32
+    # decay * target + (1 - decay) * source
+    mixed = keep.to(wide) * old.to(wide) + (1 - keep).to(wide) * new.to(wide)
+    value = tl.where(replace, new.to(wide), mixed).to(old.dtype)
+    tl.store(target + columns, value, mask=mask & (not stay))
+    if HAS_COPY:
+        value = tl.where(stay, old, value)
+        # float64 reaches the 16-bit types by way of float32, as in torch.
+        to: tl.constexpr = copy.dtype.element_ty
+        tl.store(copy + columns, (value if to == tl.float64 else value.to(tl.float32)).to(to), mask=mask)
 
 
-_PAIR = np.dtype([("address", np.int64, 3), ("count", np.int64), ("dtype", np.int16, 4)])  # csrc/kernels.h: EmaPair
+@triton.jit(do_not_specialize=["decay_bits"])
+def _ema_update_kernel(
+    table_ptr, chunk_pair_ptr, decay_bits, decay_ptr,
+    T: tl.constexpr, S: tl.constexpr, C: tl.constexpr, HAS_COPY: tl.constexpr, DECAY_ON_DEVICE: tl.constexpr,
+    ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    if DECAY_ON_DEVICE:
+        keep = tl.load(decay_ptr).to(tl.float64)
+        keep = tl.where((keep >= 0) & (keep <= 1), keep, float("nan"))
+    else:
+        keep = decay_bits.to(tl.int64).to(tl.float64, bitcast=True)
+    # A row of the table: three addresses, the element count, the number of the tensor's first chunk.
+    chunk = tl.program_id(0).to(tl.int64)
+    row = table_ptr + 5 * tl.load(chunk_pair_ptr + chunk).to(tl.int64)
+    target = tl.load(row).to(tl.pointer_type(T))
+    source = tl.load(row + 1).to(tl.pointer_type(S))
+    copy = tl.load(row + 2).to(tl.pointer_type(C))
+    count, begin = tl.load(row + 3), (chunk - tl.load(row + 4)) * CHUNK
+    # Masks that change only every 8 elements let aligned tensors be read 16 bytes at a time; the rest comes after.
+    whole = count // 8 * 8 if ALIGNED else count
+    if ALIGNED:
+        target, source = tl.multiple_of(target, 16), tl.multiple_of(source, 16)
+        copy = tl.multiple_of(copy, 16)
+    for offset in range(0, CHUNK, BLOCK):
+        columns = begin + offset + tl.arange(0, BLOCK)
+        _update_columns(target, source, copy, columns, columns < whole, keep, HAS_COPY)
+    if ALIGNED and whole < count and begin + CHUNK >= count:
+        columns = whole + tl.arange(0, 8)
+        _update_columns(target, source, copy, columns, columns < count, keep, HAS_COPY)
 
 
-def _table(
-    targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], copies: Sequence[torch.Tensor]
-) -> np.ndarray:
-    """One row per pair; the first len(copies) pairs have a copy."""
-    table = np.zeros(len(targets), _PAIR)
-    code, dtype_of = _registry.DTYPE_CODES.__getitem__, torch.Tensor.dtype.__get__
-    for column, tensors in enumerate((targets, sources, copies)):
-        n = len(tensors)
-        table["address"][:n, column] = np.fromiter(map(torch.Tensor.data_ptr, tensors), np.int64, n)
-        table["dtype"][:n, column] = np.fromiter(map(code, map(dtype_of, tensors)), np.int16, n)
-    table["count"] = np.fromiter(map(torch.Tensor.numel, targets), np.int64, len(targets))
-    return table
+@lru_cache(maxsize=16)
+def _chunk_tables(table: bytes, chunk: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernel's table and the row of each chunk, on the device.
+
+    Weights stay where they are, so a later step with the same addresses finds its tables here: no copy and no host
+    sync, and a CUDA graph captured after one such step may hold on to them.
+    """
+    rows = np.frombuffer(table, PAIR)
+    chunks = -(-rows["count"] // chunk)
+    first = np.cumsum(chunks) - chunks
+    columns = np.column_stack([rows["address"], rows["count"], first])
+    of_chunk = np.repeat(np.arange(len(rows), dtype=np.int32), chunks)
+    return torch.from_numpy(columns).to(device), torch.from_numpy(of_chunk).to(device)
 
 
-def _ema_update_cpu(targets, sources, decay, decay_tensor, copies) -> None:
-    decay = _host_decay(decay, decay_tensor)
-    _check_memory([*targets, *copies], sources)
-    sources = [x.contiguous() for x in sources]
-    table = _table(targets, sources, copies)
+_TRITON_DTYPES = {0: tl.float32, 1: tl.float64, 2: tl.bfloat16, 3: tl.float16}  # by csrc/kernels.h: DType
+
+
+def _ema_update_triton(
+    targets: Tensors, sources: Tensors, decay: float, decay_tensor: torch.Tensor | None, copies: Tensors
+) -> None:
+    """One launch for each combination of dtypes."""
+    decay, on_device = _read_decay(decay, decay_tensor, targets[0].device)
+    table, sources = prepare(targets, sources, copies)
+    has_copy = table["address"][:, 2] != 0
+    kinds = (table["dtype"][:, :3] * (1, 4, 16)).sum(1) + 64 * has_copy
+    bits = int(np.float64(decay).view(np.int64))
+    for kind in np.unique(kinds[table["count"] > 0]).tolist():
+        rows = table[(kinds == kind) & (table["count"] > 0)]
+        t, s, c = (_TRITON_DTYPES[kind >> shift & 3] for shift in (0, 2, 4))
+        # float64 is 8 bytes an access anyway, and spills registers in the wider form.
+        aligned = not (rows["address"] % 16).any() and tl.float64 not in (t, s, c)
+        chunk, block, num_warps = launch_config(int(rows["count"].max()), aligned)
+        device_table, chunk_pair = _chunk_tables(rows.tobytes(), chunk, targets[0].device)
+        with torch.cuda.device_of(targets[0]):
+            _ema_update_kernel[(len(chunk_pair),)](
+                device_table, chunk_pair, bits, device_table if on_device is None else on_device, T=t, S=s, C=c,
+                HAS_COPY=kind >= 64, DECAY_ON_DEVICE=on_device is not None, ALIGNED=aligned,
+                CHUNK=chunk, BLOCK=block, num_warps=num_warps, enable_fp_fusion=False,
+            )  # fmt: skip
+
+
+def _ema_update_cuda(
+    targets: Tensors, sources: Tensors, decay: float, decay_tensor: torch.Tensor | None, copies: Tensors
+) -> None:
+    decay, on_device = _read_decay(decay, decay_tensor, targets[0].device)
+    table, sources = prepare(targets, sources, copies)
+    device = targets[0].device
+    address, code = (0, 0) if on_device is None else (on_device.data_ptr(), _registry.dtype_code(on_device.dtype))
+    _backend.native().ema_update_cuda(  # type: ignore[union-attr]
+        table.ctypes.data, len(table), decay, address, code,
+        device.index, torch.cuda.current_stream(device).cuda_stream,
+    )  # fmt: skip
+
+
+def _ema_update_cpu(
+    targets: Tensors, sources: Tensors, decay: float, decay_tensor: torch.Tensor | None, copies: Tensors
+) -> None:
+    decay, _ = _read_decay(decay, decay_tensor, None)
+    table, sources = prepare(targets, sources, copies)
     _backend.native().ema_update_cpu(  # type: ignore[union-attr]
         table.ctypes.data, len(table), decay, _registry.native_threads()
     )
 
 
-def _ema_update_reference(targets, sources, decay, decay_tensor, copies) -> None:
-    if decay_tensor is not None and decay_tensor.device.type == "cpu":
-        decay, decay_tensor = _host_decay(decay, decay_tensor), None
-    _check_memory([*targets, *copies], sources)
+def _ema_update_reference(
+    targets: Tensors, sources: Tensors, decay: float, decay_tensor: torch.Tensor | None, copies: Tensors
+) -> None:
+    device = None if targets[0].device.type == "cpu" else targets[0].device
+    decay, on_device = _read_decay(decay, decay_tensor, device)
+    prepare(targets, sources, copies)
     for target, source in zip(targets, sources, strict=True):
-        target.copy_(ema_update_ref(target, source, decay if decay_tensor is None else decay_tensor))
+        target.copy_(ema_update_ref(target, source, decay if on_device is None else on_device))
     for copy, target in zip(copies, targets, strict=False):
         copy.copy_(target)
 
 
-def _fake(targets, sources, decay, decay_tensor, copies) -> None:
-    return None
+def _fake(targets: Tensors, sources: Tensors, decay: float, decay_tensor: torch.Tensor | None, copies: Tensors) -> None:
+    check_lists(targets, sources, [*copies, *[None] * (len(targets) - len(copies))])
 
 
 _operation = register(
@@ -119,25 +202,10 @@ _operation = register(
     "ema_update_(Tensor(a!)[] targets, Tensor[] sources, float decay, Tensor? decay_tensor, Tensor(b!)[] copies) -> ()",
     reference=_ema_update_reference,
     cpu=_ema_update_cpu,
+    triton=_ema_update_triton,
+    cuda=_ema_update_cuda,
     fake=_fake,
 )
-
-
-def _check_list(
-    name: str, tensors: Sequence[torch.Tensor | None], targets: Sequence[torch.Tensor], written: bool
-) -> None:
-    """Raises for the first tensor that does not fit its target."""
-    require(len(tensors) == len(targets), WHERE, name, f"as long as targets, {len(targets)}", len(tensors))
-    for i, (x, target) in enumerate(zip(tensors, targets, strict=True)):
-        if x is None and name == "copies":
-            continue
-        here = f"{name}[{i}]"
-        require_floating(WHERE, here, x)
-        require(x.shape == target.shape, WHERE, here, f"of targets[{i}]'s shape {tuple(target.shape)}", tuple(x.shape))
-        require(x.device == targets[0].device, WHERE, here, f"on targets[0]'s device {targets[0].device}", x.device)
-        if written:
-            require(x.is_contiguous(), WHERE, here, "contiguous, as it is written", f"strides {x.stride()}")
-            require(not x.requires_grad, WHERE, here, "a tensor without requires_grad", "requires_grad=True")
 
 
 def _split_decay(decay: float | torch.Tensor, targets: Sequence[torch.Tensor]) -> tuple[float, torch.Tensor | None]:
@@ -154,6 +222,11 @@ def _split_decay(decay: float | torch.Tensor, targets: Sequence[torch.Tensor]) -
         raise TypeError(f"{WHERE}: decay must be a number or a tensor of one element, got {type(decay).__name__}")
     require(0.0 <= decay <= 1.0, WHERE, "decay", "in [0, 1]", decay)
     return float(decay), None
+
+
+def _any_requires_grad(targets: Tensors, copies: Tensors) -> bool:
+    """Also where an element is no tensor."""
+    return any(getattr(x, "requires_grad", True) for tensors in (targets, copies) for x in tensors)
 
 
 def ema_update_(
@@ -182,16 +255,25 @@ def ema_update_(
     Source: TwinFlow (arXiv 2512.05150); docs/method.md, equation 7.
     """
     targets, sources = list(targets), list(sources)
-    for i, target in enumerate(targets):
-        require_floating(WHERE, f"targets[{i}]", target)
+    shadows = [x for x in copies if x is not None] if copies is not None else []
+    in_order = copies is None or len(shadows) == len(targets)
+    tracing = torch.compiler.is_compiling()
+    # The operation checks its tensors itself; this names the element where it or its dispatcher cannot.
+    if tracing or not in_order or len(sources) != len(targets) or _any_requires_grad(targets, shadows):
+        check_lists(targets, sources, copies)
     decay, decay_tensor = _split_decay(decay, targets)
-    _check_list("targets", targets, targets, written=True)
-    _check_list("sources", sources, targets, written=False)
-    kept: list[torch.Tensor] = []
-    if copies is not None:
-        _check_list("copies", copies, targets, written=True)
-        order = sorted(range(len(targets)), key=lambda i: copies[i] is None)
-        kept = [copies[i] for i in order if copies[i] is not None]
+    if not targets:
+        return
+    if not in_order:
+        has_copy = [x is not None for x in copies or ()]
+        order = sorted(range(len(targets)), key=lambda i: not has_copy[i])
         targets, sources = [targets[i] for i in order], [sources[i] for i in order]
-    if targets:
-        torch.ops.twinflow.ema_update_(targets, sources, decay, decay_tensor, kept)
+    try:
+        with torch.no_grad():
+            torch.ops.twinflow.ema_update_(targets, sources, decay, decay_tensor, shadows)
+    except (RuntimeError, TypeError):
+        check_lists(targets, sources, shadows or None)
+        raise
+    if not tracing:
+        # As torch's own in-place operations do: a backward pass that has saved an old value then raises.
+        torch.autograd.graph.increment_version([*targets, *shadows])

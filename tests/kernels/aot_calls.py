@@ -8,7 +8,7 @@ import itertools
 
 import torch
 
-from twinflow_kernels import dual_time_embedding, rollout_start, rollout_step_, velocity_loss
+from twinflow_kernels import dual_time_embedding, ema_update_, rollout_start, rollout_step_, velocity_loss
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 SIZES = (4096, 65)
@@ -61,4 +61,21 @@ def loss():
         velocity_loss(v_pred, v_target, x, x, torch.ones(2, 4), loss="l2")
 
 
-CALLS = [rollout_step, start, time_embedding, loss]
+def ema():
+    device_decay = torch.tensor(0.9)
+    usual = [(F32, F32, None), (F32, BF16, BF16)]  # target, source, copy
+    rare = [
+        (F32, BF16, None), (F32, F16, None), (F32, F32, F16), (BF16, BF16, None), (BF16, F32, F32), (F16, F16, None),
+        (F64, F64, F32), (F64, F32, BF16), (F16, F64, F64),
+    ]  # fmt: skip
+    rows = [
+        *itertools.product(usual, (16384, 65), (0, 1), (0.9,)),
+        *itertools.product(usual, (16384,), (0, 1), (device_decay,)),
+    ]
+    for (target, source, copy), size, offset, decay in [*rows, *itertools.product(rare, (16384,), (0, 1), (0.9,))]:
+        targets, sources = [torch.ones(size + 1, dtype=target)], [torch.ones(size + 1, dtype=source)]
+        copies = None if copy is None else [torch.ones(size, dtype=copy)]
+        ema_update_([x[offset:][:size] for x in targets], [x[offset:][:size] for x in sources], decay, copies)
+
+
+CALLS = [rollout_step, start, time_embedding, loss, ema]
