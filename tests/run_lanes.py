@@ -141,7 +141,9 @@ def main() -> int:
     for reason, count in reasons.most_common():
         print(f"skipped {count}: {reason}")
     passed, failed = (sum(getattr(r, name) for r in results.values()) for name in ("passed", "failed"))
-    print(f"{passed} passed, {failed} failed, {reasons.total()} skipped")
+    total = f"{passed} passed, {failed} failed, {reasons.total()} skipped"
+    (REPORTS / "total.txt").write_text(total + "\n")
+    print(total)
     return 1 if failed else 0
 
 
