@@ -61,6 +61,21 @@ def test_autocast(recipe, make, by_pieces):
     assert_near(found, expected, 0.05)
 
 
+def test_autocast_keeps_no_weights_of_calls_without_gradient():
+    """Where torch keeps weights that were cast without a graph, a later call with gradient would find them."""
+    kept = []
+
+    class Watched(Gemm):
+        def forward(self, *inputs):
+            kept.append((torch.is_grad_enabled(), torch.is_autocast_cache_enabled()))
+            return super().forward(*inputs)
+
+    student, batch = Watched(), toy_batch(8)
+    draws = toy_draws(TwinFlowConfig(), batch[0], EIGHT)
+    run(TwinFlowConfig(), student, EMATeacher(student, 0.9), batch, draws, autocast=True)
+    assert set(kept) == {(False, False), (True, True)}
+
+
 @pytest.mark.parametrize("latents", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("module", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("recipe", RECIPES)
