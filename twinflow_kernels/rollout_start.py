@@ -68,9 +68,9 @@ def _rollout_start_kernel(
     dtype = v_star_ptr.dtype.element_ty
     v_star = tl.load(v_target_ptr + offsets, mask=mask).to(dtype)
     x = tl.load(x_ptr + offsets, mask=mask).to(dtype)
-    delta = tl.load(delta_ptr + row)
+    delta = tl.load(delta_ptr + row).to(dtype)
     if HAS_CFG:
-        ratio = tl.load(ratio_ptr + row)
+        ratio = tl.load(ratio_ptr + row).to(dtype)
         # broadcast first: the interpreter gives a scalar's comparison the type of its operands
         enhanced = mask & (tl.broadcast_to(ratio, (BLOCK,)) != 0)
         v_cond = tl.load(v_cond_ptr + offsets, mask=enhanced, other=0.0).to(dtype)
@@ -99,9 +99,8 @@ def _rollout_start_triton(
     v = v_target.contiguous()
     cond, uncond = (v, v) if v_cond is None or v_uncond is None else (v_cond.contiguous(), v_uncond.contiguous())
     _rollout_start_kernel[(rows, triton.cdiv(row_size, block))](
-        v, x_t.contiguous(), cond, uncond, ratio.to(dtype).contiguous(), delta.to(dtype).contiguous(), v_star, x_m,
-        row_size, HAS_CFG=v_cond is not None, BLOCK=block, num_warps=num_warps,
-        enable_fp_fusion=False,
+        v, x_t.contiguous(), cond, uncond, ratio.contiguous(), delta.contiguous(), v_star, x_m, row_size,
+        HAS_CFG=v_cond is not None, BLOCK=block, num_warps=num_warps, enable_fp_fusion=False,
     )  # fmt: skip
     return v_star, x_m
 

@@ -49,7 +49,7 @@ def _rollout_step_kernel(x_ptr, v_ptr, dt_ptr, row_size, BLOCK: tl.constexpr):
     offsets = row * row_size + columns
     x = tl.load(x_ptr + offsets, mask=mask)
     v = tl.load(v_ptr + offsets, mask=mask).to(x.dtype)
-    dt = tl.load(dt_ptr + row)
+    dt = tl.load(dt_ptr + row).to(x.dtype)
     # x - dt * v
     tl.store(x_ptr + offsets, x - dt * v, mask=mask)
 
@@ -61,7 +61,7 @@ def _rollout_step_triton(x: torch.Tensor, v_pred: torch.Tensor, dt: torch.Tensor
     block, num_warps = launch_config(row_size)
     grid = (rows, triton.cdiv(row_size, block))
     _rollout_step_kernel[grid](
-        x, v_pred.contiguous(), dt.to(x.dtype), row_size, BLOCK=block, num_warps=num_warps, enable_fp_fusion=False,
+        x, v_pred.contiguous(), dt.contiguous(), row_size, BLOCK=block, num_warps=num_warps, enable_fp_fusion=False,
     )  # fmt: skip
 
 

@@ -152,6 +152,8 @@ def _may_give_away(residual: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _backward(ctx, grad_loss, *_):
+    if grad_loss is None:  # nothing came to the loss
+        return (None,) * 8
     factor, residual = ctx.saved_tensors
     with torch.no_grad():
         if _may_give_away(residual, ctx.dtype):
@@ -161,7 +163,7 @@ def _backward(ctx, grad_loss, *_):
     if torch.is_grad_enabled():
         message = b"velocity_loss: has no second derivative, its target and its weight are constants"
         dv = torch._C._functions.DelayedError(message, 1)(dv.requires_grad_())
-    return dv, None, None, None, None, None, None, None
+    return dv, *(None,) * 7
 
 
 _operation = register(

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from twinflow_kernels import _backend
+
 
 @pytest.fixture(autouse=True)
 def seeded(request: pytest.FixtureRequest) -> None:
@@ -19,3 +21,17 @@ def poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=("baseline", "avx2", "avx512"))
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a C++ test once for each instruction set that the machine has; `_C.set_isa` may be called inside."""
+    native = _backend.native()
+    if native is None or _backend.interpreting():
+        pytest.skip("no C++ lane in this process")
+    try:
+        native.set_isa(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    native.set_isa(native.detected_isa())

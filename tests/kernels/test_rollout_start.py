@@ -88,6 +88,14 @@ def test_strided_inputs_and_rows_are_independent(backend, device):
 
 
 @pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_coefficients_of_any_dtype_and_stride(backend, device, dtype):
+    v_target, x_t, v_cond, v_uncond, _, _ = inputs((4, 130), device=device)
+    coefficients = torch.tensor([[0.5, 0.25]], dtype=dtype, device=device).expand(4, 2)
+    check((v_target, x_t, v_cond, v_uncond, coefficients[:, 0], coefficients[:, 1]), backend)
+
+
+@pytest.mark.parametrize("backend, device", LANES)
 @pytest.mark.parametrize("cfg", [True, False])
 def test_opcheck_and_compile(backend, device, cfg):
     arguments = inputs((3, 65), (torch.float32, torch.float32, torch.bfloat16, torch.bfloat16), device, cfg)

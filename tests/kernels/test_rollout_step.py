@@ -57,6 +57,17 @@ def test_strided_velocity_and_rows_are_independent(backend, device):
 
 
 @pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_steps_of_any_dtype_and_stride(backend, device, dtype):
+    x, v, _ = inputs(130, 4, device=device)
+    dt = torch.tensor([[0.5, 0.25]], dtype=dtype, device=device).expand(4, 2)[:, 1]
+    expected = room.rollout_step_ref(x, v, dt)
+    with _backend.override(backend):
+        rollout_step_(x, v, dt)
+    torch.testing.assert_close(x, expected)
+
+
+@pytest.mark.parametrize("backend, device", LANES)
 def test_opcheck_and_compile(backend, device):
     with _backend.override(backend):
         torch.library.opcheck(torch.ops.twinflow.rollout_step_, inputs(65, device=device))
