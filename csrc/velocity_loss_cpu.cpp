@@ -2,6 +2,8 @@
 // Compiled once per instruction set (TWINFLOW_ISA).
 #include <algorithm>
 #include <cmath>
+#include <numeric>
+#include <type_traits>
 #include <vector>
 
 #include "scalar.h"
@@ -11,9 +13,8 @@ namespace TWINFLOW_ISA {
 
 namespace {
 
-constexpr int64_t kChunk = 4096;   // elements per task and per partial sum; fixes the order of summation
-constexpr int64_t kLanes = 64;     // partial sums within a chunk, the same at every instruction set
-constexpr int64_t kGroup = 65536;  // elements per thread between the two passes: 256 KiB of float32 residual, in L2
+constexpr int64_t kChunk = 4096;  // elements per task and per partial sum; fixes the order of summation
+constexpr int64_t kLanes = 64;    // partial sums within a chunk, the same at every instruction set
 
 template <class M>
 struct Row {
@@ -105,54 +106,78 @@ double residual_chunk(const VelocityLoss& p, const Row<M>& row, int64_t offset, 
     return residual_dispatch<M>(in, row, count, out);
 }
 
-// Writes the row's loss and returns what turns R into its gradient; in float64, as it is one number per row.
+// Writes the row's loss and factor and returns what turns R into its gradient; in float64, as it is one number per row.
 template <class M>
-double finish_row(const VelocityLoss& p, const Row<M>& row, const double* partials, int64_t chunks, M* loss) {
-    double sum = 0;
-    for (int64_t i = 0; i < chunks; ++i) sum += partials[i];
+M finish_row(const VelocityLoss& p, int64_t row, double sum) {
+    const Row<M> coefficients = static_cast<const Row<M>*>(p.rows)[row];
     const double mse = sum / static_cast<double>(p.row_size), shape = p.alpha - 2;
     double barron = 1;
-    if (std::fabs(shape) >= 1e-5)
-        barron = std::pow(mse / (p.c * p.c + 1e-8) / std::fabs(shape) + 1, shape / 2);
-    // A NaN clamp compares false with every residual; it makes the row NaN here.
-    const double weight = row.weight == 0 || row.clamp == row.clamp ? row.weight : row.clamp;
-    *loss = static_cast<M>(weight * mse * barron / p.c);
-    return weight * barron / p.c * 2 / static_cast<double>(p.row_size);
+    if (std::fabs(shape) >= 1e-5) barron = std::pow(mse / (p.c * p.c + 1e-8) / std::fabs(shape) + 1, shape / 2);
+    double weight = coefficients.weight;
+    // A NaN clamp compares false with every residual: here it makes the row NaN.
+    if (weight != 0 && coefficients.clamp != coefficients.clamp) weight = coefficients.clamp;
+    static_cast<M*>(p.loss)[row] = static_cast<M>(weight * mse * barron / p.c);
+    static_cast<M*>(p.factor)[row] = weight == 0 ? M(0) : M(1);
+    return static_cast<M>(weight * barron / p.c * 2 / static_cast<double>(p.row_size));
+}
+
+// One row in chunks: residual(chunk) -> sum of squares, then scale(chunk, scale).
+template <class M>
+struct Rows {
+    const VelocityLoss& p;
+    const int64_t chunks = (p.row_size + kChunk - 1) / kChunk;
+
+    int64_t offset(int64_t row, int64_t chunk) const { return row * p.row_size + chunk * kChunk; }
+    int64_t size(int64_t chunk) const { return std::min(kChunk, p.row_size - chunk * kChunk); }
+
+    double residual(int64_t row, int64_t chunk) const {
+        return residual_chunk(p, static_cast<const Row<M>*>(p.rows)[row], offset(row, chunk), size(chunk));
+    }
+
+    void scale(int64_t row, int64_t chunk, M factor) const {
+        if (!p.gradient || static_cast<const Row<M>*>(p.rows)[row].weight == 0) return;
+        M* out = static_cast<M*>(p.gradient) + offset(row, chunk);
+        for (int64_t i = 0, count = size(chunk); i < count; ++i) out[i] = out[i] * factor;
+    }
+};
+
+// A thread takes whole rows: no thread waits for another until the end, which counts where the machine has other work.
+template <class M>
+void loss_by_rows(const VelocityLoss& p) {
+    const Rows<M> rows{p};
+    const int64_t batch = std::max<int64_t>(1, kChunk / p.row_size);
+#pragma omp parallel for num_threads(p.threads) schedule(dynamic, batch) if (p.row_count * p.row_size > kChunk)
+    for (int64_t row = 0; row < p.row_count; ++row) {
+        double sum = 0;
+        for (int64_t chunk = 0; chunk < rows.chunks; ++chunk) sum += rows.residual(row, chunk);
+        const M factor = finish_row<M>(p, row, sum);
+        for (int64_t chunk = 0; chunk < rows.chunks; ++chunk) rows.scale(row, chunk, factor);
+    }
+}
+
+// Few large rows: all threads share each row, and wait for its sum once.
+template <class M>
+void loss_by_chunks(const VelocityLoss& p) {
+    const Rows<M> rows{p};
+    std::vector<double> partials(p.row_count * rows.chunks);
+    std::vector<M> factors(p.row_count);
+#pragma omp parallel num_threads(p.threads)
+    for (int64_t row = 0; row < p.row_count; ++row) {
+        double* sums = &partials[row * rows.chunks];
+#pragma omp for schedule(static)
+        for (int64_t chunk = 0; chunk < rows.chunks; ++chunk) sums[chunk] = rows.residual(row, chunk);
+#pragma omp single
+        factors[row] = finish_row<M>(p, row, std::accumulate(sums, sums + rows.chunks, 0.0));
+#pragma omp for schedule(static) nowait  // the same schedule: each thread meets the chunks that are in its cache
+        for (int64_t chunk = 0; chunk < rows.chunks; ++chunk) rows.scale(row, chunk, factors[row]);
+    }
 }
 
 template <class M>
 void loss_rows(const VelocityLoss& p) {
-    const Row<M>* rows = static_cast<const Row<M>*>(p.rows);
-    M *loss = static_cast<M*>(p.loss), *gradient = static_cast<M*>(p.gradient), *factor = static_cast<M*>(p.factor);
-    const int64_t chunks = (p.row_size + kChunk - 1) / kChunk;
-    const int64_t group = std::max<int64_t>(1, kGroup * p.threads / p.row_size);
-    std::vector<double> partials(p.row_count * chunks);
-    const auto size_of = [&](int64_t task) { return std::min(kChunk, p.row_size - task % chunks * kChunk); };
-    const auto offset_of = [&](int64_t task) { return task / chunks * p.row_size + task % chunks * kChunk; };
-#pragma omp parallel num_threads(p.threads) if (p.threads > 1 && p.row_count * p.row_size > kChunk)
-    for (int64_t first = 0; first < p.row_count; first += group) {
-        const int64_t begin = first * chunks, end = std::min(first + group, p.row_count) * chunks;
-#pragma omp for schedule(static)
-        for (int64_t task = begin; task < end; ++task)
-            partials[task] = residual_chunk(p, rows[task / chunks], offset_of(task), size_of(task));
-        // The same schedule again: each thread meets the chunks that are in its cache.
-        int64_t known = -1;
-        M scale = 0;
-#pragma omp for schedule(static) nowait
-        for (int64_t task = begin; task < end; ++task) {
-            const int64_t row = task / chunks;
-            if (row != known) {
-                M row_loss;
-                scale = static_cast<M>(finish_row(p, rows[row], &partials[row * chunks], chunks, &row_loss));
-                if (task % chunks == 0) loss[row] = row_loss, factor[row] = rows[row].weight == 0 ? 0 : 1;
-                known = row;
-            }
-            if (!gradient || rows[row].weight == 0) continue;
-            M* out = gradient + offset_of(task);
-            const int64_t count = size_of(task);
-            for (int64_t i = 0; i < count; ++i) out[i] = out[i] * scale;
-        }
-    }
+    // Whole rows keep every thread busy when they divide evenly, or when one more row matters little.
+    const bool even = p.row_count % p.threads == 0 || p.row_count >= 4 * p.threads;
+    even || p.row_size <= kChunk ? loss_by_rows<M>(p) : loss_by_chunks<M>(p);
 }
 
 template <class M, class V>
