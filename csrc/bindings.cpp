@@ -126,11 +126,11 @@ PYBIND11_MODULE(_C, m) {
     });
 
     m.def("velocity_loss_backward_cpu", [](Address grad_loss, Address factor, Address residual, Address out,
-                                           int64_t row_count, int64_t row_size, int dtype, int out_dtype,
-                                           int threads) {
+                                           int64_t row_count, int64_t row_size, int64_t grad_loss_stride, int dtype,
+                                           int out_dtype, int threads) {
         const VelocityLossBackward params{at<const void>(grad_loss), at<const void>(factor), at<const void>(residual),
-                                          at<void>(out), row_count, row_size, static_cast<DType>(dtype),
-                                          static_cast<DType>(out_dtype), threads};
+                                          at<void>(out), row_count, row_size, grad_loss_stride,
+                                          static_cast<DType>(dtype), static_cast<DType>(out_dtype), threads};
         py::gil_scoped_release release;
         TWINFLOW_CPU(velocity_loss_backward(params))
     });

@@ -37,7 +37,8 @@ struct VelocityLossBackward {
     const void *grad_loss, *factor, *residual;
     void* out;
     int64_t row_count, row_size;
-    DType dtype, out_dtype;  // of the inputs (f32 or f64), of out
+    int64_t grad_loss_stride;  // 0 for one number expanded over the rows, as autograd hands out
+    DType dtype, out_dtype;    // of the inputs (f32 or f64), of out
     int threads;
 };
 

@@ -184,15 +184,23 @@ template <class M, class V>
 void backward_rows(const VelocityLossBackward& p) {
     const M *grad_loss = static_cast<const M*>(p.grad_loss), *factors = static_cast<const M*>(p.factor);
     const int64_t chunks = (p.row_size + kChunk - 1) / kChunk;
+    // A row of weight 0 has factor 0: its gradient is 0 whatever arrives.
+    const auto factor_of = [&](int64_t row) {
+        return factors[row] == 0 ? M(0) : grad_loss[row * p.grad_loss_stride] * factors[row];
+    };
+    // In place, rows of factor 1 are ready, and so are rows of weight 0: all 0.
+    const auto ready = [&](int64_t row) { return p.out == p.residual && (factor_of(row) == 1 || factors[row] == 0); };
+    int64_t first = 0;
+    while (first < p.row_count && ready(first)) ++first;
+    if (first == p.row_count) return;
 #pragma omp parallel for num_threads(p.threads) schedule(static) if (p.threads > 1 && p.row_count * p.row_size > kChunk)
-    for (int64_t task = 0; task < p.row_count * chunks; ++task) {
+    for (int64_t task = first * chunks; task < p.row_count * chunks; ++task) {
         const int64_t row = task / chunks, begin = task % chunks * kChunk, offset = row * p.row_size + begin;
+        if (ready(row)) continue;
         const int64_t count = std::min(kChunk, p.row_size - begin);
         const M* residual = static_cast<const M*>(p.residual) + offset;
         V* out = static_cast<V*>(p.out) + offset;
-        // A row of weight 0 has factor 0: its gradient is 0 whatever arrives.
-        const M factor = factors[row] == 0 ? M(0) : grad_loss[row] * factors[row];
-        if (factor == 1 && p.out == p.residual) continue;
+        const M factor = factor_of(row);
         for (int64_t i = 0; i < count; ++i) out[i] = narrow<V>(factor * residual[i]);
     }
 }

@@ -115,7 +115,11 @@ def choose(op: str, implemented: frozenset[str], device_type: str) -> Choice:
     Raises:
         ValueError: the override names an unknown backend or one that cannot serve.
     """
-    wanted = _override or os.environ.get("TWINFLOW_BACKEND")
+    return _choose(op, implemented, device_type, _override or os.environ.get("TWINFLOW_BACKEND"))
+
+
+@cache  # asked on every call of an operation
+def _choose(op: str, implemented: frozenset[str], device_type: str, wanted: str | None) -> Choice:
     if wanted:
         if wanted not in BACKENDS:
             raise ValueError(f"TWINFLOW_BACKEND must be one of {', '.join(BACKENDS)}, got {wanted!r}")

@@ -6,6 +6,7 @@ room needs before it hands addresses to native code live here too.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class Operation:
     name: str
     implementations: dict[str, Callable[..., Any]]
 
-    @property
+    @cached_property
     def implemented(self) -> frozenset[str]:
         return frozenset(self.implementations)
 
@@ -110,12 +111,16 @@ def require_floating(where: str, argument: str, value: object, dtypes: tuple[tor
 
 def require_like(where: str, argument: str, value: torch.Tensor, other: str, like: torch.Tensor) -> None:
     """Raises ValueError unless `value` has the shape and device of `like`."""
+    if value.shape == like.shape and value.device == like.device:
+        return  # before any message is formatted: this is on the path of every call
     require(value.shape == like.shape, where, argument, f"of {other}'s shape {tuple(like.shape)}", tuple(value.shape))
     require(value.device == like.device, where, argument, f"on {other}'s device {like.device}", value.device)
 
 
 def require_rows(where: str, argument: str, value: torch.Tensor, like: torch.Tensor) -> None:
     """Raises ValueError unless `value` is a (B,) tensor on `like`'s device, B = like.shape[0]."""
+    if value.shape == like.shape[:1] and value.device == like.device:
+        return
     wanted = f"of shape ({like.shape[0]},)"
     require(value.shape == like.shape[:1], where, argument, wanted, tuple(value.shape))
     require(value.device == like.device, where, argument, f"on device {like.device}", value.device)

@@ -12,6 +12,11 @@ Shapes: v_pred, v_target, x_start, x_end (B, ...), each in its own floating dtyp
 b = scale_path, clamp >= 0 (inf: none) and weight; losses (B,) in float32, float64 where an input is. All unitless.
 Source: RCGM and rectify losses, TwinFlow (arXiv 2512.05150), section 2; robust loss, Barron (arXiv 1701.03077).
 
+Ladder (CPU, (8, 16, 128, 128) float32, one thread's own time of the forward, with the machine shared): sums alone, no
+gradient 1.5 ms; v1 = gradient written in the forward while the row is in L2, chunks of a row over threads 1.85; v2 =
+whole rows per thread, the same time alone but one barrier a call instead of two a row. Tried and lost: R to a scratch
+row and streaming stores 1.95, prefetches past L2 2.1, inputs read twice instead of storing R 2.7.
+
 Bytes moved per element, float32: forward 16 read and 4 written (R), backward 4 read and 4 written. On a CPU the forward
 writes the gradient itself and the backward hands it out: no bytes, or 8 where grad_out is not 1.
 """
@@ -19,6 +24,7 @@ writes the gradient itself and the backward hands it out: no bytes, or 8 where g
 import math
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from twinflow_kernels import _backend, _registry
 from twinflow_kernels._registry import dtype_code, register, require, require_floating, require_like
@@ -82,8 +88,8 @@ def _row_size(x: Tensor) -> int:
 def _outputs(v_pred, v_target, x_start, x_end, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised loss (B,), factor (B,) and residual: of v_pred's shape, or (0,) where it is not kept."""
     dtype = _dtype(v_pred, v_target, x_start, x_end)
-    loss, factor = (v_pred.new_empty(v_pred.shape[:1], dtype=dtype) for _ in range(2))
-    return loss, factor, torch.empty(v_pred.shape if keep else (0,), dtype=dtype, device=v_pred.device)
+    shapes = v_pred.shape[:1], v_pred.shape[:1], v_pred.shape if keep else (0,)
+    return tuple(torch.empty(shape, dtype=dtype, device=v_pred.device) for shape in shapes)  # type: ignore
 
 
 def _velocity_loss_triton(v_pred, v_target, x_start, x_end, rows, alpha, c, keep) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,10 +124,10 @@ def _velocity_loss_cpu(v_pred, v_target, x_start, x_end, rows, alpha, c, keep) -
 def _backward_cpu(grad_loss, factor, residual, dtype, out: Tensor | None = None) -> Tensor:
     dv = torch.empty(residual.shape, dtype=dtype) if out is None else out
     if dv.numel():
-        grad_loss = grad_loss.contiguous()
         _backend.native().velocity_loss_backward_cpu(  # type: ignore[union-attr]
             grad_loss.data_ptr(), factor.data_ptr(), residual.data_ptr(), dv.data_ptr(), residual.shape[0],
-            _row_size(residual), dtype_code(residual.dtype), dtype_code(dtype), _registry.native_threads(),
+            _row_size(residual), grad_loss.stride(0), dtype_code(residual.dtype), dtype_code(dtype),
+            _registry.native_threads(),
         )  # fmt: skip
     return dv
 
@@ -143,23 +149,26 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.dtype = inputs[0].dtype
 
 
+# Whether the running backward keeps its graph for another one; torch's own compiled backward asks the same.
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
 def _may_give_away(residual: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the saved gradient may become v_pred's: nothing else will read it, and it has the right dtype."""
-    if type(residual) is not Tensor or residual.dtype != dtype or residual.device.type != "cpu":
+    """Whether the saved gradient may become v_pred's own: no other pass will read it, and none is traced."""
+    if type(residual) is not Tensor or not residual.is_cpu or residual.dtype != dtype:
         return False
-    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-    return _operation.choice("cpu").backend == "cpu" and not keeps_graph()
+    last = not _keeps_graph() and not torch.is_grad_enabled() and not is_in_torch_dispatch_mode()
+    return last and _operation.choice("cpu").backend == "cpu"
 
 
 def _backward(ctx, grad_loss, *_):
     if grad_loss is None:  # nothing came to the loss
         return (None,) * 8
     factor, residual = ctx.saved_tensors
+    if _may_give_away(residual, ctx.dtype):
+        return _backward_cpu(grad_loss, factor, residual, ctx.dtype, out=residual), *(None,) * 7
     with torch.no_grad():
-        if _may_give_away(residual, ctx.dtype):
-            dv = _backward_cpu(grad_loss, factor, residual, ctx.dtype, out=residual)
-        else:
-            dv = torch.ops.twinflow.velocity_loss_backward(grad_loss, factor, residual, ctx.dtype)
+        dv = torch.ops.twinflow.velocity_loss_backward.default(grad_loss, factor, residual, ctx.dtype)
     if torch.is_grad_enabled():
         message = b"velocity_loss: has no second derivative, its target and its weight are constants"
         dv = torch._C._functions.DelayedError(message, 1)(dv.requires_grad_())
@@ -187,19 +196,21 @@ _backward_operation = register(
 
 def _check(v_pred, v_target, x_start, x_end, rows, loss, alpha, c) -> None:
     require_floating(WHERE, "v_pred", v_pred)
-    require(v_pred.dim() >= 1, WHERE, "v_pred", "of shape (B, ...)", tuple(v_pred.shape))
-    require(0 not in v_pred.shape[1:], WHERE, "v_pred", "of rows that are not empty", tuple(v_pred.shape))
+    shape = tuple(v_pred.shape)
+    require(len(shape) >= 1, WHERE, "v_pred", "of shape (B, ...)", shape)
+    require(0 not in shape[1:], WHERE, "v_pred", "of rows that are not empty", shape)
     require((x_start is None) == (x_end is None), WHERE, "x_start and x_end", "both given or both None", "one of them")
     for name, value in (("v_target", v_target), ("x_start", x_start), ("x_end", x_end)):
         if value is not None:
             require_floating(WHERE, name, value)
             require_like(WHERE, name, value, "v_pred", v_pred)
     require_floating(WHERE, "rows", rows, (torch.float32, torch.float64))
-    require(rows.shape == (v_pred.shape[0], 4), WHERE, "rows", f"of shape ({v_pred.shape[0]}, 4)", tuple(rows.shape))
-    require(rows.device == v_pred.device, WHERE, "rows", f"on v_pred's device {v_pred.device}", rows.device)
+    wanted = "of shape (B, 4), a row of coefficients for each of v_pred's rows"
+    require(rows.shape == (shape[0], 4), WHERE, "rows", wanted, tuple(rows.shape))
+    require(rows.device == v_pred.device, WHERE, "rows", "on v_pred's device", rows.device)
     if torch.is_grad_enabled():
+        wanted = "a tensor without requires_grad, as the target is a constant"
         for name, value in (("v_target", v_target), ("x_start", x_start), ("x_end", x_end), ("rows", rows)):
-            wanted = "a tensor without requires_grad, as the target is a constant"
             require(value is None or not value.requires_grad, WHERE, name, wanted, "requires_grad=True")
     require(loss in ("barron", "l2"), WHERE, "loss", "barron or l2", repr(loss))
     require(-math.inf < alpha < math.inf, WHERE, "alpha", "finite", alpha)
@@ -245,4 +256,4 @@ def velocity_loss(
     _check(v_pred, v_target, x_start, x_end, rows, loss, alpha, c)
     keep = v_pred.requires_grad and torch.is_grad_enabled()
     alpha, c = (float(alpha), float(c)) if loss == "barron" else (2.0, 1.0)
-    return torch.ops.twinflow.velocity_loss(v_pred, v_target, x_start, x_end, rows, alpha, c, keep)[0]
+    return torch.ops.twinflow.velocity_loss.default(v_pred, v_target, x_start, x_end, rows, alpha, c, keep)[0]
