@@ -12,10 +12,9 @@ Shapes: v_pred, v_target, x_start, x_end (B, ...), each in its own floating dtyp
 b = scale_path, clamp >= 0 (inf: none) and weight; losses (B,) in float32, float64 where an input is. All unitless.
 Source: RCGM and rectify losses, TwinFlow (arXiv 2512.05150), section 2; robust loss, Barron (arXiv 1701.03077).
 
-Ladder (CPU, (8, 16, 128, 128) float32, one thread's own time of the forward, with the machine shared): sums alone, no
-gradient 1.5 ms; v1 = gradient written in the forward while the row is in L2, chunks of a row over threads 1.85; v2 =
-whole rows per thread, the same time alone but one barrier a call instead of two a row. Tried and lost: R to a scratch
-row and streaming stores 1.95, prefetches past L2 2.1, inputs read twice instead of storing R 2.7.
+Ladder (CPU, (8, 16, 128, 128) float32, forward in one thread's time, shared machine): without gradient 1.5 ms; v1 =
+gradient written while the row is in L2, 1.85; v2 = whole rows per thread, 1.85 with one barrier a call, not two a row.
+Lost: R to a scratch row and streaming stores 1.95, prefetches past L2 2.1, inputs read twice instead of storing R 2.7.
 
 Bytes moved per element, float32: forward 16 read and 4 written (R), backward 4 read and 4 written. On a CPU the forward
 writes the gradient itself and the backward hands it out: no bytes, or 8 where grad_out is not 1.
@@ -24,6 +23,7 @@ writes the gradient itself and the backward hands it out: no bytes, or 8 where g
 import math
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from twinflow_kernels import _backend, _registry
@@ -31,7 +31,6 @@ from twinflow_kernels._registry import dtype_code, register, require, require_fl
 from twinflow_kernels.velocity_loss_triton import backward_triton, forward_triton
 
 WHERE = "velocity_loss"
-Tensor = torch.Tensor
 
 
 def velocity_loss_ref(
@@ -64,9 +63,8 @@ def velocity_loss_ref(
         residual = residual - v_target.to(dtype)
     residual = torch.where(weight == 0, 0.0, residual.clamp(-clamp, clamp))
     mse = residual.flatten(1).square().mean(1) if residual.dim() > 1 else residual.square()
-    w = torch.ones_like(mse)
-    if abs(alpha - 2) >= 1e-5:
-        w = (mse / (c**2 + 1e-8) / abs(alpha - 2) + 1) ** ((alpha - 2) / 2)
+    shape = abs(alpha - 2)
+    w = (mse / (c**2 + 1e-8) / shape + 1) ** ((alpha - 2) / 2) if shape >= 1e-5 else torch.ones_like(mse)
     weight = weight.reshape(-1)
     return weight * mse * w / c, weight * w / c * 2 / _row_size(v_pred), residual
 
@@ -85,7 +83,7 @@ def _row_size(x: Tensor) -> int:
     return x.numel() // x.shape[0] if x.shape[0] else 0
 
 
-def _outputs(v_pred, v_target, x_start, x_end, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(v_pred, v_target, x_start, x_end, rows, alpha, c, keep) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised loss (B,), factor (B,) and residual: of v_pred's shape, or (0,) where it is not kept."""
     dtype = _dtype(v_pred, v_target, x_start, x_end)
     shapes = v_pred.shape[:1], v_pred.shape[:1], v_pred.shape if keep else (0,)
@@ -93,7 +91,7 @@ def _outputs(v_pred, v_target, x_start, x_end, keep: bool) -> tuple[Tensor, Tens
 
 
 def _velocity_loss_triton(v_pred, v_target, x_start, x_end, rows, alpha, c, keep) -> tuple[Tensor, Tensor, Tensor]:
-    outputs = _outputs(v_pred, v_target, x_start, x_end, keep)
+    outputs = _outputs(v_pred, v_target, x_start, x_end, rows, alpha, c, keep)
     if v_pred.shape[0]:
         forward_triton(v_pred, v_target, x_start, x_end, rows, alpha, c, outputs)
     return outputs
@@ -108,7 +106,7 @@ def _backward_triton(grad_loss, factor, residual, dtype) -> Tensor:
 
 def _velocity_loss_cpu(v_pred, v_target, x_start, x_end, rows, alpha, c, keep) -> tuple[Tensor, Tensor, Tensor]:
     """Here `residual` is the gradient already: scaled while in cache, factor 1, or 0 where weight is."""
-    loss, factor, gradient = _outputs(v_pred, v_target, x_start, x_end, keep)
+    loss, factor, gradient = _outputs(v_pred, v_target, x_start, x_end, rows, alpha, c, keep)
     inputs = [None if x is None else x.contiguous() for x in (v_pred, v_target, x_start, x_end)]
     inputs.append(rows.to(loss.dtype).contiguous())
     if v_pred.shape[0]:
@@ -133,12 +131,8 @@ def _backward_cpu(grad_loss, factor, residual, dtype, out: Tensor | None = None)
 
 
 def _reference(v_pred, v_target, x_start, x_end, rows, alpha, c, keep) -> tuple[Tensor, Tensor, Tensor]:
-    loss, factor, residual = velocity_loss_ref(v_pred, v_target, x_start, x_end, rows, alpha, c)
-    return loss, factor, residual if keep else residual.new_empty(0)
-
-
-def _fake(v_pred, v_target, x_start, x_end, rows, alpha, c, keep) -> tuple[Tensor, Tensor, Tensor]:
-    return _outputs(v_pred, v_target, x_start, x_end, keep)
+    *losses, residual = velocity_loss_ref(v_pred, v_target, x_start, x_end, rows, alpha, c)
+    return *losses, residual if keep else residual.new_empty(0)  # type: ignore[return-value]
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -155,9 +149,8 @@ _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph",
 
 def _may_give_away(residual: Tensor, dtype: torch.dtype) -> bool:
     """Whether the saved gradient may become v_pred's own: no other pass will read it, and none is traced."""
-    if type(residual) is not Tensor or not residual.is_cpu or residual.dtype != dtype:
-        return False
-    last = not _keeps_graph() and not torch.is_grad_enabled() and not is_in_torch_dispatch_mode()
+    plain = type(residual) is Tensor and residual.is_cpu and residual.dtype == dtype and not is_in_torch_dispatch_mode()
+    last = plain and not _keeps_graph() and not torch.is_grad_enabled()
     return last and _operation.choice("cpu").backend == "cpu"
 
 
@@ -181,7 +174,7 @@ _operation = register(
     reference=_reference,
     cpu=_velocity_loss_cpu,
     triton=_velocity_loss_triton,
-    fake=_fake,
+    fake=_outputs,
     setup_context=_setup_context,
     backward=_backward,
 )
@@ -197,8 +190,7 @@ _backward_operation = register(
 def _check(v_pred, v_target, x_start, x_end, rows, loss, alpha, c) -> None:
     require_floating(WHERE, "v_pred", v_pred)
     shape = tuple(v_pred.shape)
-    require(len(shape) >= 1, WHERE, "v_pred", "of shape (B, ...)", shape)
-    require(0 not in shape[1:], WHERE, "v_pred", "of rows that are not empty", shape)
+    require(len(shape) >= 1 and 0 not in shape[1:], WHERE, "v_pred", "of shape (B, ...), rows not empty", shape)
     require((x_start is None) == (x_end is None), WHERE, "x_start and x_end", "both given or both None", "one of them")
     for name, value in (("v_target", v_target), ("x_start", x_start), ("x_end", x_end)):
         if value is not None:
@@ -248,8 +240,7 @@ def velocity_loss(
 
     Raises:
         TypeError: an argument is not a floating tensor of an allowed dtype.
-        ValueError: shapes or devices differ, rows are empty, one of x_start and x_end is missing, a constant requires
-            grad, or loss, alpha or c is not allowed.
+        ValueError: shapes or devices differ, rows are empty, a constant requires grad, or an option is not allowed.
 
     Source: TwinFlow (arXiv 2512.05150), section 2; docs/method.md, equations 13-18, 21 and 22.
     """

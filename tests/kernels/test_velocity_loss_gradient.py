@@ -222,7 +222,7 @@ def test_launch_config_covers_the_row():
         ({"v_pred": torch.ones(3, 4, dtype=torch.int64)}, TypeError, "v_pred must be float32"),
         ({"v_pred": [1.0]}, TypeError, "v_pred must be a tensor, got list"),
         ({"v_pred": torch.tensor(1.0)}, ValueError, r"v_pred must be of shape \(B, ...\)"),
-        ({"v_pred": torch.ones(3, 0)}, ValueError, "v_pred must be of rows that are not empty"),
+        ({"v_pred": torch.ones(3, 0)}, ValueError, r"v_pred must be of shape \(B, ...\), rows not empty"),
         ({"v_target": torch.ones(3, 5)}, ValueError, r"v_target must be of v_pred's shape \(3, 4\), got \(3, 5\)"),
         ({"v_target": torch.ones(3, 4, dtype=torch.complex64)}, TypeError, "v_target must be float32"),
         ({"x_end": None}, ValueError, "x_start and x_end must be both given or both None, got one of them"),
