@@ -5,10 +5,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from digits_data import CLASSES
 from matplotlib.figure import Figure
 from rich.table import Table
-
-CLASSES = 10
 
 
 def _moments(images: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
