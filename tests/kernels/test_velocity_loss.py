@@ -113,10 +113,11 @@ def test_no_rows(backend, device):
 
 
 @pytest.mark.parametrize("backend, device", LANES)
-def test_what_a_row_does_not_read_may_be_nan(backend, device):
+@pytest.mark.parametrize("v_dtype", [torch.float32, torch.bfloat16])
+def test_what_a_row_does_not_read_may_be_nan(backend, device, v_dtype):
     """a = 0: v_pred; b = 0: x_start and x_end; weight = 0: nothing, and loss and gradient are exactly 0."""
     rows = [[0, -1, 1, 1], [1, 0, 1, 1], [1, 1, 1, 0], [0, 0, INF, 1], [INF, INF, math.nan, 0]]
-    clean = inputs((5, 130), device=device, rows=rows)
+    clean = inputs((5, 130), (v_dtype, *(torch.float32,) * 3), device, rows)
     dirty = [x.detach().clone() for x in clean]
     for tensor, unread in zip(dirty, ([0, 2, 3, 4], [2, 4], [1, 2, 3, 4], [1, 2, 3, 4]), strict=False):
         tensor[unread] = math.nan
