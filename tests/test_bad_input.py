@@ -1,6 +1,7 @@
 """Wrong arguments of a step: an error that names argument, wanted and got, and nothing has moved."""
 
 import math
+from collections import UserDict
 from dataclasses import replace
 
 import pytest
@@ -64,6 +65,8 @@ ARGUMENTS = [
     (dict(cond=torch.zeros(1, COND)), ValueError, r"cond must be .* batch of 4, got shape \(1, 3\)"),
     (dict(cond={"text": (torch.zeros(4, 1), torch.zeros(5, 1))}), ValueError, r"cond\['text'\]\[1\] must be"),
     (dict(cond={"text": torch.zeros(())}), ValueError, r"cond\['text'\] must be .* got shape \(\)"),
+    (dict(cond=torch.zeros(4, COND).numpy()), TypeError, "cond must be a pytree of tensors .* got ndarray"),
+    (dict(cond=[UserDict(text=torch.zeros(4, 1))]), TypeError, r"cond\[0\] must be a pytree .* got UserDict"),
     (dict(uncond=torch.zeros(2, COND)), ValueError, r"uncond must be .* batch of 4 or 1, got shape \(2, 3\)"),
     (dict(uncond=None), ValueError, "uncond must be given where enhanced_ratio > 0, got None"),
     (dict(teacher=None), ValueError, "teacher must be given for guidance and rollouts, got None"),
@@ -94,6 +97,23 @@ def test_schedule_and_micro_batch():
 def test_the_config():
     with pytest.raises(TypeError, match="TwinFlowLoss: config must be a TwinFlowConfig, got dict"):
         TwinFlowLoss({"recipe": "partition"})
+    with pytest.raises(TypeError, match="TwinFlowLoss: config must be a TwinFlowConfig, got dict"):
+        TwinFlowLoss({})
+
+
+def test_plan():
+    world = World()
+    good = world.draws
+    for wrong, kind, message in [
+        (dict(draws="eight"), TypeError, "draws must be Draws or None, got str"),
+        (dict(draws=replace(good, t=good.t + 2)), ValueError, r"draws.t must be in \[-1, 1\]"),
+        (dict(draws=replace(good, t_rectify=None)), TypeError, "draws.t_rectify must be a float32 or float64 tensor"),
+        (dict(teacher=3), TypeError, "teacher must be a Teacher, got int"),
+        (dict(micro_batch=0), ValueError, "micro_batch must be an integer >= 1, got 0"),
+        (dict(micro_batch=-1), ValueError, "micro_batch must be an integer >= 1, got -1"),
+    ]:
+        with pytest.raises(kind, match=f"^plan: {message}"):
+            world.criterion.plan(**(dict(draws=good) | wrong))
 
 
 def times(**values):
@@ -130,6 +150,7 @@ DRAWS = [
     ({"z": torch.zeros(4, DIM, device="meta")}, ValueError, "draws.z must be on the latents' device cpu, got meta"),
     ({"roles": None}, ValueError, "draws.roles must be None for all_terms and given for partition, got None"),
     ({"roles": FOUR[:3]}, ValueError, "draws.roles must be 4 names, got 3"),
+    ({"roles": 3}, TypeError, "draws.roles must be a tuple of names or None, got int"),
     ({"roles": ("e2e", "mul", "many", "adv")}, ValueError, "draws.roles must be of e2e, mul, any, one, adv"),
 ]  # fmt: skip
 

@@ -215,6 +215,25 @@ def test_a_teacher_of_another_student(make):
     assert torch.equal(answers(teacher, "cfg"), before)
 
 
+@pytest.mark.parametrize("make", [lambda net: EMATeacher(net, 0.9), FrozenTeacher])
+def test_a_replaced_parameter(make):
+    """The teacher would follow a tensor that nobody trains."""
+    net = ToyNet(DIM, COND)
+    teacher = make(net)
+    net.second.bias = nn.Parameter(net.second.bias.detach().clone())
+    with pytest.raises(ValueError, match=r"must be those the teacher was made from, got a difference in second.bias"):
+        TwinFlowLoss(TwinFlowConfig())(net, *toy_batch(4), teacher=teacher)
+
+
+def test_a_frozen_teacher_keeps_its_buffers():
+    net = Convolutions()
+    frozen = FrozenTeacher(net)
+    net.scale += 1
+    resumed = FrozenTeacher(net)
+    resumed.load_state_dict(frozen.state_dict())
+    assert resumed.module.scale == 1.0 and net.scale == 2.0
+
+
 def test_the_teacher_follows_the_student_into_evaluation():
     """Dropout is active in the teacher where it is in the student, and only there."""
     net = ToyNet(DIM, COND, dropout=0.5)

@@ -127,6 +127,7 @@ class TwinFlowConfig:
             The config, and the options that concern the trainer (EMA, bridge and step count) by name, defaults filled.
 
         Raises:
+            TypeError: no mapping is given.
             ValueError: an unknown name (the nearest is suggested) or a value of the wrong kind.
         """
         settings, rest = parse_flags(mapping)

@@ -154,25 +154,15 @@ def _focus(
 
 def check_draws(draws: Draws, config: TwinFlowConfig, latents: torch.Tensor, where: str = "TwinFlowLoss") -> None:
     """Raises TypeError or ValueError unless the draws fit the batch and the recipe."""
-    if not isinstance(draws, Draws):
-        raise TypeError(f"{where}: draws must be Draws or None, got {type(draws).__name__}")
     batch = latents.shape[0]
-    _check_roles(draws, config, batch, where)
-    adv = len(draws.rows_of("adv"))
-    rectify = batch if draws.roles is None else len(draws.rows_of("e2e"))
-    rectify = rectify if config.adversarial and config.rectify_weight > 0 else 0
-    times = {"t": (draws.t, batch), "r": (draws.r, batch)}
+    rectify = check_roles_and_times(draws, config, where, batch)
     noises = {"z": (draws.z, batch)}
-    if adv:
+    if adv := len(draws.rows_of("adv")):
         noises["z_fake"] = (draws.z_fake, adv)  # type: ignore[assignment]
     if config.data_free:
         noises["z_data"] = (draws.z_data, batch)  # type: ignore[assignment]
     if rectify:
         noises["z_rectify"] = (draws.z_rectify, rectify)  # type: ignore[assignment]
-        times["t_rectify"] = (draws.t_rectify, rectify)  # type: ignore[assignment]
-    for name, (value, rows) in times.items():
-        _check_time(name, value, rows, where)
-    _check_order(draws, where)
     for name, (value, rows) in noises.items():
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             raise TypeError(f"{where}: draws.{name} must be a floating tensor, got {_kind(value)}")
@@ -182,9 +172,28 @@ def check_draws(draws: Draws, config: TwinFlowConfig, latents: torch.Tensor, whe
             raise _error(where, name, f"on the latents' device {latents.device}", value.device)
 
 
+def check_roles_and_times(draws: Draws, config: TwinFlowConfig, where: str, batch: int | None = None) -> int:
+    """Raises TypeError or ValueError unless a plan can be made of the draws; returns the number of rectify rows."""
+    if not isinstance(draws, Draws):
+        raise TypeError(f"{where}: draws must be Draws or None, got {type(draws).__name__}")
+    if batch is None:
+        batch = len(draws.t) if isinstance(draws.t, torch.Tensor) and draws.t.dim() else 1
+    _check_roles(draws, config, batch, where)
+    rectify = batch if draws.roles is None else len(draws.rows_of("e2e"))
+    rectify = rectify if config.adversarial and config.rectify_weight > 0 else 0
+    _check_time("t", draws.t, batch, where)
+    _check_time("r", draws.r, batch, where)
+    if rectify:
+        _check_time("t_rectify", draws.t_rectify, rectify, where)
+    _check_order(draws, where)
+    return rectify
+
+
 def _check_roles(draws: Draws, config: TwinFlowConfig, batch: int, where: str) -> None:
     if (draws.roles is None) != (config.recipe == "all_terms"):
         raise _error(where, "roles", "None for all_terms and given for partition", draws.roles)
+    if not isinstance(draws.roles, (tuple, list, type(None))):
+        raise TypeError(f"{where}: draws.roles must be a tuple of names or None, got {type(draws.roles).__name__}")
     if draws.roles is not None and len(draws.roles) != batch:
         raise _error(where, "roles", f"{batch} names", len(draws.roles))
     for role in draws.roles or ():
@@ -192,7 +201,7 @@ def _check_roles(draws: Draws, config: TwinFlowConfig, batch: int, where: str) -
             raise _error(where, "roles", f"of {', '.join(config.shares)} (adv only where adversarial)", role)
 
 
-def _check_time(name: str, value: torch.Tensor, rows: int, where: str) -> None:
+def _check_time(name: str, value: torch.Tensor | None, rows: int, where: str) -> None:
     if not isinstance(value, torch.Tensor) or value.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{where}: draws.{name} must be a float32 or float64 tensor, got {_kind(value)}")
     if value.device.type != "cpu" or value.shape != (rows,):

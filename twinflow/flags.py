@@ -35,9 +35,12 @@ def parse_flags(mapping: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
         (keyword arguments of TwinFlowConfig, option -> value of what the trainer reads), defaults filled.
 
     Raises:
+        TypeError: no mapping is given.
         ValueError: an unknown name (the nearest is suggested) or a value that its kind cannot hold.
     """
-    for name in mapping:
+    if not isinstance(mapping, Mapping):
+        raise TypeError(f"from_flags: mapping must be a mapping of option to value, got {type(mapping).__name__}")
+    for name in map(str, mapping):
         if name not in _FLAGS:
             raise ValueError(f"from_flags: unknown option {name!r}{_suggestion(name)}")
     settings: dict[str, Any] = {}

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from twinflow.arguments import check_arguments, check_latents
+from twinflow.arguments import Given, check_arguments, check_latents, check_micro_batch, check_teacher
 from twinflow.coefficients import row_table
 from twinflow.config import TwinFlowConfig
-from twinflow.draws import Draws, check_draws, draw_step
+from twinflow.draws import Draws, check_draws, check_roles_and_times, draw_step
 from twinflow.interface import Student, Teacher
 from twinflow.passes import Plan, Request
 from twinflow.plan import make_plan
@@ -51,7 +51,7 @@ class TwinFlowLoss:
     """
 
     def __init__(self, config: TwinFlowConfig | None = None) -> None:
-        self.config = config or TwinFlowConfig()
+        self.config = TwinFlowConfig() if config is None else config
         if not isinstance(self.config, TwinFlowConfig):
             raise TypeError(f"TwinFlowLoss: config must be a TwinFlowConfig, got {type(config).__name__}")
         partition = self.config.recipe == "partition"
@@ -93,7 +93,7 @@ class TwinFlowLoss:
             ValueError, TypeError: an argument is wrong; nothing has then been modified.
             FloatingPointError: a non-finite loss, with `check_finite`.
         """
-        given = _Given(student, latents, cond, uncond, teacher, generator, draws, step_rows)
+        given = Given(student, latents, cond, uncond, teacher, generator, draws, step_rows)
         return self._step(given, schedule, None, update_teacher, None)
 
     def backward(
@@ -125,9 +125,8 @@ class TwinFlowLoss:
         Raises:
             As for the call.
         """
-        if isinstance(micro_batch, bool) or not isinstance(micro_batch, int) or micro_batch < 1:
-            raise ValueError(f"backward: micro_batch must be an integer >= 1, got {micro_batch!r}")
-        given = _Given(student, latents, cond, uncond, teacher, generator, draws, step_rows)
+        check_micro_batch("backward", micro_batch)
+        given = Given(student, latents, cond, uncond, teacher, generator, draws, step_rows)
         return self._step(given, "planned", micro_batch, update_teacher, backward)
 
     @torch.no_grad()
@@ -171,6 +170,10 @@ class TwinFlowLoss:
             schedule: `planned` or `published`.
             micro_batch: as in `backward`; None: the whole batch at once.
         """
+        check_roles_and_times(draws, self.config, "plan")
+        check_teacher("plan", teacher)
+        if micro_batch is not None:
+            check_micro_batch("plan", micro_batch)
         request = self._request(None, teacher, has_uncond, has_uncond, schedule, micro_batch)
         return make_plan(self.config, draws, request)
 
@@ -211,7 +214,7 @@ class TwinFlowLoss:
 
     def _step(
         self,
-        given: "_Given",
+        given: Given,
         schedule: str,
         micro_batch: int | None,
         update_teacher: bool,
@@ -219,7 +222,7 @@ class TwinFlowLoss:
     ) -> TwinFlowOutput:
         """Checks everything, draws, plans, runs; before the run only the generator has moved."""
         config, draws, dealt = self.config, given.draws, 0
-        check_arguments(config, given.student, given.latents, given.cond, given.uncond, given.teacher, given.step_rows)
+        check_arguments(config, given)
         batch = given.latents.shape[0]
         uncond = broadcast_condition(given.uncond, batch)
         merge = uncond is not None and same_leaf_shapes(given.cond, uncond)
@@ -238,17 +241,3 @@ class TwinFlowLoss:
         loss, terms = run_step(config, run, update_teacher, backward)
         self._roles.take(dealt)
         return TwinFlowOutput(loss, terms, draws)
-
-
-@dataclass(frozen=True)
-class _Given:
-    """A caller's arguments."""
-
-    student: Student
-    latents: torch.Tensor
-    cond: Any
-    uncond: Any
-    teacher: Teacher | None
-    generator: torch.Generator | None
-    draws: Draws | None
-    step_rows: int | None

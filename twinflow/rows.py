@@ -1,6 +1,6 @@
 """Rows of tensors and of conditions: a condition is any pytree whose tensor leaves have a batch axis in front."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ def same_leaf_shapes(a: Any, b: Any) -> bool:
 
 
 def check_condition(where: str, name: str, condition: Any, latents: torch.Tensor, broadcast: bool = False) -> None:
-    """Raises ValueError unless every tensor leaf has the latents' batch axis and device.
+    """Raises TypeError or ValueError unless every tensor can be reached and has the latents' batch axis and device.
 
     Args:
         where, name: the function and argument, for the message.
@@ -93,9 +93,14 @@ def check_condition(where: str, name: str, condition: Any, latents: torch.Tensor
     """
     batch = latents.shape[0]
     for path, leaf in pytree.tree_flatten_with_path(condition)[0]:
-        if not isinstance(leaf, torch.Tensor):
-            continue
         label = name + pytree.keystr(path)
+        if not isinstance(leaf, torch.Tensor):
+            # Its rows could not be taken: a network called with some of the rows would get the condition of all.
+            held = getattr(leaf, "__dict__", {}).values()
+            if isinstance(leaf, Mapping) or hasattr(leaf, "shape") or any(isinstance(v, torch.Tensor) for v in held):
+                wanted = "a pytree of tensors (register the class with torch.utils._pytree, or pass a dict)"
+                raise TypeError(f"{where}: {label} must be {wanted}, got {type(leaf).__name__}")
+            continue
         if leaf.dim() == 0 or (leaf.shape[0] != batch and not (broadcast and leaf.shape[0] == 1)):
             wanted = f"a tensor whose first axis is the batch of {batch}" + (" or 1" if broadcast else "")
             raise ValueError(f"{where}: {label} must be {wanted}, got shape {tuple(leaf.shape)}")

@@ -60,7 +60,6 @@ def run_step(
     return torch.stack([losses[piece] for piece in sorted(losses)]).sum(), terms
 
 
-
 def _piece_loss(
     config: TwinFlowConfig,
     step: Step,

@@ -67,10 +67,11 @@ class _CopyTeacher(Teacher):
         module = unwrap(student)
         if not isinstance(module, nn.Module):
             return  # a plain callable around the module
-        now = {n: p.shape for n, p in module.named_parameters() if p.requires_grad}
-        mine = {n: p.shape for n, p in self._sources.items()}
-        if now != mine:
-            changed = sorted(n for n in now.keys() | mine.keys() if now.get(n) != mine.get(n))
+        # The tensors themselves: one that was replaced would leave the teacher following a tensor nobody trains.
+        now = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        mine = self._sources
+        changed = sorted(n for n in now.keys() | mine.keys() if now.get(n) is not mine.get(n))
+        if changed:
             raise ValueError(
                 f"{type(self).__name__}: the student's trainable parameters must be those the teacher was made from, "
                 f"got a difference in {', '.join(changed[:3])}{' ...' if len(changed) > 3 else ''}"
@@ -120,8 +121,8 @@ class EMATeacher(_CopyTeacher):
         if decay in (0, 1):
             instead = "StudentTeacher (the student teaches itself)" if decay == 0 else "FrozenTeacher (fixed weights)"
             raise ValueError(f"EMATeacher: decay must be in (0, 1), got {decay}; use {instead}")
-        if not dtype.is_floating_point:
-            raise TypeError(f"EMATeacher: dtype must be a floating dtype, got {dtype}")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"EMATeacher: dtype must be a floating dtype, got {dtype!r}")
         super().__init__(student)
         for name, target in self._targets.items():
             if not target.is_floating_point():
@@ -175,11 +176,11 @@ class EMATeacher(_CopyTeacher):
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        decay, current_decay, updates = float(state["decay"]), float(state["current_decay"]), int(state["updates"])
         _load(type(self).__name__, self._shadow, state["shadow"])
         for name, value in self._shadow.items():
             self._targets[name].copy_(value)
-        self.decay, self.current_decay = float(state["decay"]), float(state["current_decay"])
-        self.updates = int(state["updates"])
+        self.decay, self.current_decay, self.updates = decay, current_decay, updates
 
 
 class FrozenTeacher(_CopyTeacher):
@@ -203,11 +204,16 @@ class FrozenTeacher(_CopyTeacher):
         return self._velocity(x_t, t, r, cond)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"weights": {name: value.detach().clone() for name, value in self._targets.items()}}
+        return {"weights": {name: value.detach().clone() for name, value in self._fixed().items()}}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        _load(type(self).__name__, self._targets, state["weights"])
+        _load(type(self).__name__, self._fixed(), state["weights"])
+
+    def _fixed(self) -> dict[str, torch.Tensor]:
+        """The tensors of its own: copied parameters, and saved buffers, which an EMA takes from the student anew."""
+        saved = self._module.state_dict(keep_vars=True)
+        return {**self._targets, **{name: b for name, b in self._module.named_buffers() if name in saved}}
 
 
 def _flat(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
