@@ -73,8 +73,13 @@ def cuda_missing() -> str | None:
     if torch.version.cuda is None:
         return "torch has no CUDA"
     runtime, driver = module.cuda_versions()
-    if driver < runtime // 1000 * 1000:
-        return f"driver serves CUDA {driver // 1000}, the kernels need {runtime // 1000}"
+    # Within a major version any driver will do, but the EMA's table of 32 KB as kernel parameters came with 12.1.
+    needed = 12010 if 12010 <= runtime < 13000 else runtime // 1000 * 1000
+    if driver < needed:
+        served, wanted = (f"{version // 1000}.{version % 1000 // 10}" for version in (driver, needed))
+        return f"the driver serves CUDA {served}, the kernels need {wanted}"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "the kernels are compiled for compute capability 8.0 and later"
     return None
 
 
@@ -129,7 +134,9 @@ def _choose(op: str, implemented: frozenset[str], device_type: str, wanted: str 
         return Choice(wanted, "asked for by TWINFLOW_BACKEND")
     backend = available(implemented, device_type)[0]
     if backend != "reference":
-        return Choice(backend, _native_reason(backend))
+        reason = _native_reason(backend)
+        passed_over = backend == "triton" and device_type == "cuda" and "cuda" in implemented
+        return Choice(backend, f"{reason} (CUDA C++: {cuda_missing()})" if passed_over else reason)
     expected = "cpu" if device_type == "cpu" else "triton"
     problem = _usable(expected, implemented, device_type) or "no kernel"
     if expected in implemented and device_type in ("cpu", "cuda"):

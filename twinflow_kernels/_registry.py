@@ -54,7 +54,8 @@ def register(
     """Registers `torch.ops.twinflow.<op>`.
 
     Args:
-        schema: `name(Tensor x, ...) -> Tensor`, in torch's schema language.
+        schema: `name(Tensor x, ...) -> Tensor`, in torch's schema language; the first argument is a tensor or a list
+            of tensors, whose device is current while a kernel is launched.
         reference: plain PyTorch, any device: meaning, fallback and oracle.
         fake: shapes and dtypes only.
         cpu, triton, cuda: the kernels' launchers, with the schema's arguments; None where there is none.
@@ -67,15 +68,17 @@ def register(
     found = {"reference": reference, "cpu": cpu, "triton": triton, "cuda": cuda}
     operation = Operation(name, {k: v for k, v in found.items() if v is not None})
 
-    def dispatcher(device_type: str) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            return operation.implementations[operation.choice(device_type).backend](*args, **kwargs)
+    def run_cpu(*args: Any) -> Any:
+        return operation.implementations[operation.choice("cpu").backend](*args)
 
-        return run
+    def run_cuda(*args: Any) -> Any:
+        # Triton launches on the current device, which need not be the tensors'.
+        with torch.cuda.device_of(args[0][0] if isinstance(args[0], (list, tuple)) else args[0]):
+            return operation.implementations[operation.choice("cuda").backend](*args)
 
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, dispatcher("cpu"), "CPU")
-    _library.impl(name, dispatcher("cuda"), "CUDA")
+    _library.impl(name, run_cpu, "CPU")
+    _library.impl(name, run_cuda, "CUDA")
     torch.library.register_fake(f"twinflow::{name}", fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(f"twinflow::{name}", backward, setup_context=setup_context, lib=_library)

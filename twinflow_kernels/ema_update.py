@@ -121,7 +121,7 @@ def _chunk_tables(table: bytes, chunk: int, device: torch.device) -> tuple[torch
     """The kernel's table and the row of each chunk, on the device.
 
     Weights stay where they are, so a later step with the same addresses finds its tables here: no copy and no host
-    sync, and a CUDA graph captured after one such step may hold on to them.
+    sync. A CUDA graph captured after one such step holds on to them only while no 16 other tables follow.
     """
     rows = np.frombuffer(table, PAIR)
     chunks = -(-rows["count"] // chunk)
@@ -150,12 +150,11 @@ def _ema_update_triton(
         aligned = not (rows["address"] % 16).any() and tl.float64 not in (t, s, c)
         chunk, block, num_warps = launch_config(int(rows["count"].max()), aligned)
         device_table, chunk_pair = _chunk_tables(rows.tobytes(), chunk, targets[0].device)
-        with torch.cuda.device_of(targets[0]):
-            _ema_update_kernel[(len(chunk_pair),)](
-                device_table, chunk_pair, bits, device_table if on_device is None else on_device, T=t, S=s, C=c,
-                HAS_COPY=kind >= 64, DECAY_ON_DEVICE=on_device is not None, ALIGNED=aligned,
-                CHUNK=chunk, BLOCK=block, num_warps=num_warps, enable_fp_fusion=False,
-            )  # fmt: skip
+        _ema_update_kernel[(len(chunk_pair),)](
+            device_table, chunk_pair, bits, device_table if on_device is None else on_device, T=t, S=s, C=c,
+            HAS_COPY=kind >= 64, DECAY_ON_DEVICE=on_device is not None, ALIGNED=aligned,
+            CHUNK=chunk, BLOCK=block, num_warps=num_warps, enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 def _ema_update_cuda(

@@ -105,7 +105,7 @@ def rollout_step_(x: torch.Tensor, v_pred: torch.Tensor, dt: torch.Tensor) -> to
 
     Raises:
         TypeError: an argument is not a floating tensor of an allowed dtype.
-        ValueError: shapes or devices differ, x is not contiguous, requires grad or overlaps v_pred.
+        ValueError: shapes or devices differ, x is not contiguous, requires grad or overlaps v_pred or dt.
 
     Source: TwinFlow (arXiv 2512.05150), section 2; docs/method.md, equation 12.
     """
@@ -119,6 +119,7 @@ def rollout_step_(x: torch.Tensor, v_pred: torch.Tensor, dt: torch.Tensor) -> to
     require(x.is_contiguous(), where, "x", "contiguous, as it is written in place", f"strides {x.stride()}")
     require(not x.requires_grad, where, "x", "a tensor without requires_grad", "requires_grad=True")
     if not torch.compiler.is_compiling():
-        require(not _registry.overlaps(x, v_pred), where, "v_pred", "memory of its own", "an overlap with x")
+        for name, value in (("v_pred", v_pred), ("dt", dt)):
+            require(not _registry.overlaps(x, value), where, name, "memory of its own", "an overlap with x")
     torch.ops.twinflow.rollout_step_(x, v_pred, dt)
     return x
