@@ -14,7 +14,7 @@ ROWS = ((50, 100, 1, 1.2), (1, 0, 1, 0.7), (1, 0, INF, 1), (20, 100, 1, 1.5))  #
 
 
 def plain(v_pred, v_target, x_start, x_end, rows, upstream):
-    """METHOD 2.5-2.7: the detached target sg(F - R), mean square, Barron weight, mean over the batch."""
+    """Equations 13 to 18 of docs/method.md: detached target sg(F - R), mean square, Barron weight, mean or sum."""
     a, b, clamp, weight = (column.view(-1, 1, 1, 1) for column in rows.unbind(1))
     velocity = v_pred.float()
     with torch.no_grad():

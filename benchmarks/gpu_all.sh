@@ -3,9 +3,10 @@
 #
 #   [OUT=folder] [PYTHON=python3] benchmarks/gpu_all.sh [PART...]
 #
-# PART: only the parts whose name begins so, e.g. `build tests` or `bench_ema`. Each part runs in its own process with a time limit; a part that fails is reported and the next one runs. Logs, JSON
-# and the summary go to OUT (default benchmarks/results). No internet is needed: torch, triton, numpy, pytest, pybind11,
-# ninja and nvcc must be there. The status is the number of failed parts.
+# PART: only the parts whose name begins so, e.g. `build tests` or `bench_ema`. Each part runs in its own process with a
+# time limit; a part that fails is reported and the next one runs. Logs, JSON and the summary go to OUT (default
+# benchmarks/results). No internet is needed: torch, triton, numpy, pytest, pybind11, ninja and nvcc must be there. The
+# status is the number of failed parts.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}

@@ -40,6 +40,7 @@ class TwinFlowLoss:
 
     A student is any callable F(x_t, t, r, cond) -> velocity: x_t (B, ...) in the latents' dtype; t, r (B,) float32,
     signed; the velocity (B, ...) in any floating dtype. It may have `begin_step(plan)` and `end_step()`.
+    Under torch.distributed roles are dealt over all ranks of the default group: each must give as many rows.
 
     Args:
         config: the settings; None: the defaults.

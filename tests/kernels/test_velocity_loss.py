@@ -29,7 +29,7 @@ def converted(arguments, dtype):
 
 
 def plain_loss(v_pred, v_target, x_start, x_end, rows, loss="barron", alpha=1.0, c=1e-3):
-    """METHOD 2.5-2.8 as a user writes it, one row after another, with the explicit target sg(F - R) and autograd."""
+    """Equations 13 to 22 of docs/method.md row after row, with the explicit target sg(F - R) and autograd."""
     losses = []
     for i, (a, b, clamp, weight) in enumerate(rows.tolist()):
         v = v_pred[i].to(torch.promote_types(v_pred.dtype, torch.float32))
