@@ -16,6 +16,8 @@ from types import ModuleType
 
 import torch
 
+from twinflow_kernels import _triton
+
 BACKENDS = ("triton", "cuda", "cpu", "reference")
 _override: str | None = None
 
@@ -45,16 +47,6 @@ def native() -> ModuleType | None:
             warnings.warn(f"twinflow_kernels: the compiled kernels do not load: {error}", stacklevel=2)
         return None
     return _C
-
-
-@cache
-def triton_missing() -> str | None:
-    """Why Triton cannot be used, or None where it can."""
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        return f"triton does not import: {error}"
-    return None
 
 
 def interpreting() -> bool:
@@ -94,7 +86,7 @@ def _usable(backend: str, implemented: frozenset[str], device_type: str) -> str 
     if backend == "triton":
         if device_type == "cpu" and not interpreting():
             return "Triton takes CPU tensors only under TRITON_INTERPRET=1"
-        return triton_missing()
+        return _triton.MISSING
     if backend == "cuda":
         return cuda_missing() if device_type == "cuda" else "CUDA kernels take CUDA tensors"
     return None

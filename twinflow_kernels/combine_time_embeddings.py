@@ -13,10 +13,9 @@ launch each way. The backward adds the table's gradient in the order of the rows
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 
 from twinflow_kernels._registry import register
+from twinflow_kernels._triton import tl, triton
 
 
 def combine_time_embeddings_ref(

@@ -22,12 +22,11 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-import triton
-import triton.language as tl
 
 from twinflow_kernels import _backend, _registry
 from twinflow_kernels._ema_pairs import PAIR, WHERE, Tensors, check_lists, prepare
 from twinflow_kernels._registry import register, require, require_floating
+from twinflow_kernels._triton import tl, triton
 
 
 def ema_update_ref(target: torch.Tensor, source: torch.Tensor, decay: float | torch.Tensor) -> torch.Tensor:

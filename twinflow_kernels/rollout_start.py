@@ -14,10 +14,9 @@ boolean indexing, hence without a host sync. The CPU keeps v1: it is 4 of about 
 """
 
 import torch
-import triton
-import triton.language as tl
 
 from twinflow_kernels._registry import register, require, require_floating, require_like, require_rows
+from twinflow_kernels._triton import tl, triton
 
 
 def rollout_start_ref(

@@ -12,11 +12,10 @@ v2 = one C++ pass, chunks of 64 KiB over threads.
 """
 
 import torch
-import triton
-import triton.language as tl
 
 from twinflow_kernels import _backend, _registry
 from twinflow_kernels._registry import register, require, require_floating, require_like, require_rows
+from twinflow_kernels._triton import tl, triton
 
 
 def rollout_step_ref(x: torch.Tensor, v_pred: torch.Tensor, dt: torch.Tensor) -> torch.Tensor:

@@ -14,10 +14,9 @@ Bytes moved: 8 B C for two times. Ladder: v1 = eager, 11 launches for each time;
 import math
 
 import torch
-import triton
-import triton.language as tl
 
 from twinflow_kernels._registry import register
+from twinflow_kernels._triton import tl, triton
 
 MAX_PERIOD = 10_000.0  # as in diffusers
 

@@ -1,8 +1,8 @@
 """Triton kernels and launchers of `velocity_loss`: residual and partial sums, one program per row, gradient."""
 
 import torch
-import triton
-import triton.language as tl
+
+from twinflow_kernels._triton import tl, triton
 
 Tensor = torch.Tensor
 

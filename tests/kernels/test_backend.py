@@ -1,11 +1,13 @@
 """Which backend serves a device, and why, on machines that are not at hand."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from twinflow_kernels import _backend, _registry
+from twinflow_kernels import _backend, _registry, _triton
 
 ALL = frozenset({"cuda", "triton", "reference"})
 
@@ -17,7 +19,7 @@ def machine(monkeypatch):
     def pretend(has_cuda=True, runtime=12080, driver=12080, capability=(9, 0)):
         module = SimpleNamespace(has_cuda=has_cuda, cuda_versions=lambda: (runtime, driver))
         monkeypatch.setattr(_backend, "native", lambda: module)
-        monkeypatch.setattr(_backend, "triton_missing", lambda: None)
+        monkeypatch.setattr(_triton, "MISSING", None)
         monkeypatch.setattr(torch.version, "cuda", "12.8")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
         monkeypatch.delenv("TWINFLOW_BACKEND", raising=False)
@@ -55,3 +57,23 @@ def test_an_older_driver_of_the_same_major_version(machine, runtime, driver):
 def test_the_first_argument_says_on_which_device_to_launch(operation):
     first = getattr(torch.ops.twinflow, operation.name).default._schema.arguments[0]
     assert str(first.type) in ("Tensor", "List[Tensor]")
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import torch
+import twinflow
+from twinflow_kernels import _backend, rollout_start
+x, row = torch.ones(2, 3), torch.ones(2)
+print([y.tolist() for y in rollout_start(x, x, None, None, row, row)])
+print(_backend._usable("triton", frozenset({"triton"}), "cuda"))
+"""
+
+
+def test_without_triton_the_others_serve():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    values, why = done.stdout.splitlines()
+    assert values == f"{[[[1.0] * 3] * 2, [[0.0] * 3] * 2]}"
+    assert why.startswith("triton does not import: ")
