@@ -6,8 +6,6 @@ Rooms say `from twinflow_kernels._triton import tl, triton`. `_backend.py` never
 from typing import Any
 
 MISSING: str | None = None  # why Triton cannot be used
-triton: Any
-tl: Any
 
 
 class _Absent:
