@@ -78,6 +78,8 @@ def test_grid_warp_and_zero_gap():
         (dict(style="slow"), ValueError, "style must be one of few, any, mul, got 'slow'"),
         (dict(stochasticity=1.5), ValueError, r"stochasticity must be in \[0, 1\], got 1.5"),
         (dict(stochasticity=float("nan")), ValueError, "stochasticity"),
+        (dict(stochasticity="all"), ValueError, r"stochasticity must be in \[0, 1\], got 'all'"),
+        (dict(steps="two"), ValueError, "steps must be an integer >= 1, got 'two'"),
         (dict(gap_end=1.0), ValueError, "gap_end must be in"),
         (dict(z=torch.ones(2, 3, dtype=torch.int64)), TypeError, "z must be a floating tensor, got torch.int64"),
     ],
@@ -86,3 +88,8 @@ def test_bad_input(change, error, message):
     arguments = dict(z=torch.ones(2, 3)) | change
     with pytest.raises(error, match=message):
         sample(lambda x_t, t, r, cond: x_t, arguments.pop("z"), **arguments)
+
+
+def test_a_velocity_of_another_shape():
+    with pytest.raises(ValueError, match=r"sample: student must return \(2, 3\), got \(2, 1\)"):
+        sample(lambda x_t, t, r, cond: x_t[:, :1], torch.ones(2, 3))

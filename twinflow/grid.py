@@ -37,9 +37,9 @@ def sampling_grid(
 
     Source: UCGM (arXiv 2505.07447), sampler.
     """
-    gap_end = default_gap_end(steps) if gap_end is None else gap_end
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"sampling_grid: steps must be an integer >= 1, got {steps!r}")
+    gap_end = default_gap_end(steps) if gap_end is None else gap_end
     if not 0 <= gap_start < 1:
         raise ValueError(f"sampling_grid: gap_start must be in [0, 1), got {gap_start}")
     if not 0 <= gap_end <= 1 - gap_start:

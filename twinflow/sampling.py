@@ -39,7 +39,7 @@ def sample(
         Samples, (B, ...), in z's dtype.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range, or the velocity has another shape than z.
         TypeError: z is not a floating tensor.
 
     Source: UCGM (arXiv 2505.07447), sampler.
@@ -49,8 +49,8 @@ def sample(
     if style not in STYLES:
         raise ValueError(f"sample: style must be one of {', '.join(STYLES)}, got {style!r}")
     rho = float(style == "few") if stochasticity is None else stochasticity
-    if not 0 <= rho <= 1:
-        raise ValueError(f"sample: stochasticity must be in [0, 1], got {stochasticity}")
+    if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not 0 <= rho <= 1:
+        raise ValueError(f"sample: stochasticity must be in [0, 1], got {stochasticity!r}")
     times = sampling_grid(steps, GAP_START, gap_end)
     time_dtype = torch.promote_types(z.dtype, torch.float32)
     x = z.to(time_dtype)
@@ -58,6 +58,8 @@ def sample(
         r = {"few": 0.0, "any": following, "mul": s}[style]
         t_rows, r_rows = (torch.full((z.shape[0],), v, dtype=time_dtype, device=z.device) for v in (s, r))
         velocity = student(x.to(z.dtype), t_rows, r_rows, cond).to(time_dtype)
+        if velocity.shape != z.shape:
+            raise ValueError(f"sample: student must return {tuple(z.shape)}, got {tuple(velocity.shape)}")
         # (2) x_hat = x_t - t F, z_hat = x_t + (1 - t) F
         x_hat = x - s * velocity
         if following == 0.0:
