@@ -30,23 +30,29 @@ class Choice:
     reason: str
 
 
-@cache
 def native() -> ModuleType | None:
-    """The compiled module `twinflow_kernels._C`, or None where the package was built without it."""
+    """The compiled module `twinflow_kernels._C`, or None where it cannot be used."""
+    return _load_native()[0]
+
+
+@cache
+def _load_native() -> tuple[ModuleType | None, str]:
+    """The compiled module, or None and why; what a build is not expected to leave out is warned of."""
     if not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
         # torch normally brings an OpenMP runtime into the process; ours must not bring a second thread pool.
         try:
             ctypes.CDLL("libgomp.so.1", ctypes.RTLD_GLOBAL)
         except OSError as error:
-            warnings.warn(f"twinflow_kernels: no OpenMP runtime, the compiled kernels are off: {error}", stacklevel=2)
-            return None
+            warnings.warn(f"twinflow_kernels: no OpenMP runtime, the compiled kernels are off: {error}", stacklevel=4)
+            return None, f"no OpenMP runtime: {error}"
     try:
         from twinflow_kernels import _C
     except ImportError as error:
-        if "No module named" not in str(error) and "cannot import name" not in str(error):
-            warnings.warn(f"twinflow_kernels: the compiled kernels do not load: {error}", stacklevel=2)
-        return None
-    return _C
+        if "No module named" in str(error) or "cannot import name" in str(error):
+            return None, "built without native code (TWINFLOW_BUILD_NATIVE=0)"
+        warnings.warn(f"twinflow_kernels: the compiled kernels do not load: {error}", stacklevel=4)
+        return None, f"the compiled kernels do not load: {error}"
+    return _C, ""
 
 
 def interpreting() -> bool:
@@ -59,7 +65,7 @@ def cuda_missing() -> str | None:
     """Why the CUDA C++ kernels cannot be used, or None where they can."""
     module = native()
     if module is None:
-        return "built without native code"
+        return _load_native()[1]
     if not module.has_cuda:
         return "built without nvcc"
     if torch.version.cuda is None:
@@ -82,7 +88,7 @@ def _usable(backend: str, implemented: frozenset[str], device_type: str) -> str 
     if backend == "cpu":
         if device_type != "cpu":
             return "C++ kernels take CPU tensors"
-        return None if native() is not None else "built without native code (TWINFLOW_BUILD_NATIVE=0)"
+        return None if native() is not None else _load_native()[1]
     if backend == "triton":
         if device_type == "cpu" and not interpreting():
             return "Triton takes CPU tensors only under TRITON_INTERPRET=1"
