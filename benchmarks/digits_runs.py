@@ -111,7 +111,7 @@ def scores(model: nn.Module, data: digits.Data, steps: int, style: str) -> dict[
 
 def distance(value: float) -> str:
     """A distance as a table shows it."""
-    return f"{value:.2f}" if value < 1000 else f"{value:.0e}"
+    return f"{value:.2f}" if value < 1000 else f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:

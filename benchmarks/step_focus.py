@@ -15,7 +15,7 @@ COUNTS, SHARES = (1, 2, 4), (0.25, 0.5, 1.0)
 QUERIES = [("few", 1), ("few", 2), ("few", 4), ("any", 2), ("any", 4)]
 
 
-def table(cells: list[dict]) -> str:
+def table(cells: list[dict], recipe: str) -> str:
     """Per setting a line: the mean over seeds and, in brackets, half the range."""
     rows = []
     for count, share in dict.fromkeys((c["target_step_count"], c["step_focus"]) for c in cells):
@@ -25,7 +25,8 @@ def table(cells: list[dict]) -> str:
         rows.append([f"{share:g}", str(count) if share else "", *shown])
     heads = [f"{style}, {n} step{'s' * (n > 1)}" for style, n in QUERIES]
     seeds = len({c["seed"] for c in cells})
-    caption = f"Fréchet distance: mean of {seeds} seeds (half the range)."
+    settings = f"`{recipe}`, residual network, {cells[0]['steps']} steps from a short base"
+    caption = f"{settings}; Fréchet distance: mean of {seeds} seeds (half the range)."
     return f"{caption}\n\n{markdown(['step_focus', 'target_step_count', *heads], rows)}"
 
 
@@ -54,8 +55,8 @@ def main() -> None:
             print(seed, count, share, {query: round(value, 3) for query, value in cell["frechet"].items()}, flush=True)
             if not args.quick:
                 settings = {"recipe": args.recipe, "steps": steps, "base_steps": base_steps, "lr": args.lr}
-                save("step_focus", settings, cells, table(cells))
-    print(table(cells))
+                save("step_focus", settings, cells, table(cells, args.recipe))
+    print(table(cells, args.recipe))
 
 
 if __name__ == "__main__":
