@@ -34,7 +34,8 @@ from twinflow.sampling import sample
 BATCH = 128
 GENERATED = 10_000
 BASE_STEPS, BASE_LR = 6000, 2e-3
-TWINFLOW_STEPS = {"all_terms": 1500, "partition": 3500}
+TWINFLOW_STEPS = {"partition": 3000, "all_terms": 1500}
+TWINFLOW_LR = {"partition": 2e-3, "all_terms": 1e-3}
 FULL = 3  # --full: this many times the steps
 WARMUP_STEPS = 100
 
