@@ -116,12 +116,16 @@ class DeviceGuard {
 public:
     explicit DeviceGuard(int device) {
         check(cudaGetDevice(&before_), "cudaGetDevice");
-        if (device != before_) check(cudaSetDevice(device), "cudaSetDevice");
+        changed_ = device != before_;
+        if (changed_) check(cudaSetDevice(device), "cudaSetDevice");
     }
-    ~DeviceGuard() { cudaSetDevice(before_); }
+    ~DeviceGuard() {
+        if (changed_) cudaSetDevice(before_);  // setting it needlessly would create a context there
+    }
 
 private:
     int before_ = 0;
+    bool changed_ = false;
 };
 
 template <bool kCopies>

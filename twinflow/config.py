@@ -38,18 +38,20 @@ _PRESETS = {
 class TwinFlowConfig:
     """The objective's settings; docs/method.md holds the equations they enter.
 
+    Settings given as None are resolved by recipe when the config is made; `dataclasses.replace` keeps what was resolved.
+
     Args:
         recipe: `partition` (one role per row, the published training code) or `all_terms` (the paper's objective).
         shares: role -> share of the rows, `partition` only; missing roles have share 0; scaled to sum to 1.
         adversarial: False leaves out the fake trajectory: the `adv` rows and every term built on generated samples.
         estimate_order: teacher steps N of the RCGM rollout; 0 is flow matching without a rollout.
         enhanced_ratio: guidance w of the enhanced target; 0 asks no guidance queries and needs no `uncond`.
-        enhanced_range: open interval (lo, hi) of |t| in which rows are enhanced.
+        enhanced_range: open interval (lo, hi) of |t| in which rows are enhanced; `all_terms` includes hi.
         delta_t: first step of the rollout, in units of time.
         target_clamp: bound of the residual per element; None or inf for none.
         loss: `barron` or `l2`; None: by recipe.
-        rectify_loss: loss of the rectify term; None: the same as `loss`, as published. `l2` keeps training stable
-            at learning rates where the published form diverges (docs/method.md, equation 22).
+        rectify_loss: loss of the rectify term; None: the same as `loss`, as published. `l2` keeps networks stable
+            that diverge with the published form; where they do not it costs some quality (README, Stability).
         barron_alpha, barron_c: shape and scale of the Barron loss.
         time_weight: weight the consistency rows by tan((1 - (|t| - |r|)) pi / 2.5) + 1; None: by recipe.
         time_dist: (a, b, scale): t ~ Beta(a, b) * scale.
@@ -57,7 +59,8 @@ class TwinFlowConfig:
             (`partition` has no real-velocity and consistency terms); rectify None: by recipe.
         target_step_count: the number of sampling steps that `step_focus` trains for.
         step_focus: share of the `any` rows (`all_terms`: of all rows) that take their times from the sampling grid of
-            `target_step_count` steps; 0 is the published method.
+            `target_step_count` steps; 0 is the published method. Keep it well below 1: times off the grid need
+            training too (`all_terms` on digits diverges at 1).
         data_free: the caller's latents give only shape, dtype and device; data are the student's own samples.
         rng_align: `batch`: each network call starts from the random state the student's call starts from; `rows`:
             rows run singly from states of their own, so that dropout masks of a row agree in all its calls.

@@ -134,7 +134,10 @@ class TwinFlowLoss:
     def evaluate(
         self, student: Student, latents: torch.Tensor, cond: Any = None, uncond: Any = None, **more: Any
     ) -> TwinFlowOutput:
-        """Computes the loss without gradient; moves neither teacher nor role counter. Arguments as for the call."""
+        """Computes the loss without gradient; moves neither teacher nor role counter. Arguments as for the call.
+
+        As the counter stays, a CUDA generator gives every evaluation the same times; pass `draws` for others.
+        """
         counter = self._roles.state_dict()
         out = self(student, latents, cond, uncond, **{**more, "update_teacher": False})
         self._roles.load_state_dict(counter)

@@ -33,8 +33,9 @@ class _Planner:
         self.enhanced = frozenset(
             i
             for i in range(self.batch)
-            if guided and self.roles[i] != "adv" and self.counted(i) and low < abs(self.t[i]) < high
-        )
+            if guided and self.roles[i] != "adv" and self.counted(i)
+            and (low < abs(self.t[i]) < high or (self.roles[i] == "all" and abs(self.t[i]) == high))
+        )  # fmt: skip
         self.rollout = frozenset(
             i
             for i in range(self.batch)

@@ -19,8 +19,12 @@ def kept_calls(student: Student | None) -> str:
         return "student"
     module = unwrap(student) if student is not None else None
     if isinstance(module, torch.nn.Module) and distributed.is_available() and distributed.is_initialized():
+        from torch.distributed.fsdp import FullyShardedDataParallel
         from torch.distributed.tensor import DTensor
 
-        if any(isinstance(p, DTensor) for p in module.parameters()):
+        # FSDP2, FSDP1, and the parameters of DeepSpeed ZeRO-3
+        if any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in module.parameters()) or any(
+            isinstance(m, FullyShardedDataParallel) for m in module.modules()
+        ):
             return "all"
     return "none"
