@@ -38,7 +38,7 @@ _PRESETS = {
 class TwinFlowConfig:
     """The objective's settings; docs/method.md holds the equations they enter.
 
-    Settings given as None are resolved by recipe when the config is made; `dataclasses.replace` keeps what was resolved.
+    Settings given as None are resolved by recipe when the config is made; `dataclasses.replace` keeps the results.
 
     Args:
         recipe: `partition` (one role per row, the published training code) or `all_terms` (the paper's objective).

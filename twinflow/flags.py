@@ -57,7 +57,7 @@ def parse_flags(mapping: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
 
 def _suggestion(name: str) -> str:
     nearest = difflib.get_close_matches(name, _FLAGS, n=1, cutoff=0.6)
-    nearest = nearest or difflib.get_close_matches(f"twinflow_{name}", _FLAGS, n=1, cutoff=0.75)
+    nearest = nearest or difflib.get_close_matches(f"twinflow_{name}", _FLAGS, n=1, cutoff=0.8)
     return f"; did you mean {nearest[0]!r}?" if nearest else f"; known are {', '.join(_FLAGS)}"
 
 
