@@ -89,7 +89,7 @@ def case(count, shape, source_dtype, device, copy_dtype=None):
 
 def cases(device):
     bf16, f32 = torch.bfloat16, torch.float32
-    for count, shape in ((64, (1024, 1024)), (2000, (64, 64))):
+    for count, shape in ((1, (8192, 8192)), (64, (1024, 1024)), (2000, (64, 64))):
         yield case(count, shape, f32, device)
         yield case(count, shape, bf16, device)
         yield case(count, shape, bf16, device, copy_dtype=bf16)

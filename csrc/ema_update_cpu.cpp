@@ -1,6 +1,7 @@
 // EMA over a table of tensors: target <- decay target + (1 - decay) source. Compiled once per instruction set.
 #include <algorithm>
 #include <type_traits>
+#include <vector>
 
 #include "scalar.h"
 
@@ -9,8 +10,8 @@ namespace TWINFLOW_ISA {
 
 namespace {
 
-constexpr int64_t kTile = 1024;    // elements between conversions: the buffer stays in the first-level cache
-constexpr int64_t kChunk = 65536;  // elements per task, counted through all tensors
+constexpr int64_t kTile = 1024;     // elements between conversions: the buffer stays in the first-level cache
+constexpr int64_t kPiece = 262144;  // elements per task, counted through all tensors
 
 template <class T>
 struct Accumulator {
@@ -82,17 +83,18 @@ void update_range(const EmaPair& pair, int64_t begin, int64_t end, const EmaDeca
 }  // namespace
 
 void ema_update(const EmaPair* pairs, int64_t count, EmaDecay decay, int threads) {
+    // Pieces of all tensors laid end to end, handed out as threads come free: a busy core delays nobody else.
+    std::vector<int64_t> ends(count);
     int64_t total = 0;
-    for (int64_t i = 0; i < count; ++i) total += pairs[i].count;
-    const int parts = static_cast<int>(std::min<int64_t>(threads, (total + kChunk - 1) / kChunk));
-    // Threads share the elements, not the tensors: part p takes [p, p + 1) / parts of all tensors laid end to end.
-#pragma omp parallel for num_threads(parts) schedule(static) if (parts > 1)
-    for (int part = 0; part < parts; ++part) {
-        const int64_t first = total * part / parts, last = total * (part + 1) / parts;
-        int64_t offset = 0;
-        for (int64_t i = 0; i < count && offset < last; offset += pairs[i].count, ++i) {
-            const int64_t begin = std::max<int64_t>(first - offset, 0);
-            const int64_t end = std::min(last - offset, pairs[i].count);
+    for (int64_t i = 0; i < count; ++i) ends[i] = total += pairs[i].count;
+    const int64_t pieces = (total + kPiece - 1) / kPiece;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1 && pieces > 1)
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+        const int64_t first = piece * kPiece, last = std::min(total, first + kPiece);
+        int64_t i = std::upper_bound(ends.begin(), ends.end(), first) - ends.begin();
+        for (; i < count && ends[i] - pairs[i].count < last; ++i) {
+            const int64_t offset = ends[i] - pairs[i].count;
+            const int64_t begin = std::max<int64_t>(first - offset, 0), end = std::min(last - offset, pairs[i].count);
             if (begin < end) update_range(pairs[i], begin, end, decay);
         }
     }
