@@ -7,7 +7,7 @@ import pytest
 import torch
 from room import DTYPES, assert_accurate, interpreted, lanes, strided
 
-from twinflow_kernels import _backend, ema_update_
+from twinflow_kernels import _backend, ema_update_, ema_update_triton
 from twinflow_kernels import ema_update as room
 from twinflow_kernels._ema_pairs import PAIR
 
@@ -249,7 +249,7 @@ def test_a_backward_pass_notices_the_update(backend, device):
 
 def test_launch_config_covers_every_tensor():
     for count, aligned in itertools.product((1, 127, 128, 5000, 16384, 1 << 22), (True, False)):
-        chunk, block, num_warps = room.launch_config(count, aligned)
+        chunk, block, num_warps = ema_update_triton.launch_config(count, aligned)
         assert chunk % block == 0 and 128 <= block <= chunk <= 16384 and num_warps == 8
 
 
@@ -257,6 +257,6 @@ def test_chunk_tables():
     """Chunks of 16,384 elements: none for an empty tensor, as many as needed for the others, in order."""
     table = np.zeros(3, PAIR)
     table["count"] = (16385, 0, 7)
-    rows, of_chunk = room._chunk_tables(table.tobytes(), 16384, torch.device("cpu"))
+    rows, of_chunk = ema_update_triton._chunk_tables(table.tobytes(), 16384, torch.device("cpu"))
     assert of_chunk.tolist() == [0, 0, 2]
     assert rows[:, 3].tolist() == [16385, 0, 7] and rows[:, 4].tolist() == [0, 2, 2]
