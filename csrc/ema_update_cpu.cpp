@@ -34,22 +34,6 @@ void combine(T* target, const A* source, int64_t count, const EmaDecay& decay) {
         target[i] = narrow<T>(keep * static_cast<A>(widen(target[i])) + take * source[i]);
 }
 
-// The source in the accumulator's type: in place where it has that type, else converted into `buffer`.
-template <class A>
-const A* widened(const void* source, int64_t begin, int64_t count, DType dtype, A* buffer) {
-    const A* result = buffer;
-    with_dtype(dtype, [&](auto type) {
-        using S = decltype(type);
-        const S* from = static_cast<const S*>(source) + begin;
-        if constexpr (std::is_same_v<S, A>) {
-            result = from;
-        } else {
-            for (int64_t i = 0; i < count; ++i) buffer[i] = static_cast<A>(widen(from[i]));
-        }
-    });
-    return result;
-}
-
 template <class T>
 void copy_tile(const T* target, void* copy, int64_t begin, int64_t count, DType dtype) {
     with_dtype(dtype, [&](auto type) {
@@ -69,8 +53,8 @@ void update_range(const EmaPair& pair, int64_t begin, int64_t end, const EmaDeca
         for (int64_t at = begin; at < end; at += kTile) {
             const int64_t count = std::min(kTile, end - at);
             if (decay.keep != 1.0) {
-                const A* source = widened(reinterpret_cast<const void*>(pair.source), at, count,
-                                          static_cast<DType>(pair.source_dtype), buffer);
+                const A* source = widened(reinterpret_cast<const void*>(pair.source),
+                                          static_cast<DType>(pair.source_dtype), at, count, buffer);
                 combine(target + at, source, count, decay);
             }
             if (pair.copy)

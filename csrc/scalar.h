@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -85,6 +86,22 @@ inline void with_dtype(DType dtype, Body&& body) {
         case DType::bf16: body(bf16{}); return;
         case DType::f16: body(f16{}); return;
     }
+}
+
+// `count` elements from `offset` in the dtype of the arithmetic: the input itself, or widened into `scratch`.
+template <class M>
+const M* widened(const void* data, DType dtype, int64_t offset, int64_t count, M* scratch) {
+    const M* result = scratch;
+    with_dtype(dtype, [&](auto type) {
+        using T = decltype(type);
+        const T* values = static_cast<const T*>(data) + offset;
+        if constexpr (std::is_same_v<T, M>) {
+            result = values;
+        } else {
+            for (int64_t i = 0; i < count; ++i) scratch[i] = static_cast<M>(widen(values[i]));
+        }
+    });
+    return result;
 }
 
 }  // namespace TWINFLOW_ISA

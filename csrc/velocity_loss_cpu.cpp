@@ -27,22 +27,6 @@ struct Chunk {
     const M *v_pred, *v_target, *x_start, *x_end;
 };
 
-// `count` elements from `offset` in the dtype of the arithmetic: the input itself, or widened into `scratch`.
-template <class M>
-const M* widened(const void* data, DType dtype, int64_t offset, int64_t count, M* scratch) {
-    const M* result = scratch;
-    with_dtype(dtype, [&](auto type) {
-        using T = decltype(type);
-        const T* values = static_cast<const T*>(data) + offset;
-        if constexpr (std::is_same_v<T, M>) {
-            result = values;
-        } else {
-            for (int64_t i = 0; i < count; ++i) scratch[i] = static_cast<M>(widen(values[i]));
-        }
-    });
-    return result;
-}
-
 // R = clamp(a v_pred - b (x_start - x_end) - v_target); NaN compares false both times and stays.
 template <class M, bool kPred, bool kPath, bool kTarget>
 inline M residual_at(const Chunk<M>& in, const Row<M>& row, int64_t i) {
