@@ -17,7 +17,7 @@ _BY_RECIPE: dict[str, dict[str, Any]] = {
     "all_terms": {"loss": "l2", "time_weight": False, "rectify_weight": 1.0},
 }
 
-# Objective settings of the shipped configurations; the names are the columns of the paper's Table 6.
+# Objective settings of the published configurations; models are named as in the paper's Table 6.
 # name             recipe       order ratio rectify  shares e2e mul any one adv  data_free
 _PRESETS = {
     "published":   ("partition", 2,   0.5,  0.5,    (1, 1, 1, 0, 1), False),
