@@ -17,6 +17,6 @@ def measure_kernels(device: torch.device, seconds: float = 1.0) -> list[dict[str
     """Checks and times the first case of each operation."""
     results = []
     for module in bench_modules():
-        case = module.cases(device)[0]
+        case = next(iter(module.cases(device)))
         results.append({"op": module.__name__.removeprefix("bench_"), **harness.measure(case, device, seconds)})
     return results
