@@ -10,7 +10,8 @@ section 2.
 Bytes moved: 4 reads and 2 writes, 24 B/element in float32; rows with ratio = 0 read only v_target and x_t, 16 B.
 
 Ladder: v1 = eager, 5 launches and 4 temporaries; v2 = one Triton launch, the not enhanced rows decided per row without
-boolean indexing, hence without a host sync. The CPU keeps v1: it is 4 of about 40 passes over the latents of one step.
+boolean indexing, hence without a host sync. The CPU keeps v1: it is 4 of about 40 passes over the latents of one step
+(8 rows of 16 x 128 x 128: 9.2 ms with its masks, 1.9 by torch.compile; benchmarks/results/).
 """
 
 import torch
