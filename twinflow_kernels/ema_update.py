@@ -10,9 +10,10 @@ own size.
 
 Ladder, CPU (2 threads, 64 M parameters in one tensor, bf16 into float32; benchmarks/results/): v1 = the `mul_`/`add_`
 pair, two passes and a cast, 104 ms; v2 = torch.compile, 13.2 ms; v3 = one C++ pass over a table of addresses, threads
-sharing the elements and not the tensors, the source widened in tiles of 1,024, 13.1 ms: at the memory's speed, like v2 and
-(equal dtypes) `_foreach_lerp_`. No gain: prefetching the next tile, tiles of 256 or 4,096, no tiles. Pieces handed out as
-threads come free: equal on a quiet machine, faster on a busy one. 2,000 tensors of 4,096: 5.6 ms, `_foreach_lerp_` 6.2.
+sharing the elements and not the tensors, the source widened in tiles of 1,024, 13.1 ms: at the memory's speed, like
+v2 and (equal dtypes) `_foreach_lerp_`. No gain: prefetching the next tile, tiles of 256 or 4,096, no tiles. Pieces
+handed out as threads come free: equal on a quiet machine, faster on a busy one. 2,000 tensors of 4,096: 5.6 ms,
+`_foreach_lerp_` 6.2.
 Ladder, CUDA (not timed: no GPU at hand; both are kept until one is, TWINFLOW_BACKEND picks): v1 = Triton over a table
 on the device, one launch per combination of dtypes, tables cached by their contents; v2 (default) = CUDA C++, the table
 by value in the kernel's parameters, dtypes per tensor at run time, 1,363 tensors a launch (1,022 with copies): nothing

@@ -7,9 +7,9 @@ the time walked from a down to b, unitless. Source: RCGM rollout, TwinFlow (arXi
 
 Bytes moved: x read and written, v_pred read once: 12 B/element for float32 state and velocity, 10 for bf16 velocity.
 
-Ladder (CPU, 2 threads, (8, 16, 128, 128), float32 / bf16 velocity, benchmarks/results/): v1 = eager `x.sub_(dt * v)`, two
-passes and a temporary, 0.98 / 1.23 ms; torch.compile 0.83 / 0.74; v2 = one C++ pass, chunks of 64 KiB over threads,
-0.80 / 0.68. At one such row the checks show: 0.31 against the eager 0.19.
+Ladder (CPU, 2 threads, (8, 16, 128, 128), float32 / bf16 velocity, benchmarks/results/): v1 = eager
+`x.sub_(dt * v)`, two passes and a temporary, 0.98 / 1.23 ms; torch.compile 0.83 / 0.74; v2 = one C++ pass, chunks of
+64 KiB over threads, 0.80 / 0.68. At one such row the checks show: 0.31 against the eager 0.19.
 """
 
 import torch
