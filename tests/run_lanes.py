@@ -96,7 +96,10 @@ def read_report(path: Path) -> Result:
         if case.find("failure") is not None or case.find("error") is not None:
             result.failed += 1
         elif skip is not None:
-            result.skipped[skip.get("message", "no reason given")] += 1
+            # Of a module skipped whole, pytest puts the reason into the text.
+            whole = (skip.text or "").rpartition("Skipped: ")[2].rstrip("')\" \n")
+            message = skip.get("message", "no reason given")
+            result.skipped[whole if message == "collection skipped" and whole else message] += 1
         else:
             result.passed += 1
     return result
