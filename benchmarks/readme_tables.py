@@ -11,6 +11,11 @@ from report import kernels_table, table, training_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+DEMOS = {
+    "digits_cpu.json": "make demo",
+    "digits_all_terms_cpu.json": "examples/digits.py --recipe all_terms",
+    "digits_full_cpu.json": "examples/digits.py --full",
+}
 
 
 def _load(pattern: str) -> list[tuple[str, dict[str, Any]]]:
@@ -45,19 +50,24 @@ def training() -> str:
 
 
 def digits() -> str:
-    """The demo's table."""
-    report = json.loads((RESULTS / "digits_cpu.json").read_text())
-    rows = []
-    for row in report["rows"]:
-        counts = row["class_counts"]
-        scores = [f"{row['frechet']:.3f}", f"{row['accuracy']:.3f}", f"{min(counts)} to {max(counts)}"]
-        rows.append([row["model"], str(row["steps"] or ""), row["style"], *scores])
-    caption = (
-        f"`make demo`, seed {report['seed']}: {report['base_steps']} steps of flow matching, then {report['steps']} of "
-        f"TwinFlow, {report['seconds']:.0f} s in all on {report['threads']} CPU threads."
-    )
-    head = ["model", "steps", "style", "Fréchet distance", "label accuracy", "images per class"]
-    return f"{caption}\n\n{table(head, rows)}"
+    """The demo's tables: the default run, and what other runs of it gave."""
+    parts = []
+    for name, command in DEMOS.items():
+        report = json.loads((RESULTS / name).read_text())
+        caption = (
+            f"`{command}`, seed {report['seed']}: {report['base_steps']} steps of flow matching, then "
+            f"{report['steps']} of TwinFlow, {report['seconds']:.0f} s in all on {report['threads']} CPU threads."
+        )
+        rows = []
+        for row in report["rows"]:
+            if name != "digits_cpu.json" and row["model"] != "TwinFlow":
+                continue
+            counts = row["class_counts"]
+            scores = [f"{row['frechet']:.3f}", f"{row['accuracy']:.3f}", f"{min(counts)} to {max(counts)}"]
+            rows.append([row["model"], str(row["steps"] or ""), row["style"], *scores])
+        head = ["model", "steps", "style", "Fréchet distance", "label accuracy", "images per class"]
+        parts.append(f"{caption}\n\n{table(head, rows)}")
+    return "\n\n".join(parts)
 
 
 def study(name: str) -> str:
