@@ -71,8 +71,10 @@ def digits() -> str:
 
 
 def study(name: str) -> str:
-    """A study's table as it was written beside its results."""
-    return (RESULTS / f"{name}_cpu.md").read_text().strip()
+    """A study's table as it was written beside its results, and what it ran on."""
+    machine = json.loads((RESULTS / f"{name}_cpu.json").read_text())["machine"]
+    caption = _caption(machine, f"python benchmarks/{name}.py")
+    return f"{caption} {(RESULTS / f'{name}_cpu.md').read_text().strip()}"
 
 
 def render(text: str) -> str:

@@ -13,7 +13,7 @@ from twinflow.draws import draw_step
 from twinflow.passes import Request
 from twinflow.plan import make_plan
 
-ROLES = [("e2e", "mul"), ("any", "adv"), ("mul", "mul"), ("adv", "adv"), ("e2e", "e2e")]
+ROLES = [("e2e", "mul"), ("any", "adv"), ("mul", "mul"), ("adv", "adv"), ("e2e", "e2e"), ("any", "any")]
 
 
 def shape_of(plan):
