@@ -76,7 +76,7 @@ def test_a_float32_average_of_bf16_weights_moves_where_bf16_stalls():
     assert wide.parameters()["first.weight"].mean().item() == pytest.approx(wanted.item(), rel=1e-3)
     assert torch.equal(narrow.parameters()["first.weight"].float(), torch.ones_like(net.first.weight).float())
     assert answers(wide, dtype=torch.bfloat16).dtype == torch.bfloat16
-    compute = dict(wide._module.named_parameters())["first.weight"]
+    compute = dict(wide.module.named_parameters())["first.weight"]
     assert torch.equal(compute, wide.parameters()["first.weight"].to(torch.bfloat16))
 
 
@@ -86,7 +86,7 @@ def test_frozen_parameters_are_shared(make):
     net = ToyNet()
     net.first.requires_grad_(False)
     teacher = make(net)
-    held = dict(teacher._module.named_parameters())
+    held = dict(teacher.module.named_parameters())
     assert held["first.weight"] is net.first.weight and held["first.bias"] is net.first.bias
     assert held["second.weight"].data_ptr() != net.second.weight.data_ptr()
     names = set(teacher.state_dict().get("shadow", teacher.state_dict().get("weights")))
@@ -119,7 +119,7 @@ def test_channels_last_tied_parameters_and_buffers():
         weight = net.conv.weight.detach()
         expected = weight.clone() if expected is None else decay * expected + (1 - decay) * weight
         torch.testing.assert_close(teacher.parameters()["conv.weight"], expected)
-    held = teacher._module
+    held = teacher.module
     assert held.conv.weight.is_contiguous(memory_format=torch.channels_last)
     assert held.conv.bias is held.again.bias and set(teacher.parameters()) == {
         "conv.weight",

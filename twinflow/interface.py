@@ -35,6 +35,17 @@ def without_collectives(student: Student) -> Student:
     return student if wrapper is None else wrapper.module
 
 
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter that requires grad."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def guidance_times(student: Student, t: torch.Tensor, r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The times that a guidance query at (t, r = t) asks the network with; a student may say (`guidance_times`)."""
+    asks = getattr(unwrap(student), "guidance_times", None)
+    return (t, r) if asks is None else asks(t, r)
+
+
 class Teacher:
     """What TwinFlowLoss asks of a teacher.
 

@@ -20,13 +20,14 @@ class RowSelector:
     def __init__(self, batch: int, device: torch.device) -> None:
         self.batch = batch
         self.device = device
-        self._indices: dict[Rows, torch.Tensor] = {}
+        self._indices: dict[tuple[Rows, torch.device], torch.Tensor] = {}
 
-    def index(self, rows: Rows) -> torch.Tensor:
-        """The rows as an int64 tensor on the device."""
-        if rows not in self._indices:
-            self._indices[rows] = torch.tensor(rows, dtype=torch.int64).to(self.device, non_blocking=True)
-        return self._indices[rows]
+    def index(self, rows: Rows, device: torch.device | None = None) -> torch.Tensor:
+        """The rows as an int64 tensor, on the latents' device or another."""
+        device = self.device if device is None else device
+        if (rows, device) not in self._indices:
+            self._indices[rows, device] = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
+        return self._indices[rows, device]
 
     def take(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Rows of a (B, ...) tensor: the tensor itself, a view of neighbouring rows, or a copy."""
@@ -34,7 +35,7 @@ class RowSelector:
             return x
         if rows and rows == tuple(range(rows[0], rows[0] + len(rows))):
             return x.narrow(0, rows[0], len(rows))
-        return x.index_select(0, self.index(rows))
+        return x.index_select(0, self.index(rows, x.device))
 
     def put(self, x: torch.Tensor, rows: Rows, values: torch.Tensor) -> None:
         """Writes rows of a (B, ...) tensor in place."""
@@ -85,6 +86,8 @@ def same_leaf_shapes(a: Any, b: Any) -> bool:
 def check_condition(where: str, name: str, condition: Any, latents: torch.Tensor, broadcast: bool = False) -> None:
     """Raises TypeError or ValueError unless every tensor can be reached and has the latents' batch axis and device.
 
+    Integer tensors may stay on the CPU: what a network reads on the host, such as prompt lengths.
+
     Args:
         where, name: the function and argument, for the message.
         condition: any pytree, or None.
@@ -104,5 +107,6 @@ def check_condition(where: str, name: str, condition: Any, latents: torch.Tensor
         if leaf.dim() == 0 or (leaf.shape[0] != batch and not (broadcast and leaf.shape[0] == 1)):
             wanted = f"a tensor whose first axis is the batch of {batch}" + (" or 1" if broadcast else "")
             raise ValueError(f"{where}: {label} must be {wanted}, got shape {tuple(leaf.shape)}")
-        if leaf.device != latents.device:
+        on_host = leaf.device.type == "cpu" and not leaf.is_floating_point()  # lengths, read without a sync
+        if leaf.device != latents.device and not on_host:
             raise ValueError(f"{where}: {label} must be on the latents' device {latents.device}, got {leaf.device}")

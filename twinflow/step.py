@@ -11,7 +11,7 @@ import torch
 from twinflow.coefficients import RowTable
 from twinflow.config import TwinFlowConfig
 from twinflow.draws import Draws
-from twinflow.interface import Student, Teacher, without_collectives
+from twinflow.interface import Student, Teacher, guidance_times, without_collectives
 from twinflow.passes import Pass, Plan
 from twinflow.plan import time_table
 from twinflow.rng import StepRandomState
@@ -123,6 +123,8 @@ class Step:
         """One network call: the random state of its piece, its conditions, float32 times, a checked result."""
         cond = self._condition(call)
         x_t, t, r = x_t.to(self.batch.latents.dtype), times[0], times[1]
+        if call.name == "cfg":
+            t, r = guidance_times(self.student, t, r)
         network: Callable[..., torch.Tensor] = self.student if call.gradient else without_collectives(self.student)
         more = {}
         if call.who == "teacher":

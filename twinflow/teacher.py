@@ -1,14 +1,20 @@
 """The three teachers, one interface: `EMATeacher`, `StudentTeacher`, `FrozenTeacher`."""
 
-import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from twinflow.interface import Student, Teacher, check_same_student, unwrap, without_collectives
+from twinflow.average import flat, load_tensors, shadow_of
+from twinflow.interface import Student, Teacher, check_same_student, trained_parameters, unwrap, without_collectives
+from twinflow.module_copy import ModuleCopy
 from twinflow_kernels import ema_update_
+
+if TYPE_CHECKING:
+    from twinflow.adapter_slot import AdapterSlot
+
+DEFAULT_SLOT = "ema"
 
 
 def _require_query(query: str) -> None:
@@ -35,32 +41,27 @@ class StudentTeacher(Teacher):
         check_same_student(self.student, student)
 
 
-class _CopyTeacher(Teacher):
-    """A teacher that holds a copy of the student's trainable tensors; frozen tensors are the student's own."""
+class _WeightsTeacher(Teacher):
+    """A teacher with weights of its own for what the student trains; frozen tensors are the student's."""
 
-    def __init__(self, student: nn.Module) -> None:
-        name = type(self).__name__
-        module = unwrap(student)
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"{name}: student must be an nn.Module, got {type(student).__name__}")
-        self._sources = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        if not self._sources:
-            raise ValueError(f"{name}: student must have a parameter that requires grad, got none")
+    def __init__(self, student: nn.Module, weights: "ModuleCopy | AdapterSlot") -> None:
         self._student = student
-        frozen = {id(p): p for p in module.parameters() if not p.requires_grad}
-        self._module = copy.deepcopy(module, memo=frozen)
-        for parameter in self._module.parameters():
-            if id(parameter) not in frozen:
-                parameter.requires_grad_(False)
-        copied = dict(self._module.named_parameters())
-        self._targets = {n: copied[n] for n in self._sources}
-        compiled = getattr(student, "_orig_mod", None) is not None
-        self._call: Student = torch.compile(self._module) if compiled else self._module
+        self._weights = weights
+        self._trained = trained_parameters(unwrap(student))  # type: ignore[arg-type]
 
     @property
     def module(self) -> nn.Module:
-        """The teacher's network, for evaluation and export; its tensors are the teacher's own, not copies."""
-        return self._module
+        """The teacher's network, for evaluation and export; its tensors are the teacher's own, not copies.
+
+        Raises:
+            AttributeError: the weights are a slot on the student's own base; call the teacher itself instead.
+        """
+        return self._weights.module  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def __call__(self, x_t: torch.Tensor, t: torch.Tensor, r: torch.Tensor, cond: Any) -> torch.Tensor:
+        """The velocity by the teacher's own weights: a student, for `sample()` and evaluation."""
+        return self._weights.velocity(x_t, t, r, cond)
 
     def check(self, student: Student) -> None:
         check_same_student(self._student, student)
@@ -68,8 +69,7 @@ class _CopyTeacher(Teacher):
         if not isinstance(module, nn.Module):
             return  # a plain callable around the module
         # The tensors themselves: one that was replaced would leave the teacher following a tensor nobody trains.
-        now = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        mine = self._sources
+        now, mine = trained_parameters(module), self._trained
         changed = sorted(n for n in now.keys() | mine.keys() if now.get(n) is not mine.get(n))
         if changed:
             raise ValueError(
@@ -77,34 +77,27 @@ class _CopyTeacher(Teacher):
                 f"got a difference in {', '.join(changed[:3])}{' ...' if len(changed) > 3 else ''}"
             )
 
-    @torch.no_grad()
-    def _velocity(self, x_t: torch.Tensor, t: torch.Tensor, r: torch.Tensor, cond: Any) -> torch.Tensor:
-        module = unwrap(self._student)
-        if self._module.training != module.training:  # type: ignore[attr-defined]
-            self._module.train(module.training)  # type: ignore[attr-defined]
-        return self._call(x_t, t, r, cond)
 
-    def _copy_buffers(self) -> None:
-        theirs = dict(unwrap(self._student).named_buffers())  # type: ignore[attr-defined]
-        for name, mine in self._module.named_buffers():
-            mine.copy_(theirs[name])
-
-
-class EMATeacher(_CopyTeacher):
+class EMATeacher(_WeightsTeacher):
     """An exponential moving average of the student (docs/method.md, equations 6 and 7).
 
     The decay warms up: d_0 = 0, d_{k+1} = d_k + (1 - d_k)(decay - d_k) / 2; update k uses d_k, so the first update
     copies the student. The average is kept in `dtype` (bf16 increments round to zero); where that differs from the
     student's dtype, the copy that computes is written in the same pass.
 
+    A student that trains a peft adapter gets a second one on the same base: float32, as the trained one is made, and
+    with the averages of what is trained beside adapters; `dtype` and `device` do not apply to it.
+
     Args:
         student: the module to follow, wrapped for DDP or compilation or not; its trainable parameters are averaged.
         decay: final decay, in (0, 1).
+        adapter: name of the second adapter; None: `ema` where the student trains an adapter.
         dtype: dtype of the average; a parameter of a wider dtype keeps its own.
-        device: where the average lives where it is not the computing copy itself; None: on the student's device.
+        device: where the average lives where it is not the computing copy itself, in pinned memory where that is the
+            CPU and the student on a GPU; None: on the student's device.
 
     Raises:
-        ValueError: decay outside (0, 1), or no parameter requires grad.
+        ValueError: decay outside (0, 1), no parameter requires grad, or an adapter name that is taken or has no use.
         TypeError: student is not an nn.Module, or has a trainable parameter that is not floating.
     """
 
@@ -113,6 +106,7 @@ class EMATeacher(_CopyTeacher):
         student: nn.Module,
         decay: float,
         *,
+        adapter: str | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
@@ -123,44 +117,44 @@ class EMATeacher(_CopyTeacher):
             raise ValueError(f"EMATeacher: decay must be in (0, 1), got {decay}; use {instead}")
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"EMATeacher: dtype must be a floating dtype, got {dtype!r}")
-        super().__init__(student)
-        for name, target in self._targets.items():
-            if not target.is_floating_point():
-                raise TypeError(f"EMATeacher: parameter {name} must be floating, got {target.dtype}")
+        _require_trainable("EMATeacher", student)
+        for name, parameter in unwrap(student).named_parameters():  # type: ignore[attr-defined]
+            if parameter.requires_grad and not parameter.is_floating_point():
+                raise TypeError(f"EMATeacher: parameter {name} must be floating, got {parameter.dtype}")
+        adapted = trains_adapter(student)
+        if adapter is not None and not adapted:
+            raise ValueError(f"EMATeacher: adapter must be None where the student trains no adapter, got {adapter!r}")
+        super().__init__(student, _slot(student, adapter or DEFAULT_SLOT) if adapted else ModuleCopy(student))
+        self.adapter = (adapter or DEFAULT_SLOT) if adapted else None
         self.decay = float(decay)
         self.current_decay = 0.0
         self.updates = 0
-        self._shadow = {name: self._shadow_of(target, dtype, device) for name, target in self._targets.items()}
-
-    @staticmethod
-    def _shadow_of(target: torch.Tensor, dtype: torch.dtype, device: torch.device | str | None) -> torch.Tensor:
-        wanted = dtype
-        if torch.promote_types(target.dtype, dtype) == target.dtype and dtype == torch.float32:
-            wanted = target.dtype
-        if wanted == target.dtype and (device is None or torch.device(device) == target.device):
-            return target.detach()
-        return target.detach().to(device=device or target.device, dtype=wanted, copy=True)
+        self._shadow = {
+            name: target.detach() if adapted else shadow_of(target, dtype, device)
+            for name, target in self._weights.targets.items()
+        }
 
     @torch.no_grad()
     def update(self) -> None:
         targets, sources, copies = [], [], []
         for name, shadow in self._shadow.items():
-            source, compute = self._sources[name].detach(), self._targets[name].detach()
+            source, compute = self._weights.sources[name].detach(), self._weights.targets[name].detach()
             separate = compute.data_ptr() != shadow.data_ptr()
-            targets.append(_flat(shadow, shadow))
-            sources.append(_flat(source.to(shadow.device), shadow))
-            copies.append(_flat(compute, shadow) if separate and compute.device == shadow.device else None)
+            targets.append(flat(shadow, shadow))
+            sources.append(flat(source.to(shadow.device), shadow))
+            copies.append(flat(compute, shadow) if separate and compute.device == shadow.device else None)
         ema_update_(targets, sources, self.current_decay, copies if any(c is not None for c in copies) else None)
         for name, shadow in self._shadow.items():
-            if self._targets[name].device != shadow.device:
-                self._targets[name].copy_(shadow)
-        self._copy_buffers()
+            if self._weights.targets[name].device != shadow.device:
+                self._weights.targets[name].copy_(shadow)
+        self._weights.copy_buffers()
         self.current_decay += (1 - self.current_decay) * (self.decay - self.current_decay) / 2
         self.updates += 1
 
+    @torch.no_grad()
     def velocity(self, x_t: torch.Tensor, t: torch.Tensor, r: torch.Tensor, cond: Any, query: str) -> torch.Tensor:
         _require_query(query)
-        return self._velocity(x_t, t, r, cond)
+        return self._weights.velocity(x_t, t, r, cond)
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """Name -> average, for export and evaluation; the teacher's own tensors, not copies."""
@@ -177,14 +171,16 @@ class EMATeacher(_CopyTeacher):
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         decay, current_decay, updates = float(state["decay"]), float(state["current_decay"]), int(state["updates"])
-        _load(type(self).__name__, self._shadow, state["shadow"])
+        load_tensors(type(self).__name__, self._shadow, state["shadow"])
         for name, value in self._shadow.items():
-            self._targets[name].copy_(value)
+            self._weights.targets[name].copy_(value)
         self.decay, self.current_decay, self.updates = decay, current_decay, updates
 
 
-class FrozenTeacher(_CopyTeacher):
+class FrozenTeacher(_WeightsTeacher):
     """The student's weights as they are now, fixed (EMA decay 1): guidance comes from them, rollouts from the student.
+
+    Of a student that trains a peft adapter it is the base without that adapter, with the conditioning as it is now.
 
     Args:
         student: the module to copy, wrapped for DDP or compilation or not.
@@ -194,45 +190,52 @@ class FrozenTeacher(_CopyTeacher):
     frozen = True
 
     def __init__(self, student: nn.Module) -> None:
-        super().__init__(student)
+        _require_trainable("FrozenTeacher", student)
+        super().__init__(student, _slot(student, None) if trains_adapter(student) else ModuleCopy(student))
 
     @torch.no_grad()
     def velocity(self, x_t: torch.Tensor, t: torch.Tensor, r: torch.Tensor, cond: Any, query: str) -> torch.Tensor:
         _require_query(query)
         if query == "rollout":
             return without_collectives(self._student)(x_t, t, r, cond)
-        return self._velocity(x_t, t, r, cond)
+        return self._weights.velocity(x_t, t, r, cond)
 
     def state_dict(self) -> dict[str, Any]:
         return {"weights": {name: value.detach().clone() for name, value in self._fixed().items()}}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        _load(type(self).__name__, self._fixed(), state["weights"])
+        load_tensors(type(self).__name__, self._fixed(), state["weights"])
 
     def _fixed(self) -> dict[str, torch.Tensor]:
         """The tensors of its own: copied parameters, and saved buffers, which an EMA takes from the student anew."""
-        saved = self._module.state_dict(keep_vars=True)
-        return {**self._targets, **{name: b for name, b in self._module.named_buffers() if name in saved}}
+        return {**self._weights.targets, **self._weights.saved_buffers()}
 
 
-def _flat(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The elements in the memory order of `like`, so that dense layouts such as channels_last need no copy."""
-    if like.is_contiguous():
-        return x
-    if x.stride() != like.stride():
-        x = torch.empty_like(like, dtype=x.dtype).copy_(x)
-    return x.as_strided((x.numel(),), (1,))
+def trains_adapter(student: Student) -> bool:
+    """Whether a student has a peft adapter that requires grad."""
+    module = unwrap(student)
+    if not isinstance(module, nn.Module) or not any(hasattr(m, "active_adapters") for m in module.modules()):
+        return False  # peft is not imported where it is not in use
+    from twinflow.adapter_slot import adapter_layers, adapter_parameters
+
+    return any(
+        p.requires_grad
+        for layer in adapter_layers(module).values()
+        for adapter in layer.active_adapters
+        for p in adapter_parameters(layer, adapter).values()
+    )
 
 
-def _load(where: str, mine: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]) -> None:
-    if set(mine) != set(saved):
-        changed = sorted(set(mine) ^ set(saved))
-        raise ValueError(f"{where}: the state's parameters must be the teacher's, got a difference in {changed[:3]}")
-    for name, value in mine.items():
-        if value.shape != saved[name].shape:
-            raise ValueError(
-                f"{where}: {name} must be of shape {tuple(value.shape)}, got {tuple(saved[name].shape)} in the state"
-            )
-    for name, value in mine.items():
-        value.copy_(saved[name])
+def _slot(student: nn.Module, adapter: str | None) -> "AdapterSlot":
+    from twinflow.adapter_slot import AdapterSlot
+
+    return AdapterSlot(student, adapter)
+
+
+def _require_trainable(where: str, student: Student) -> None:
+    module = unwrap(student)
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{where}: student must be an nn.Module, got {type(student).__name__}")
+    if not any(p.requires_grad for p in module.parameters()):
+        raise ValueError(f"{where}: student must have a parameter that requires grad, got none")

@@ -1,0 +1,204 @@
+"""`TimeConditioning`: tells an unmodified transformer both signed times (docs/method.md, equations 29 to 31).
+
+A transformer embeds one time: sinusoidal features go into a small MLP, the embedder. Two hooks on the embedder replace
+the features by those of float32 times and add what belongs to r and to the sign. New parameters are submodules of the
+transformer under the names found in published checkpoints; nothing of it is replaced or subclassed.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+MODES = ("dual", "midpoint", "sign", "dual+sign", "midpoint+sign")
+LORA_MODE = "midpoint+sign"  # what add_lora chooses
+
+
+@dataclass(frozen=True)
+class TimeEmbedder:
+    """Where and how a transformer embeds its time.
+
+    Args:
+        path: the submodule whose first input are the sinusoidal features, (B, num_channels), and whose output is the
+            embedding, (B, D).
+        second: path of the second embedder of the `dual` modes.
+        scale: factor from our time to the angle of the first frequency, radians.
+        num_channels, flip_sin_to_cos, downscale_freq_shift: of the features, as in diffusers' `Timesteps`.
+        reversed: the transformer's time runs from 0 at noise to 1 at data.
+        difference: the second embedder is asked for t - r instead of r.
+    """
+
+    path: str
+    second: str
+    scale: float = 1000.0
+    num_channels: int = 256
+    flip_sin_to_cos: bool = True
+    downscale_freq_shift: float = 0.0
+    reversed: bool = False
+    difference: bool = False
+
+
+class SignTable(nn.Module):
+    """A trainable row for negative times; the row of positive times is zero and stays so (equation 30)."""
+
+    def __init__(self, width: int, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2, width, device=device, dtype=dtype))
+
+    def forward(self) -> torch.Tensor:
+        """The table, (2, D); no gradient reaches row 0."""
+        return torch.cat([torch.zeros_like(self.weight[:1]), self.weight[1:]])
+
+
+class TimeConditioning:
+    """Conditions a transformer on (t, r) through hooks on its time embedder.
+
+    At initialisation, and at r = t in the `dual` modes, the transformer computes what it computed before; in the
+    `midpoint` modes that holds at r = 0. Parameters are made in float32 on the embedder's device.
+
+    Args:
+        transformer: the module that gets the new submodules; any inner wrapper is the caller's.
+        embedder: where its time goes in.
+        mode: `dual`: emb(t) + emb2(r) (t - r); `midpoint`: emb(t - r/2); `sign`: emb(|t|) + a row for t < 0, blind to
+            r; `dual+sign`, `midpoint+sign`: both.
+
+    Raises:
+        ValueError: an unknown mode, a transformer without that embedder, or one that is conditioned already.
+
+    Source: TwinFlow (arXiv 2512.05150).
+    """
+
+    def __init__(self, transformer: nn.Module, embedder: TimeEmbedder, mode: str) -> None:
+        if mode not in MODES:
+            raise ValueError(f"TimeConditioning: mode must be one of {', '.join(MODES)}, got {mode!r}")
+        self.mode, self.embedder = mode, embedder
+        self.names: tuple[str, ...] = ()
+        self._times: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._second_features: torch.Tensor | None = None
+        first = _submodule(transformer, embedder.path)
+        taken = [n for n in (embedder.second.partition(".")[0], "time_sign_embed") if hasattr(transformer, n)]
+        if taken:
+            raise ValueError(
+                f"TimeConditioning: transformer must be without conditioning, got one with {', '.join(taken)}"
+            )
+        self.second = self._add_second(transformer, first) if "dual" in mode else None
+        self.table = self._add_table(transformer, first) if "sign" in mode else None
+        first.register_forward_pre_hook(self._features)
+        first.register_forward_hook(self._combine)
+
+    def _add_second(self, transformer: nn.Module, first: nn.Module) -> nn.Module:
+        """A copy of the embedder whose last layer is zero: no effect at initialisation."""
+        second = _plain_copy(first).float().requires_grad_(True)
+        last = [layer for layer in second.modules() if isinstance(layer, nn.Linear)][-1]
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
+        root, *inner = self.embedder.second.split(".")
+        for name in reversed(inner):
+            holder = nn.Module()
+            holder.add_module(name, second)
+            second = holder
+        transformer.add_module(root, second)
+        self.names += (root,)
+        return _submodule(transformer, self.embedder.second)
+
+    def _add_table(self, transformer: nn.Module, first: nn.Module) -> SignTable:
+        last = [layer for layer in _plain_copy(first).modules() if isinstance(layer, nn.Linear)][-1]
+        device = next(first.parameters()).device
+        table = SignTable(last.out_features, device, torch.float32)
+        transformer.add_module("time_sign_embed", table)
+        self.names += ("time_sign_embed",)
+        return table
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The new parameters."""
+        for module in (self.second, self.table):
+            if module is not None:
+                yield from module.parameters()
+
+    def requires_grad_(self, requires_grad: bool = True) -> None:
+        """Makes the new parameters trainable, or not: peft freezes them when it adds an adapter."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(requires_grad)
+
+    @contextmanager
+    def times(self, t: torch.Tensor, r: torch.Tensor) -> Iterator[None]:
+        """Binds the signed times (B,) of the calls inside.
+
+        Args:
+            t, r: float32 or float64, in [-1, 1].
+        """
+        before, self._times = self._times, (t, r)
+        try:
+            yield
+        finally:
+            self._times, self._second_features = before, None
+
+    def _asked(self, t: torch.Tensor, r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the embedders are asked: the transformer's own time, and that of the second embedder."""
+        if "midpoint" in self.mode:
+            t = t - r / 2
+        if self.table is not None:
+            t, r = t.abs(), r.abs()
+        if self.second is None:
+            return (1 - t if self.embedder.reversed else t), None
+        second = t - r if self.embedder.difference else (1 - r if self.embedder.reversed else r)
+        return (1 - t if self.embedder.reversed else t), second
+
+    def _features(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Pre-hook: the features of the bound times, in the dtype the embedder was given."""
+        if self._times is None:
+            if self.second is None:
+                return None  # positive times, asked for r = 0: what the stock transformer computes is right
+            raise ValueError(
+                f"TimeConditioning: a transformer conditioned by {self.mode} must be told both times, got only its "
+                "own; call it through the student, or twinflow.attach(pipe, ...) in a pipeline"
+            )
+        given, *rest = args
+        e = self.embedder
+        t, r = self._asked(*self._times)
+        features = torch.ops.twinflow.time_features(
+            t, r, False, e.num_channels, e.flip_sin_to_cos, e.downscale_freq_shift, e.scale
+        )
+        self._second_features = None if r is None else features[1]
+        return (features[0].to(given.dtype), *rest)
+
+    def _combine(self, module: nn.Module, args: tuple[Any, ...], embedding: torch.Tensor) -> torch.Tensor:
+        """Hook: adds the second embedding and the sign's row."""
+        if self._times is None or (self.second is None and self.table is None):
+            return embedding
+        t, r = self._times
+        second = None
+        if self.second is not None:
+            assert self._second_features is not None
+            second = self.second(self._second_features.to(next(self.second.parameters()).dtype))
+        table = None if self.table is None else self.table()
+        return torch.ops.twinflow.combine_time_embeddings(
+            embedding, second, t, None if second is None else r, table
+        )
+
+
+def _submodule(transformer: nn.Module, path: str) -> nn.Module:
+    try:
+        return transformer.get_submodule(path)
+    except AttributeError:
+        raise ValueError(
+            f"TimeConditioning: transformer must have a time embedder at {path}, got a {type(transformer).__name__} "
+            "without one"
+        ) from None
+
+
+def _plain_copy(first: nn.Module) -> nn.Module:
+    """A copy of an embedder without hooks and without the adapters that peft may have put around its layers."""
+    second = copy.deepcopy(first)
+    second._forward_hooks.clear()
+    second._forward_pre_hooks.clear()
+    for name, layer in list(second.named_modules()):
+        base = getattr(layer, "base_layer", None)
+        if isinstance(base, nn.Module):
+            parent, _, child = name.rpartition(".")
+            setattr(second.get_submodule(parent), child, base)
+    return second

@@ -1,0 +1,214 @@
+"""`FlowModel`: the student F(x_t, t, r, cond) around an unmodified diffusers transformer."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from twinflow.conditioning import MODES, TimeConditioning, TimeEmbedder
+from twinflow.models.prompts import prompt_groups, prompt_lengths, row_index, trim
+from twinflow.passes import Plan
+
+CFG_TIMES = ("published", "t")
+
+
+class FlowModel(nn.Module):
+    """A diffusers transformer as a student: unpacked latents in, noise-ward velocity out.
+
+    A family says how its transformer is called (`velocity`), where its time goes in (`time_embedder`), which entries a
+    condition must have (`condition_widths`) and how a pipeline encodes prompts (`encode_prompt`).
+
+    Args:
+        transformer: the diffusers module, perhaps inside peft's wrapper; used as it is.
+        conditioning: how it is told r and the sign of the times, one of `twinflow.conditioning.MODES`; None: plain flow
+            matching, bit-equal to the stock transformer.
+        cfg_time: time that guidance queries tell a `midpoint` model: `published` t/2, or `t`.
+
+    Raises:
+        ValueError: an unknown mode, or one that the transformer cannot have.
+    """
+
+    family: ClassVar[str]
+    transformer_class: ClassVar[str]  # diffusers' name of it
+    lora_targets: ClassVar[tuple[str, ...]]  # the published code's choice
+    prompt_multiple: ClassVar[int] = 1  # prompts are padded to it inside the transformer
+
+    def __init__(
+        self, transformer: nn.Module, *, conditioning: str | None = None, cfg_time: str = "published"
+    ) -> None:
+        super().__init__()
+        if cfg_time not in CFG_TIMES:
+            raise ValueError(f"load: cfg_time must be one of {', '.join(CFG_TIMES)}, got {cfg_time!r}")
+        self.transformer = transformer
+        self.cfg_time = cfg_time
+        self.conditioning: TimeConditioning | None = None
+        if conditioning is not None:
+            self.condition(conditioning)
+
+    @property
+    def network(self) -> nn.Module:
+        """The diffusers module itself, without peft's wrapper."""
+        module: Any = self.transformer
+        return module.get_base_model() if hasattr(module, "get_base_model") else module
+
+    @property
+    def config(self) -> Any:
+        """The diffusers module's configuration."""
+        return self.network.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the transformer computes in."""
+        return self.network.dtype  # type: ignore[return-value]
+
+    def condition(self, mode: str) -> None:
+        """Tells the transformer both times from now on.
+
+        Args:
+            mode: one of `twinflow.conditioning.MODES`.
+
+        Raises:
+            ValueError: an unknown mode, a model that is conditioned already, or one that takes no conditioning.
+        """
+        if mode not in MODES:
+            raise ValueError(f"load: conditioning must be None or one of {', '.join(MODES)}, got {mode!r}")
+        if self.conditioning is not None:
+            raise ValueError(f"load: conditioning must be set once, got {mode!r} after {self.conditioning.mode!r}")
+        self.conditioning = TimeConditioning(self.network, self.time_embedder(), mode)
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, r: torch.Tensor, cond: dict[str, Any]) -> torch.Tensor:
+        """The velocity, noise-ward.
+
+        Args:
+            x_t: latents (B, C, H, W), cast to the transformer's dtype.
+            t, r: signed times (B,), float32 or float64.
+            cond: `prompt_embeds` (B, L, D), and what else the family needs, each with B rows.
+
+        Returns:
+            (B, C, H, W), in the transformer's dtype.
+
+        Raises:
+            TypeError, ValueError: latents or condition are of another model.
+        """
+        self._check(x_t, cond)
+        x_t = x_t.to(self.dtype)
+        lengths = prompt_lengths(cond)
+        groups = prompt_groups(lengths, self.prompt_multiple)
+        if len(groups) == 1:
+            return self._call(x_t, t, r, trim(cond, *groups[0]), lengths)
+        if any(isinstance(parameter, DTensor) for parameter in self.parameters()):
+            raise ValueError(
+                f"{type(self).__name__}: prompts of a batch must be of one length where the model is sharded, as ranks "
+                f"call it equally often, got lengths {lengths}"
+            )
+        velocity = torch.zeros_like(x_t)
+        for rows, tokens in groups:
+            index = row_index(rows, x_t.device)
+            part = self._call(x_t[index], t[index], r[index], trim(cond, rows, tokens), [lengths[k] for k in rows])
+            velocity = velocity.index_copy(0, index, part.to(velocity.dtype))
+        return velocity
+
+    def _call(
+        self, x_t: torch.Tensor, t: torch.Tensor, r: torch.Tensor, cond: dict[str, Any], lengths: list[int]
+    ) -> torch.Tensor:
+        bound: AbstractContextManager = nullcontext()
+        if self.conditioning is not None:
+            bound = self.conditioning.times(t, r)
+        with bound:
+            return self.velocity(x_t, t, cond, lengths)
+
+    def guidance_times(self, t: torch.Tensor, r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The times that a guidance query at (t, r = t) is asked with."""
+        if self.cfg_time == "t" and self.conditioning is not None and "midpoint" in self.conditioning.mode:
+            return t, torch.zeros_like(r)
+        return t, r
+
+    def begin_step(self, plan: Plan) -> None:
+        """Refuses a step whose times this model would not hear of.
+
+        Raises:
+            ValueError: no conditioning where the plan asks for r != t or t < 0, or conditioning that is not trained.
+        """
+        if self.conditioning is None:
+            if any(t != r or t < 0 for call in plan.passes for t, r in zip(call.t, call.r, strict=True)):
+                raise ValueError(
+                    f"TwinFlowLoss: student must be told target time and sign, got a {self.family} model without "
+                    f"conditioning; load it with conditioning= one of {', '.join(MODES)}"
+                )
+            return
+        frozen = not all(parameter.requires_grad for parameter in self.conditioning.parameters())
+        if frozen and any(parameter.requires_grad for parameter in self.parameters()):
+            raise ValueError(
+                f"TwinFlowLoss: the conditioning ({', '.join(self.conditioning.names)}) must require grad, got it "
+                "frozen (peft freezes it when an adapter is added); call student.conditioning.requires_grad_()"
+            )
+
+    # What a family says of itself.
+
+    def time_embedder(self) -> TimeEmbedder:
+        """Where the transformer's time goes in."""
+        raise NotImplementedError
+
+    def condition_widths(self) -> dict[str, int]:
+        """Entries that a condition must have, and the size of their last axis."""
+        raise NotImplementedError
+
+    def latent_channels(self) -> int:
+        """C of the latents."""
+        return self.config.in_channels
+
+    def latent_multiple(self) -> int:
+        """What H and W must be multiples of."""
+        return self.config.patch_size
+
+    def velocity(
+        self, x_t: torch.Tensor, t: torch.Tensor, cond: dict[str, Any], lengths: list[int]
+    ) -> torch.Tensor:
+        """One call of the transformer, told t as stock pipelines tell it.
+
+        Args:
+            x_t: latents, in the transformer's dtype.
+            t: signed times.
+            cond: the condition, prompts trimmed to the longest.
+            lengths: tokens of each prompt; they differ only within `prompt_multiple`.
+        """
+        raise NotImplementedError
+
+    def encode_prompt(self, pipe: Any, prompts: list[str], **options: Any) -> dict[str, torch.Tensor]:
+        """The condition of some prompts by a stock pipeline's encoders.
+
+        Args:
+            pipe: the diffusers pipeline.
+            prompts: B texts.
+            options: passed on to its `encode_prompt`.
+        """
+        raise NotImplementedError
+
+    def _check(self, x_t: torch.Tensor, cond: dict[str, Any]) -> None:
+        where, channels, multiple = type(self).__name__, self.latent_channels(), self.latent_multiple()
+        if x_t.dim() != 4 or x_t.shape[1] != channels:
+            raise ValueError(f"{where}: x_t must be latents (B, {channels}, H, W), got shape {tuple(x_t.shape)}")
+        if x_t.shape[2] % multiple or x_t.shape[3] % multiple:
+            wanted = f"of height and width divisible by {multiple}"
+            raise ValueError(f"{where}: x_t must be {wanted}, got {tuple(x_t.shape[2:])}")
+        if not isinstance(cond, dict):
+            wanted = f"a dict with {', '.join(self.condition_widths())}"
+            raise TypeError(f"{where}: cond must be {wanted}, got {type(cond).__name__}")
+        for name, width in self.condition_widths().items():
+            if name not in cond:
+                raise ValueError(f"{where}: cond must have {name!r}, got {', '.join(cond) or 'nothing'}")
+            dims = 3 if name == "prompt_embeds" else 2
+            got = tuple(cond[name].shape)
+            if len(got) != dims or got[-1] != width:
+                wanted = f"(B, L, {width})" if dims == 3 else f"(B, {width})"
+                raise ValueError(
+                    f"{where}: cond[{name!r}] must be {wanted}, got {got}; is it another family's embedding?"
+                )
+
+
+def rows_of(value: float, batch: int, like: torch.Tensor) -> torch.Tensor:
+    """A number as (batch,) float32 on a tensor's device."""
+    return torch.full((batch,), value, dtype=torch.float32, device=like.device)
+

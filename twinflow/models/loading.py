@@ -1,0 +1,109 @@
+"""`load()`: a diffusers model as a student, from a module, a folder or a hub name."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from twinflow.manifest import inferred_mode, put_conditioning, read_manifest, saved_conditioning
+from twinflow.models.base import FlowModel
+from twinflow.models.flux import FluxModel
+from twinflow.models.generic import GenericModel
+from twinflow.models.qwen_image import QwenImageModel
+from twinflow.models.sana import SanaModel
+from twinflow.models.sd3 import SD3Model
+from twinflow.models.z_image import ZImageModel
+
+_ALL = (QwenImageModel, SD3Model, SanaModel, FluxModel, ZImageModel, GenericModel)
+FAMILIES: dict[str, type[FlowModel]] = {model.family: model for model in _ALL}
+_SUBFOLDERS = ("transformer", "unet")
+
+
+def load(
+    name_or_path_or_module: str | Path | nn.Module | Callable[..., Any],
+    *,
+    family: str | None = None,
+    conditioning: str | None = None,
+    cfg_time: str = "published",
+    torch_dtype: Any = None,
+    **options: Any,
+) -> FlowModel:
+    """Makes a student F(x_t, t, r, cond) of a diffusers model.
+
+    Args:
+        name_or_path_or_module: a diffusers transformer or UNet (in peft's wrapper or not), any other callable with
+            `family="generic"`, or where to load one from: a pipeline's or a model's folder, or a name on the hub.
+        family: one of `FAMILIES`; None: by the model's class.
+        conditioning: how the model is told the target time and the sign, one of `twinflow.conditioning.MODES`; None:
+            plain flow matching, or the conditioning of a saved model that has one.
+        cfg_time: time that guidance queries tell a `midpoint` model: `published` t/2, or `t`.
+        torch_dtype: for loading; None: diffusers' default.
+        options: of the family (`UNetModel`: scheduler and opt-ins; `generic`: time scale and direction).
+
+    Returns:
+        The student; its module is `.transformer`, unmodified.
+
+    Raises:
+        ValueError: an unknown family or class, an unsupported mode, another mode than a saved model's, or a bad file.
+    """
+    given = name_or_path_or_module
+    if family is not None and family not in FAMILIES:
+        raise ValueError(f"load: family must be one of {', '.join(FAMILIES)}, got {family!r}")
+    folder = None
+    module: Any = given
+    if isinstance(given, (str, Path)):
+        module, folder = _from_pretrained(given, torch_dtype)
+    saved = {} if folder is None else saved_conditioning(folder)
+    if folder is not None:
+        conditioning = _saved_mode(folder, saved, conditioning)
+    found = FAMILIES[family] if family is not None else _family_of(module)
+    student = found(module, conditioning=conditioning, cfg_time=cfg_time, **options)
+    if saved:
+        put_conditioning(student.network, saved, "load")
+    return student
+
+
+def _family_of(module: Any) -> type[FlowModel]:
+    network = module.get_base_model() if hasattr(module, "get_base_model") else module
+    classes = {model.transformer_class: model for model in _ALL if model is not GenericModel}
+    for cls in type(network).__mro__:
+        if cls.__name__ in classes:
+            return classes[cls.__name__]
+    raise ValueError(
+        f"load: family must be given for a {type(network).__name__}; known classes are {', '.join(classes)}, and "
+        "family='generic' takes any network(x, time, cond)"
+    )
+
+
+def _saved_mode(folder: Path, saved: dict[str, Any], asked: str | None) -> str | None:
+    """The conditioning of a model folder: what it was saved with, which no other may replace."""
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        mode = manifest.conditioning
+    else:
+        mode = asked if saved and asked in ("sign", "midpoint+sign") else inferred_mode(saved, folder)
+    if mode is not None and asked not in (None, mode):
+        raise ValueError(f"load: conditioning must be {mode!r}, with which {folder} was trained, got {asked!r}")
+    return mode or asked
+
+
+def _from_pretrained(name: str | Path, torch_dtype: Any) -> tuple[nn.Module, Path | None]:
+    """The module, and its local folder where there is one."""
+    import diffusers
+
+    path = Path(name)
+    if path.is_dir():
+        folder = next((path / sub for sub in _SUBFOLDERS if (path / sub / "config.json").exists()), path)
+        if not (folder / "config.json").exists():
+            raise ValueError(f"load: name_or_path must hold a model or a pipeline, got {path} without config.json")
+        where: tuple[str, dict[str, str]] = (str(folder), {})
+    else:
+        folder = None
+        where = (str(name), {"subfolder": "transformer"})
+    config: Any = diffusers.ConfigMixin.load_config(where[0], **where[1])
+    class_name: str = config["_class_name"]
+    cls = getattr(diffusers, class_name, None)
+    if cls is None:
+        raise ValueError(f"load: name_or_path must hold a model of diffusers {diffusers.__version__}, got {class_name}")
+    return cls.from_pretrained(where[0], torch_dtype=torch_dtype, **where[1]), folder

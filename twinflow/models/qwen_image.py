@@ -1,0 +1,55 @@
+"""Qwen-Image as a student."""
+
+from typing import Any
+
+import torch
+
+from twinflow.conditioning import TimeEmbedder
+from twinflow.models.base import FlowModel
+from twinflow.models.packing import pack, unpack
+from twinflow.models.prompts import host_lengths
+
+
+class QwenImageModel(FlowModel):
+    """F(x_t, t, r, cond) of a QwenImageTransformer2DModel.
+
+    cond: `prompt_embeds`, and `prompt_lengths` or `prompt_mask`.
+    """
+
+    family = "qwen_image"
+    transformer_class = "QwenImageTransformer2DModel"
+    lora_targets = (
+        "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "attn.to_add_out",
+        "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2",
+        "timestep_embedder.linear_1", "timestep_embedder.linear_2",
+    )  # fmt: skip
+
+    def time_embedder(self) -> TimeEmbedder:
+        return TimeEmbedder("time_text_embed.timestep_embedder", "time_text_embed_2.timestep_embedder")
+
+    def condition_widths(self) -> dict[str, int]:
+        return {"prompt_embeds": self.config.joint_attention_dim}
+
+    def latent_channels(self) -> int:
+        return self.config.in_channels // 4
+
+    def latent_multiple(self) -> int:
+        return 2
+
+    def velocity(
+        self, x_t: torch.Tensor, t: torch.Tensor, cond: dict[str, Any], lengths: list[int]
+    ) -> torch.Tensor:
+        batch, _, height, width = x_t.shape
+        tokens = self.transformer(
+            hidden_states=pack(x_t),
+            timestep=t,
+            encoder_hidden_states=cond["prompt_embeds"].to(x_t.dtype),
+            img_shapes=[[(1, height // 2, width // 2)]] * batch,
+            return_dict=False,
+        )[0]
+        return unpack(tokens, height, width)
+
+    def encode_prompt(self, pipe: Any, prompts: list[str], **options: Any) -> dict[str, torch.Tensor]:
+        embeds, mask = pipe.encode_prompt(prompts, **options)
+        lengths = torch.full((len(prompts),), embeds.shape[1]) if mask is None else host_lengths(mask)
+        return {"prompt_embeds": embeds, "prompt_lengths": lengths}

@@ -1,0 +1,58 @@
+"""SANA as a student."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from twinflow.conditioning import TimeEmbedder
+from twinflow.models.base import FlowModel
+from twinflow.models.prompts import host_lengths
+
+
+class SanaModel(FlowModel):
+    """F(x_t, t, r, cond) of a SanaTransformer2DModel; cond: `prompt_embeds`, and `prompt_lengths` or `prompt_mask`.
+
+    Raises:
+        ValueError: a SANA-Sprint transformer, which is no flow-matching model.
+    """
+
+    family = "sana"
+    transformer_class = "SanaTransformer2DModel"
+    lora_targets = (
+        "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_k", "attn2.to_v",
+        "attn2.to_out.0", "timestep_embedder.linear_1", "timestep_embedder.linear_2",
+    )  # fmt: skip
+
+    def __init__(self, transformer: nn.Module, **options: Any) -> None:
+        super().__init__(transformer, **options)
+        if self.config.guidance_embeds:
+            raise ValueError(
+                "load: transformer must be a flow-matching model, got SANA-Sprint (guidance_embeds=True), which is "
+                "trained on another path; start from SANA itself"
+            )
+
+    def time_embedder(self) -> TimeEmbedder:
+        scale = 1000.0 * self.config.timestep_scale
+        return TimeEmbedder("time_embed.emb.timestep_embedder", "time_embed_2.emb.timestep_embedder", scale)
+
+    def condition_widths(self) -> dict[str, int]:
+        return {"prompt_embeds": self.config.caption_channels}
+
+    def velocity(
+        self, x_t: torch.Tensor, t: torch.Tensor, cond: dict[str, Any], lengths: list[int]
+    ) -> torch.Tensor:
+        return self.transformer(
+            hidden_states=x_t,
+            encoder_hidden_states=cond["prompt_embeds"].to(x_t.dtype),
+            timestep=t * 1000 * self.config.timestep_scale,
+            return_dict=False,
+        )[0]
+
+    def encode_prompt(self, pipe: Any, prompts: list[str], **options: Any) -> dict[str, torch.Tensor]:
+        # The pipeline's own call puts an instruction before each prompt by default; its encode_prompt does not.
+        default = inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"].default
+        options = {"complex_human_instruction": default, "do_classifier_free_guidance": False, **options}
+        embeds, mask, _, _ = pipe.encode_prompt(prompts, **options)
+        return {"prompt_embeds": embeds, "prompt_lengths": host_lengths(mask)}

@@ -1,0 +1,48 @@
+"""SD3 and SD3.5 as students."""
+
+from typing import Any
+
+import torch
+
+from twinflow.conditioning import TimeEmbedder
+from twinflow.models.base import FlowModel
+
+
+class SD3Model(FlowModel):
+    """F(x_t, t, r, cond) of an SD3Transformer2DModel; cond: `prompt_embeds`, `pooled_prompt_embeds`.
+
+    Prompts keep their padding: the model was trained with all its tokens attended.
+    """
+
+    family = "sd3"
+    transformer_class = "SD3Transformer2DModel"
+    lora_targets = (
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj",
+        "attn.add_v_proj", "attn.to_add_out", "timestep_embedder.linear_1", "timestep_embedder.linear_2",
+    )  # fmt: skip
+
+    def time_embedder(self) -> TimeEmbedder:
+        return TimeEmbedder("time_text_embed.timestep_embedder", "time_text_embed_2.timestep_embedder")
+
+    def condition_widths(self) -> dict[str, int]:
+        return {
+            "prompt_embeds": self.config.joint_attention_dim,
+            "pooled_prompt_embeds": self.config.pooled_projection_dim,
+        }
+
+    def velocity(
+        self, x_t: torch.Tensor, t: torch.Tensor, cond: dict[str, Any], lengths: list[int]
+    ) -> torch.Tensor:
+        return self.transformer(
+            hidden_states=x_t,
+            timestep=t * 1000,
+            encoder_hidden_states=cond["prompt_embeds"].to(x_t.dtype),
+            pooled_projections=cond["pooled_prompt_embeds"].to(x_t.dtype),
+            return_dict=False,
+        )[0]
+
+    def encode_prompt(self, pipe: Any, prompts: list[str], **options: Any) -> dict[str, torch.Tensor]:
+        embeds, _, pooled, _ = pipe.encode_prompt(
+            prompts, None, None, do_classifier_free_guidance=False, **options
+        )
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}

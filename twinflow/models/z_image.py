@@ -1,0 +1,55 @@
+"""Z-Image as a student: its time runs from noise to data, and it predicts the velocity towards the data."""
+
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from twinflow.conditioning import TimeEmbedder
+from twinflow.models.base import FlowModel
+
+
+class ZImageModel(FlowModel):
+    """F(x_t, t, r, cond) of a ZImageTransformer2DModel; cond: `prompt_embeds`, and `prompt_lengths` or `prompt_mask`.
+
+    The second embedder is asked for t - r, as in the published Z-Image checkpoints. Negative times go on past the data
+    end, to 1 + |t|, so that they never coincide with positive ones.
+    """
+
+    family = "z_image"
+    transformer_class = "ZImageTransformer2DModel"
+    prompt_multiple = 32  # the transformer pads captions to it, with a token of its own
+    lora_targets = (
+        "attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0", "feed_forward.w1",
+        "feed_forward.w2", "feed_forward.w3", "t_embedder.mlp.0", "t_embedder.mlp.2",
+    )  # fmt: skip
+
+    def time_embedder(self) -> TimeEmbedder:
+        return TimeEmbedder(
+            "t_embedder.mlp", "t_embedder_2.mlp", float(self.config.t_scale), reversed=True, difference=True
+        )
+
+    def condition_widths(self) -> dict[str, int]:
+        return {"prompt_embeds": self.config.cap_feat_dim}
+
+    def latent_multiple(self) -> int:
+        return self.config.all_patch_size[0]
+
+    def velocity(
+        self, x_t: torch.Tensor, t: torch.Tensor, cond: dict[str, Any], lengths: list[int]
+    ) -> torch.Tensor:
+        prompt = cond["prompt_embeds"].to(x_t.dtype)
+        patch = self.config.all_patch_size[0]
+        outputs = self.transformer(
+            list(x_t.unsqueeze(2).unbind(0)),
+            1 - t,
+            [row[:length] for row, length in zip(prompt, lengths, strict=True)],
+            patch_size=patch,
+            return_dict=False,
+        )[0]
+        return -torch.stack(outputs).squeeze(2)
+
+    def encode_prompt(self, pipe: Any, prompts: list[str], **options: Any) -> dict[str, torch.Tensor]:
+        embeds, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, **options)
+        lengths = torch.tensor([len(row) for row in embeds])
+        return {"prompt_embeds": pad_sequence(embeds, batch_first=True), "prompt_lengths": lengths}
