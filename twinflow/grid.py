@@ -1,29 +1,63 @@
 """`sampling_grid()`: the times a few-step sampler visits (docs/method.md, equation 32)."""
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise
+from numbers import Real
+from typing import Any
+
+import numpy as np
 
 # Gap at the data end by number of steps, as published for 1, 2 and 4 steps; more steps end nearer the data.
 _GAP_END = ((1, 0.7), (2, 0.6), (4, 0.5), (math.inf, 0.3))
 GAP_START = 0.001
 
 
-def default_gap_end(steps: int) -> float:
-    """The published end gap of a grid of `steps` steps."""
+def default_gap_end(steps: int, style: str = "few") -> float:
+    """The published end gap of a grid of `steps` steps.
+
+    Longer walks of style `mul` (published: 30 steps) have none: their last step is an Euler step over the gap.
+    """
+    if style == "mul" and steps > 4:
+        return 0.0
     return next(gap for most, gap in _GAP_END if steps <= most)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite real number."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_steps(where: str, name: str, steps: object) -> None:
+    """Raises ValueError unless a number of steps is an integer >= 1."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"{where}: {name} must be an integer >= 1, got {steps!r}")
+
+
+def check_grid(where: str, gap_start: float, gap_end: float, time_dist_ctrl: Sequence[float]) -> None:
+    """Raises ValueError unless gaps and warp are in their ranges (see `sampling_grid`)."""
+    if not is_number(gap_start) or not 0 <= gap_start < 1:
+        raise ValueError(f"{where}: gap_start must be in [0, 1), got {gap_start!r}")
+    if not is_number(gap_end) or not 0 <= gap_end <= 1 - gap_start:
+        raise ValueError(f"{where}: gap_end must be in [0, {1 - gap_start}], got {gap_end!r}")
+    if not isinstance(time_dist_ctrl, Sequence) or len(time_dist_ctrl) != 3:
+        raise ValueError(f"{where}: time_dist_ctrl must be three numbers > 0, got {time_dist_ctrl!r}")
+    if not all(is_number(value) and value > 0 for value in time_dist_ctrl):
+        raise ValueError(f"{where}: time_dist_ctrl must be three numbers > 0, got {time_dist_ctrl!r}")
 
 
 def sampling_grid(
     steps: int,
     gap_start: float = GAP_START,
     gap_end: float | None = None,
-    time_dist_ctrl: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    time_dist_ctrl: Sequence[float] = (1.0, 1.0, 1.0),
 ) -> list[float]:
     """The times of a sampler, from noise to data.
 
     sigma = 1 - K(u), K(u) = (1 - (1 - u^a)^b)^c, u linear from gap_start to 1 - gap_end; the walk ends at 0.
 
     Args:
-        steps: number of network calls n >= 1.
+        steps: number of steps n >= 1.
         gap_start: distance of the first time from 1, in [0, 1).
         gap_end: distance of the last queried time from 0, in [0, 1 - gap_start]; None: the published value for
             `steps`. With 0 one more point is laid and the last, which would be time 0, is dropped.
@@ -33,21 +67,33 @@ def sampling_grid(
         n + 1 falling times; the last is 0.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range, or the times of this warp and these gaps do not fall.
 
     Source: UCGM (arXiv 2505.07447), sampler.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"sampling_grid: steps must be an integer >= 1, got {steps!r}")
+    check_steps("sampling_grid", "steps", steps)
     gap_end = default_gap_end(steps) if gap_end is None else gap_end
-    if not 0 <= gap_start < 1:
-        raise ValueError(f"sampling_grid: gap_start must be in [0, 1), got {gap_start}")
-    if not 0 <= gap_end <= 1 - gap_start:
-        raise ValueError(f"sampling_grid: gap_end must be in [0, {1 - gap_start}], got {gap_end}")
-    if len(time_dist_ctrl) != 3 or not all(value > 0 for value in time_dist_ctrl):
-        raise ValueError(f"sampling_grid: time_dist_ctrl must be three numbers > 0, got {time_dist_ctrl}")
+    check_grid("sampling_grid", gap_start, gap_end, time_dist_ctrl)
     a, b, c = time_dist_ctrl
     points = steps if gap_end > 0 else steps + 1
     width = (1 - gap_end - gap_start) / max(points - 1, 1)
     warped = [(1 - (1 - min(gap_start + i * width, 1.0) ** a) ** b) ** c for i in range(points)]
-    return [1 - k for k in warped[:steps]] + [0.0]
+    times = [1 - k for k in warped[:steps]] + [0.0]
+    if not all(before > after for before, after in pairwise(times)):
+        raise ValueError(
+            f"sampling_grid: {steps} times must fall, got {times} "
+            f"from gaps ({gap_start}, {gap_end}) and time_dist_ctrl {tuple(time_dist_ctrl)}"
+        )
+    return times
+
+
+def check_times(where: str, name: str, times: Sequence[float]) -> None:
+    """Raises ValueError unless there are times, and they fall within (0, 1]."""
+    inside = len(times) > 0 and all(is_number(s) and 0 < s <= 1 for s in times)
+    if not inside or not all(before > after for before, after in pairwise(times)):
+        raise ValueError(f"{where}: {name} must fall from 1 at most to above 0, got {list(times)} as shares of noise")
+
+
+def is_stock_grid(times: Sequence[float]) -> bool:
+    """Whether times are linspace(1, 1/N, N), which stock pipelines send unasked; to float32 rounding."""
+    return bool(np.allclose(times, np.linspace(1.0, 1 / len(times), len(times)), rtol=0.0, atol=1e-6))

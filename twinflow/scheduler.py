@@ -1,0 +1,250 @@
+"""`TwinFlowScheduler`: the sampler of docs/method.md, section 6, for unmodified diffusers pipelines."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
+
+from twinflow.grid import check_steps
+from twinflow.scheduler_settings import checked_walk, plain
+from twinflow.timetable import Timetable, given_times
+from twinflow.walk import Generators, Query, WalkState, check_generators, working_dtype
+
+_NAME = "TwinFlowScheduler"
+# Seed 0 here and for latents drawn on the CPU would otherwise noise the first step with the initial noise again.
+_SEED_SALT = 0x5457464C
+_NOT_SET = "Please call `set_timesteps` before running inference."
+_WRONG_LIST = "TwinFlowScheduler received a list of generators whose length does not match the batch size."
+
+
+@dataclass
+class TwinFlowSchedulerOutput(BaseOutput):
+    """What a step returns: the next state and the data predicted, both of the sample's shape."""
+
+    prev_sample: torch.Tensor
+    pred_original_sample: torch.Tensor
+
+
+class TwinFlowScheduler(SchedulerMixin, ConfigMixin):
+    """Walks the sampling grid inside a diffusers pipeline; guidance belongs off.
+
+    Args:
+        num_train_timesteps: timestep of a share of noise of 1.
+        prediction_type: `flow_matching` or its synonym `flow_prediction`: the model returns the noise-ward velocity.
+        shift: factor of equation 34, of the grid and of `sigmas` given to `set_timesteps`.
+        time_dist_ctrl, gap_start, gap_end, stochasticity, style, extrapolation, order: see `twinflow.walk.Walk`;
+            None takes the published value for the number of steps.
+        seed: seed of the noise drawn where `step` gets no generator, set anew by each `set_timesteps`.
+        use_pipeline_sigmas: walk the linspace(1, 1/N, N) that stock pipelines send unasked, not our grid of N steps.
+        time_condition: `t`, or `midpoint`: the model gets (sigma - r/2) num_train_timesteps (equation 31).
+        rfba_gap_start, rfba_gap_end, stochast_ratio: other names of gap_start, gap_end and stochasticity.
+
+    Raises:
+        ValueError: a setting is out of its range, or its two names have different values.
+    """
+
+    _compatibles = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]  # noqa: RUF012
+    order = 1
+    init_noise_sigma = 1.0
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        prediction_type: str = "flow_matching",
+        shift: float = 1.0,
+        time_dist_ctrl: Sequence[float] | None = (1.0, 1.0, 1.0),
+        gap_start: float | None = None,
+        gap_end: float | None = None,
+        stochasticity: float | str | None = None,
+        style: str = "few",
+        extrapolation: float = 0.0,
+        order: int = 1,
+        seed: int = 0,
+        use_pipeline_sigmas: bool = False,
+        time_condition: str = "t",
+        rfba_gap_start: float | None = None,
+        rfba_gap_end: float | None = None,
+        stochast_ratio: float | str | None = None,
+    ) -> None:
+        self._walk = checked_walk(_NAME, self.config)
+        # JSON knows lists and plain numbers only; a configuration equals itself read back.
+        self.register_to_config(**{name: plain(value) for name, value in self.config.items()})
+        self.order = order
+        self.num_inference_steps: int | None = None
+        self._own_generator = torch.Generator()
+        self._generator: Generators | None = None
+        # Until `set_timesteps`: the times of training, 1 to 1/N.
+        times = self._walk.shifted([i / num_train_timesteps for i in range(num_train_timesteps, 0, -1)])
+        self.sigma_max, self.sigma_min = times[0], times[-1]
+        self._lay([Query(t, 0.0, t, 0.0, "whole") for t in times], None)
+
+    def __len__(self) -> int:
+        return int(self.config["num_train_timesteps"])
+
+    @property
+    def shift(self) -> float:
+        """The shift that the next `set_timesteps` applies."""
+        return self._walk.shift
+
+    @property
+    def step_index(self) -> int | None:
+        """Index into `timesteps` of the evaluation to come; None before the first step."""
+        return self._table.step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Index into `timesteps` of the first evaluation, where a pipeline has set one."""
+        return self._table.begin_index
+
+    @property
+    def generator(self) -> Generators:
+        """The noise of steps that get no generator: the one set, or the scheduler's own, on the CPU."""
+        return self._own_generator if self._generator is None else self._generator
+
+    def set_generator(self, generator: Generators | None) -> None:
+        """Draws from this generator (or list) where `step` gets none; None: from the scheduler's own again."""
+        check_generators(f"{_NAME}.set_generator", generator)
+        self._generator = generator
+
+    def set_shift(self, shift: float) -> None:
+        """Sets the shift that the next `set_timesteps` applies."""
+        walk = dataclasses.replace(self._walk, shift=shift)
+        walk.check(f"{_NAME}.set_shift")
+        self._walk = walk
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Starts the walk at this index into `timesteps`: 0, or later for image-to-image."""
+        self._table.begin(f"{_NAME}.set_begin_index", begin_index)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+        timesteps: Sequence[float] | None = None,
+    ) -> None:
+        """Lays the grid of a walk: `timesteps` (one per evaluation, distinct) and `sigmas` (one more, the last 0).
+
+        Args:
+            num_inference_steps: steps n of the walk: n evaluations, or 2 n - 1 of second order.
+            device: device of `timesteps` and `sigmas`.
+            sigmas: falling shares of noise to walk, in (0, 1], before the shift; see `use_pipeline_sigmas`.
+            mu: accepted and not used: it shifts by resolution, and training draws its times without such a shift.
+            timesteps: falling times to walk, in (0, num_train_timesteps], after the shift.
+
+        Raises:
+            ValueError: a number is out of its range, or the arguments disagree.
+        """
+        where = f"{_NAME}.set_timesteps"
+        steps = num_inference_steps
+        if sigmas is not None or timesteps is not None:
+            times = given_times(where, self.config, self._walk, sigmas, timesteps)
+            steps = len(times) - 1 if steps is None else steps
+            if steps != len(times) - 1:
+                raise ValueError(
+                    f"{where}: num_inference_steps must be {len(times) - 1} as the times given, got {steps}"
+                )
+        else:
+            check_steps(where, "num_inference_steps", steps)
+            times = self._walk.times(steps)  # type: ignore[arg-type]
+        self.num_inference_steps = steps
+        self._lay(self._walk.queries(times), device)
+
+    def _lay(self, queries: list[Query], device: str | torch.device | None) -> None:
+        midpoint = self.config["time_condition"] == "midpoint"
+        asked = [query.t - query.r / 2 if midpoint else query.t for query in queries]
+        self._table = Timetable(queries, [t * self.config["num_train_timesteps"] for t in asked])
+        self._state = WalkState(self._walk)
+        self.timesteps = torch.tensor(self._table.timesteps, dtype=torch.float32, device=device)
+        self.sigmas = torch.tensor([*(query.t for query in queries), 0.0], dtype=torch.float32, device=device)
+        self._own_generator.manual_seed(self.config["seed"] ^ _SEED_SALT)
+
+    def times(self) -> tuple[float, float]:
+        """The times (t, r) of the evaluation to come; raises ValueError before `set_timesteps` and at the end."""
+        if self.num_inference_steps is None:
+            raise ValueError(_NOT_SET)
+        query = self._table.queries[self._table.due(f"{_NAME}.times")]
+        return query.t, query.r
+
+    def index_for_timestep(self, timestep: float | torch.Tensor) -> int:
+        """The index of a number in `timesteps`; raises ValueError where it is none of them."""
+        return self._table.find(f"{_NAME}.index_for_timestep", timestep)
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
+        """The sample as it is: flow matching scales nothing."""
+        return sample
+
+    def scale_noise(self, sample: torch.Tensor, timestep: float | torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Data noised to a time of the grid: sigma noise + (1 - sigma) sample.
+
+        Args:
+            sample: (B, ...) data.
+            timestep: a number of `timesteps`, or a tensor of 1 or B of them.
+            noise: (B, ...) normal noise.
+
+        Returns:
+            (B, ...), in the sample's dtype.
+
+        Raises:
+            ValueError: a timestep is none of `timesteps`, or shapes differ.
+        """
+        where = f"{_NAME}.scale_noise"
+        if noise.shape != sample.shape:
+            raise ValueError(f"{where}: noise must be of shape {tuple(sample.shape)}, got {tuple(noise.shape)}")
+        levels = self._table.levels(where, timestep, sample.shape[0])
+        dtype = working_dtype(sample, noise)
+        sigma = torch.tensor(levels, dtype=dtype, device=sample.device).view(-1, *[1] * (sample.dim() - 1))
+        return (sigma * noise.to(dtype) + (1 - sigma) * sample.to(dtype)).to(sample.dtype)
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """`scale_noise` under its older name."""
+        return self.scale_noise(original_samples, timesteps, noise)
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        generator: Generators | None = None,
+        return_dict: bool = True,
+    ) -> TwinFlowSchedulerOutput | tuple[torch.Tensor, ...]:
+        """Answers one evaluation of the model, in float32 or wider.
+
+        Args:
+            model_output: (B, ...) noise-ward velocity at the sample and timestep.
+            timestep: one of `timesteps`; or a Python int, an index into them.
+            sample: (B, ...) state the model was asked at.
+            generator: source of fresh noise, or a list of B; None: `self.generator`.
+            return_dict: False returns a tuple.
+
+        Returns:
+            The next state and the data predicted, in model_output's dtype.
+
+        Raises:
+            ValueError: before `set_timesteps` or after the last step; on an integer tensor, a timestep that is none, a
+                list of another length than B; where shapes differ.
+        """
+        if self.num_inference_steps is None:
+            raise ValueError(_NOT_SET)
+        where = f"{_NAME}.step"
+        if model_output.shape != sample.shape:
+            raise ValueError(
+                f"{where}: model_output must be of shape {tuple(sample.shape)}, got {tuple(model_output.shape)}"
+            )
+        check_generators(where, generator)
+        source = self.generator if generator is None else generator
+        if isinstance(source, (list, tuple)) and len(source) != sample.shape[0]:
+            raise ValueError(_WRONG_LIST)
+        index = self._table.position(where, timestep)
+        dtype = working_dtype(sample, model_output)
+        query = self._table.queries[index]
+        following, predicted = self._state.advance(query, sample.to(dtype), model_output.to(dtype), source)
+        self._table.step_index = index + 1
+        result = TwinFlowSchedulerOutput(following.to(model_output.dtype), predicted.to(model_output.dtype))
+        return result if return_dict else result.to_tuple()

@@ -1,0 +1,185 @@
+"""The arithmetic of a walk from noise to data, shared by `sample()` and the scheduler (docs/method.md, section 6)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+
+from twinflow.grid import GAP_START, check_grid, default_gap_end, is_number, sampling_grid
+
+STYLES = ("few", "any", "mul")
+SDE = "SDE"
+
+# One generator for the batch, or one per row.
+Generators = torch.Generator | Sequence[torch.Generator]
+
+
+class Query(NamedTuple):
+    """One network call: at time t for target time r, within the step from `start` to `end`.
+
+    `part` is `whole` for a step of one call, `predict` and `correct` for the two calls of equation 37.
+    """
+
+    t: float
+    r: float
+    start: float
+    end: float
+    part: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Walk:
+    """How a sampler walks from noise to data.
+
+    Args:
+        style: the target time asked for: `few` r = 0, `any` r = the step's end, `mul` r = t.
+        stochasticity: share rho in [0, 1] of fresh noise, or "SDE" (equation 36); None: 1 for `few`, 0 for `any`
+            and `mul`.
+        gap_start: distance of the first time from 1, in [0, 1); None: 0.001.
+        gap_end: distance of the last queried time from 0; None: the published value for the number of steps.
+        time_dist_ctrl: (a, b, c) of the grid's warp, each > 0 (equation 32).
+        shift: factor of equation 34, > 0.
+        extrapolation: factor of equation 35, >= 0.
+        order: 1, or 2 for Heun's method (equation 37): two network calls in each step but the last.
+    """
+
+    style: str = "few"
+    stochasticity: float | str | None = None
+    gap_start: float | None = None
+    gap_end: float | None = None
+    time_dist_ctrl: Sequence[float] = (1.0, 1.0, 1.0)
+    shift: float = 1.0
+    extrapolation: float = 0.0
+    order: int = 1
+
+    def check(self, where: str) -> None:
+        """Raises ValueError naming the caller `where` and the setting that is out of its range."""
+        if self.style not in STYLES:
+            raise ValueError(f"{where}: style must be one of {', '.join(STYLES)}, got {self.style!r}")
+        rho = self.stochasticity
+        if rho is not None and rho != SDE and not (is_number(rho) and 0 <= rho <= 1):  # type: ignore[operator]
+            raise ValueError(f'{where}: stochasticity must be in [0, 1], got {rho!r}; "SDE" computes it at each step')
+        gap_start = GAP_START if self.gap_start is None else self.gap_start
+        check_grid(where, gap_start, 0.0 if self.gap_end is None else self.gap_end, self.time_dist_ctrl)
+        if not is_number(self.shift) or self.shift <= 0:
+            raise ValueError(f"{where}: shift must be a number > 0, got {self.shift!r}")
+        if not is_number(self.extrapolation) or self.extrapolation < 0:
+            raise ValueError(f"{where}: extrapolation must be a number >= 0, got {self.extrapolation!r}")
+        if type(self.order) is not int or self.order not in (1, 2):
+            raise ValueError(f"{where}: order must be 1 or 2, got {self.order!r}")
+
+    def times(self, steps: int) -> list[float]:
+        """The n + 1 falling times of a walk of n steps; the last is 0 (equations 32 and 34)."""
+        gap_start = GAP_START if self.gap_start is None else self.gap_start
+        gap_end = default_gap_end(steps, self.style) if self.gap_end is None else self.gap_end
+        return self.shifted(sampling_grid(steps, gap_start, gap_end, self.time_dist_ctrl))
+
+    def shifted(self, times: Sequence[float]) -> list[float]:
+        """Times in [0, 1] after equation 34."""
+        return [self.shift * s / (1 + (self.shift - 1) * s) for s in times]
+
+    def queries(self, times: Sequence[float]) -> list[Query]:
+        """The network calls of a walk over n + 1 falling times: n, or 2 n - 1 of second order."""
+        calls = []
+        for start, end in pairwise(times):
+            target = {"few": 0.0, "any": end, "mul": start}[self.style]
+            # The last step ends at 0, where no network is trained: it is of first order.
+            two = self.order == 2 and end > 0
+            calls.append(Query(start, target, start, end, "predict" if two else "whole"))
+            if two:
+                calls.append(Query(end, 0.0 if self.style == "few" else end, start, end, "correct"))
+        return calls
+
+    def ratio(self, start: float, end: float) -> float:
+        """The share rho of fresh noise in the step from `start` to `end`."""
+        if end == 0.0:
+            return 0.0
+        if self.stochasticity == SDE:
+            # (36) rho = min(1, 2 s (s - s') / s'^2)
+            return min(1.0, 2 * start * (start - end) / end**2)
+        return float(self.style == "few") if self.stochasticity is None else float(self.stochasticity)
+
+
+class WalkState:
+    """What a walk carries from one network call to the next."""
+
+    def __init__(self, walk: Walk) -> None:
+        self.walk = walk
+        self._begun: tuple[torch.Tensor, torch.Tensor] | None = None  # x and F of a step's first call
+        self._ends: tuple[torch.Tensor, torch.Tensor] | None = None  # x_hat and z_hat of the step before
+        self._steps = 0
+
+    def advance(
+        self, query: Query, x: torch.Tensor, velocity: torch.Tensor, generator: Generators | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Answers a query.
+
+        Args:
+            query: the call of the walk that was made; calls come in order.
+            x: (B, ...) state the network was asked at, float32 or wider; never modified.
+            velocity: (B, ...) the network's answer, in x's dtype.
+            generator: source of fresh noise; None: torch's global stream.
+
+        Returns:
+            (B, ...) state to ask the next call at, and (B, ...) the data predicted now.
+        """
+        if query.part == "correct":
+            if self._begun is None:
+                # A walk that starts at a correction is at the step's end already: nothing to correct.
+                return x, x - query.t * velocity
+            x, first = self._begun
+            velocity = 0.5 * (first + velocity)
+        if query.part == "predict":
+            self._begun = (x, velocity)
+            return x - (query.start - query.end) * velocity, x - query.start * velocity
+        return self._finish(query.start, query.end, x, velocity, generator)
+
+    def _finish(
+        self, start: float, end: float, x: torch.Tensor, velocity: torch.Tensor, generator: Generators | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # (2) x_hat = x - s F, z_hat = x + (1 - s) F
+        x_hat, z_hat = x - start * velocity, x + (1 - start) * velocity
+        factor = self.walk.extrapolation
+        if factor > 0:
+            before, self._ends = self._ends, (x_hat, z_hat)
+            # (35) from the third step on
+            if before is not None and self._steps >= 2:
+                x_hat = x_hat + factor * (x_hat - before[0])
+                z_hat = z_hat + factor * (z_hat - before[1])
+        self._steps += 1
+        if end == 0.0:
+            return x_hat, x_hat
+        # (33) x <- (1 - s') x_hat + s' (sqrt(1 - rho) z_hat + sqrt(rho) noise)
+        rho = self.walk.ratio(start, end)
+        if rho > 0:
+            z_hat = math.sqrt(1 - rho) * z_hat + math.sqrt(rho) * draw_noise(x, generator)
+        return (1 - end) * x_hat + end * z_hat, x_hat
+
+
+def working_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """The dtype of a walk's arithmetic: the widest given, float32 at least."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def draw_noise(like: torch.Tensor, generator: Generators | None) -> torch.Tensor:
+    """Normal noise of a tensor's shape, dtype and device; a generator elsewhere draws there, and the noise is moved."""
+    if generator is None:
+        return torch.randn_like(like)
+    if isinstance(generator, torch.Generator):
+        noise = torch.randn(like.shape, dtype=like.dtype, device=generator.device, generator=generator)
+        return noise.to(like.device)
+    return torch.cat([draw_noise(row, source) for row, source in zip(like.split(1), generator, strict=True)])
+
+
+def check_generators(where: str, generator: object) -> None:
+    """Raises TypeError unless it is None, a generator or a list of generators."""
+    sources = list(generator) if isinstance(generator, (list, tuple)) else [generator]
+    for source in [] if generator is None else sources:
+        if not isinstance(source, torch.Generator):
+            raise TypeError(f"{where}: generator must be a torch.Generator or a list, got {type(source).__name__}")
