@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from twinflow.models.base import FlowModel
 
 BASE = "base"  # the adapter that holds a user's own LoRA
+PREFIX = "transformer."  # of the keys in a pipeline's LoRA files
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' default
-PREFIX = "transformer."  # of the keys in diffusers' files
 
 
 def add_lora(
@@ -53,7 +53,7 @@ def add_lora(
         raise ValueError(f"add_lora: rank must be an integer >= 1, got {rank!r}")
     chosen = _targeted(network, student.lora_targets if targets is None else targets)
     if base_lora is not None:
-        _add_base(network, Path(base_lora), taken)
+        _add_base(student, Path(base_lora), taken)
     if conditioning is not None and student.conditioning is None:
         student.condition(conditioning)
     student.transformer.requires_grad_(False)
@@ -85,12 +85,12 @@ def _targeted(network: nn.Module, targets: tuple[str, ...]) -> list[str]:
     return found
 
 
-def _add_base(network: nn.Module, path: Path, taken: dict[str, object]) -> None:
+def _add_base(student: "FlowModel", path: Path, taken: dict[str, object]) -> None:
     if BASE in taken:
         raise ValueError(f"add_lora: adapter {BASE!r} must be free for base_lora, got it taken")
     file = path / LORA_FILE if path.is_dir() else path
     tensors = read_tensors(file)
-    network.load_lora_adapter(tensors, prefix=PREFIX.rstrip("."), adapter_name=BASE)  # type: ignore[operator]
+    student.network.load_lora_adapter(tensors, prefix=student.component, adapter_name=BASE)  # type: ignore[operator]
 
 
 def load_lora(student: "FlowModel", path: str | Path, adapter: str = "default") -> None:
@@ -109,7 +109,7 @@ def load_lora(student: "FlowModel", path: str | Path, adapter: str = "default") 
     mine = lora_tensors(student.network, adapter)
     if not mine:
         raise ValueError(f"load_lora: adapter must be one that the student has, got {adapter!r}")
-    saved = {n.removeprefix(PREFIX): value for n, value in read_tensors(file).items()}
+    saved = {n.removeprefix(f"{student.component}."): value for n, value in read_tensors(file).items()}
     if mine.keys() != saved.keys():
         difference = sorted(mine.keys() ^ saved.keys())
         raise ValueError(f"load_lora: {file} must have the adapter's layers, got a difference in {difference[:3]}")

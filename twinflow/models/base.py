@@ -32,6 +32,7 @@ class FlowModel(nn.Module):
 
     family: ClassVar[str]
     transformer_class: ClassVar[str]  # diffusers' name of it
+    component: ClassVar[str] = "transformer"  # its name in pipelines
     lora_targets: ClassVar[tuple[str, ...]]  # the published code's choice
     prompt_multiple: ClassVar[int] = 1  # prompts are padded to it inside the transformer
 
@@ -87,7 +88,7 @@ class FlowModel(nn.Module):
             cond: `prompt_embeds` (B, L, D), and what else the family needs, each with B rows.
 
         Returns:
-            (B, C, H, W), in the transformer's dtype.
+            (B, C, H, W), in the transformer's dtype or wider.
 
         Raises:
             TypeError, ValueError: latents or condition are of another model.
@@ -115,7 +116,7 @@ class FlowModel(nn.Module):
     ) -> torch.Tensor:
         bound: AbstractContextManager = nullcontext()
         if self.conditioning is not None:
-            bound = self.conditioning.times(t, r)
+            bound = self.conditioning.times(self.embedded_times(t), self.embedded_times(r))
         with bound:
             return self.velocity(x_t, t, cond, lengths)
 
@@ -150,6 +151,10 @@ class FlowModel(nn.Module):
     def time_embedder(self) -> TimeEmbedder:
         """Where the transformer's time goes in."""
         raise NotImplementedError
+
+    def embedded_times(self, t: torch.Tensor) -> torch.Tensor:
+        """The signed times whose features the transformer gets: t itself, unless the family has another clock."""
+        return t
 
     def condition_widths(self) -> dict[str, int]:
         """Entries that a condition must have, and the size of their last axis."""

@@ -13,9 +13,10 @@ from twinflow.models.generic import GenericModel
 from twinflow.models.qwen_image import QwenImageModel
 from twinflow.models.sana import SanaModel
 from twinflow.models.sd3 import SD3Model
+from twinflow.models.unet import UNetModel
 from twinflow.models.z_image import ZImageModel
 
-_ALL = (QwenImageModel, SD3Model, SanaModel, FluxModel, ZImageModel, GenericModel)
+_ALL = (QwenImageModel, SD3Model, SanaModel, FluxModel, ZImageModel, UNetModel, GenericModel)
 FAMILIES: dict[str, type[FlowModel]] = {model.family: model for model in _ALL}
 _SUBFOLDERS = ("transformer", "unet")
 
@@ -100,10 +101,21 @@ def _from_pretrained(name: str | Path, torch_dtype: Any) -> tuple[nn.Module, Pat
         where: tuple[str, dict[str, str]] = (str(folder), {})
     else:
         folder = None
-        where = (str(name), {"subfolder": "transformer"})
-    config: Any = diffusers.ConfigMixin.load_config(where[0], **where[1])
+        where = (str(name), _subfolder_on_the_hub(str(name)))
+    config: Any = diffusers.AutoModel.load_config(where[0], **where[1])
     class_name: str = config["_class_name"]
     cls = getattr(diffusers, class_name, None)
     if cls is None:
         raise ValueError(f"load: name_or_path must hold a model of diffusers {diffusers.__version__}, got {class_name}")
     return cls.from_pretrained(where[0], torch_dtype=torch_dtype, **where[1]), folder
+
+
+def _subfolder_on_the_hub(name: str) -> dict[str, str]:
+    """Where a hub repository keeps its transformer or UNet: in a pipeline's subfolder, or at its root."""
+    from diffusers import DiffusionPipeline
+
+    try:
+        index: Any = DiffusionPipeline.load_config(name)
+    except OSError:
+        return {}
+    return {"subfolder": next((sub for sub in _SUBFOLDERS if sub in index), _SUBFOLDERS[0])}

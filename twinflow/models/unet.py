@@ -1,6 +1,5 @@
 """Stable Diffusion 1.5, 2 and XL as students: epsilon- and v-prediction UNets through the diff2flow bridge."""
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -40,6 +39,7 @@ class UNetModel(FlowModel):
 
     family = "unet"
     transformer_class = "UNet2DConditionModel"
+    component = "unet"
     # The choice of diffusers' consistency distillation of Stable Diffusion.
     lora_targets = (
         "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
@@ -101,23 +101,11 @@ class UNetModel(FlowModel):
     def latent_multiple(self) -> int:
         return 1  # UNet2DConditionModel fits odd sizes itself
 
-    def _call(
-        self, x_t: torch.Tensor, t: torch.Tensor, r: torch.Tensor, cond: dict[str, Any], lengths: list[int]
-    ) -> torch.Tensor:
-        bound: AbstractContextManager = nullcontext()
-        if self.conditioning is not None:
-            bound = self.conditioning.times(self._embedded(t), self._embedded(r))
-        with bound:
-            return self.velocity(x_t, t, cond, lengths)
-
-    def _embedded(self, t: torch.Tensor) -> torch.Tensor:
-        """The signed time whose features are those of the timestep."""
+    def embedded_times(self, t: torch.Tensor) -> torch.Tensor:
         timesteps = self.bridge.sigma_to_timesteps(t, interpolate=self._interpolate)
         return torch.copysign(timesteps.to(t.dtype) / self.bridge.num_timesteps, t)
 
-    def velocity(
-        self, x_t: torch.Tensor, t: torch.Tensor, cond: dict[str, Any], lengths: list[int]
-    ) -> torch.Tensor:
+    def velocity(self, x_t: torch.Tensor, t: torch.Tensor, cond: dict[str, Any], lengths: list[int]) -> torch.Tensor:
         timesteps = self.bridge.sigma_to_timesteps(t, interpolate=self._interpolate)
         at = self.bridge.timesteps_to_sigma(timesteps, x_t.shape)  # sigma of the timestep asked
         asked = t.abs().double().view(at.shape)
