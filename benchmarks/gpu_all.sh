@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in order of value: build, tests, sanitizers, determinism, benchmarks.
 #
-#   [OUT=folder] [PYTHON=python3] benchmarks/gpu_all.sh [PART...]
+#   [OUT=folder] [PYTHON=python3] [WHEELS=folder] benchmarks/gpu_all.sh [PART...]
 #
 # PART: only the parts whose name begins so, e.g. `build tests` or `bench_ema`. Each part runs in its own process with a
 # time limit; a part that fails is reported and the next one runs. Logs, JSON and the summary go to OUT (default
-# benchmarks/results). No internet is needed: torch, triton, numpy, pytest, pybind11, ninja and nvcc must be there. The
-# status is the number of failed parts.
+# benchmarks/results). No internet is needed: torch, triton, numpy, pytest, pybind11, ninja and nvcc must be there, and
+# peft, transformers and diffusers for the real models; WHEELS holds wheels of what is missing, made by
+# `pip download --only-binary :all: -d wheels diffusers ...`. The status is the number of failed parts.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -57,6 +58,9 @@ HAS_GPU=$("$PYTHON" -c 'import torch; print(int(torch.cuda.is_available()))' 2>/
 command -v nvidia-smi >/dev/null && nvidia-smi >"$LOGS/nvidia_smi.log" 2>&1
 "$PYTHON" -c 'import sys, torch, triton; print("python", sys.version.split()[0], "torch", torch.__version__, "triton", triton.__version__)' | tee -a "$SUMMARY"
 
+if [ -n "${WHEELS:-}" ]; then
+    part wheels 120 "$PYTHON" -m pip install -q --no-index --no-deps "$WHEELS"/*.whl
+fi
 part build 300 "$PYTHON" setup.py build_ext --inplace
 part table 60 "$PYTHON" -m twinflow_kernels
 TESTS=("$PYTHON" -m pytest -p no:cacheprovider -q)
@@ -84,9 +88,11 @@ for file in benchmarks/bench_*.py; do
     stem=$(basename "$file" .py)
     gpu "$stem" 300 "$PYTHON" "$file" --device cuda --seconds 1
 done
-if [ -f benchmarks/a100_1024.py ]; then
-    gpu a100_1024 590 "$PYTHON" benchmarks/a100_1024.py
-fi
+# One process a model, so that one which runs out of time or memory costs the others nothing.
+for model in sana-0.6b sd3.5-medium sana-1.6b; do
+    gpu "a100_1024_$model" 400 "$PYTHON" benchmarks/a100_1024.py --model "$model" --skip kernels
+done
+gpu a100_1024_qwen-image 590 "$PYTHON" benchmarks/a100_1024.py --model qwen-image --skip kernels --batches 4 --steps 2
 
 if [ "$OUT" != "$RESULTS" ]; then cp -f "$RESULTS"/*.json "$RESULTS"/*.md "$RESULTS"/*.png "$OUT" 2>/dev/null; fi
 echo "$failed parts failed; logs in $LOGS" | tee -a "$SUMMARY"

@@ -1,110 +1,122 @@
-"""The benchmark's networks: a diffusion transformer in the shapes of known models, with random weights.
+"""The benchmark's networks: diffusers' own transformers as students, in the configurations of known models.
 
-Image and text tokens run through shared blocks (attention with RMS-normalised queries and keys, GELU MLP, AdaLN from
-two signed times); width, heads, depth and token counts are the named model's, so that time and memory per call are of
-its kind. Diffusers' own classes come beside these in `MODELS` once the library has adapters for them.
+Weights are random: speed and memory do not depend on their values. Latents are those of 1024x1024 images; the tiny
+configurations, for machines without a GPU, have larger patches or smaller latents so that a step takes a fraction of a
+second.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
+import diffusers
 import torch
-import torch.nn.functional as F
-from torch import nn
 
-from twinflow_kernels import dual_time_embedding
-
-FREQUENCIES = 256
+from twinflow.lora import add_lora
+from twinflow.models import FlowModel, load
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A network's size; latents are (channels, 128, 128), the latent of a 1024x1024 image."""
+class Network:
+    """A model's transformer and how it is trained.
 
-    channels: int
-    patch: int
-    dim: int
-    heads: int
-    depth: int
+    Args:
+        transformer: diffusers' class.
+        config: what differs from the class's defaults.
+        latent: (C, H, W).
+        text_tokens: length of the prompts.
+        lora_rank: LoRA on a frozen base; None: all weights are trained.
+        checkpointing: gradient checkpointing of every block.
+    """
+
+    transformer: str
+    config: dict[str, Any]
+    latent: tuple[int, int, int]
     text_tokens: int
-    text_dim: int
+    lora_rank: int | None = None
+    checkpointing: bool = False
 
 
-MODELS = {
-    "small": Shape(channels=16, patch=16, dim=128, heads=4, depth=2, text_tokens=16, text_dim=64),
-    "sd3.5-medium": Shape(channels=16, patch=2, dim=1536, heads=24, depth=24, text_tokens=333, text_dim=4096),
-    "sd3.5-large": Shape(channels=16, patch=2, dim=2432, heads=38, depth=38, text_tokens=333, text_dim=4096),
-    "qwen-image-4-blocks": Shape(channels=16, patch=2, dim=3072, heads=24, depth=4, text_tokens=256, text_dim=3584),
-}
+_SD3 = dict(joint_attention_dim=4096, pooled_projection_dim=2048, qk_norm="rms_norm", sample_size=128)
+_SANA = dict(caption_channels=2304, sample_size=32)
+NETWORKS = {
+    "qwen-image": Network(
+        "QwenImageTransformer2DModel", {}, (16, 128, 128), 256, lora_rank=64, checkpointing=True
+    ),
+    "sd3.5-medium": Network(
+        "SD3Transformer2DModel",
+        _SD3 | dict(num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=384,
+                    dual_attention_layers=tuple(range(13))),
+        (16, 128, 128), 333,
+    ),
+    "sd3.5-large": Network(
+        "SD3Transformer2DModel",
+        _SD3 | dict(num_layers=38, num_attention_heads=38, caption_projection_dim=2432, pos_embed_max_size=192),
+        (16, 128, 128), 333, lora_rank=64, checkpointing=True,
+    ),
+    "sana-1.6b": Network("SanaTransformer2DModel", _SANA, (32, 32, 32), 300),
+    "sana-0.6b": Network(
+        "SanaTransformer2DModel",
+        _SANA | dict(num_layers=28, num_attention_heads=36, num_cross_attention_heads=16, cross_attention_head_dim=72,
+                     cross_attention_dim=1152),
+        (32, 32, 32), 300,
+    ),
+    "flux.1-dev": Network(
+        "FluxTransformer2DModel", dict(guidance_embeds=True), (16, 128, 128), 512, lora_rank=64, checkpointing=True
+    ),
+    "z-image": Network("ZImageTransformer2DModel", {}, (16, 128, 128), 256, lora_rank=64, checkpointing=True),
+    "tiny-sd3": Network(
+        "SD3Transformer2DModel",
+        dict(sample_size=128, patch_size=16, num_layers=2, attention_head_dim=32, num_attention_heads=4,
+             joint_attention_dim=64, caption_projection_dim=128, pooled_projection_dim=64, pos_embed_max_size=8,
+             qk_norm="rms_norm"),
+        (16, 128, 128), 16,
+    ),
+    "tiny-qwen-image": Network(
+        "QwenImageTransformer2DModel",
+        dict(num_layers=2, attention_head_dim=32, num_attention_heads=2, joint_attention_dim=64,
+             axes_dims_rope=(8, 12, 12)),
+        (16, 32, 32), 16, lora_rank=8,
+    ),
+    "tiny-sana": Network(
+        "SanaTransformer2DModel",
+        dict(num_layers=2, num_attention_heads=4, attention_head_dim=16, num_cross_attention_heads=4,
+             cross_attention_head_dim=16, cross_attention_dim=64, caption_channels=64, sample_size=32),
+        (32, 16, 16), 16,
+    ),
+}  # fmt: skip
 
 
-class TimeMLP(nn.Module):
-    """(B, 256) sinusoidal features -> (B, dim)."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(FREQUENCIES, dim), nn.Linear(dim, dim)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.second(F.silu(self.first(features.to(self.first.weight.dtype))))
-
-
-class Block(nn.Module):
-    """One transformer block, modulated by the time embedding."""
-
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        dim = shape.dim
-        self.heads = shape.heads
-        self.modulation = nn.Linear(dim, 6 * dim)
-        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
-        self.q_norm, self.k_norm = (nn.RMSNorm(dim // shape.heads) for _ in range(2))
-
-    def forward(self, tokens: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        batch, count, dim = tokens.shape
-        modulation = self.modulation(F.silu(time)).unsqueeze(1).chunk(6, -1)  # 6 x (B, 1, D)
-        h = F.layer_norm(tokens, (dim,)) * (1 + modulation[0]) + modulation[1]
-        q, k, v = self.qkv(h).view(batch, count, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, D/H)
-        attended = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
-        tokens = tokens + modulation[2] * self.out(attended.transpose(1, 2).reshape(batch, count, dim))
-        h = F.layer_norm(tokens, (dim,)) * (1 + modulation[3]) + modulation[4]
-        return tokens + modulation[5] * self.down(F.gelu(self.up(h), approximate="tanh"))
-
-
-class Transformer(nn.Module):
-    """F(x_t, t, r, cond): latents (B, C, 128, 128), cond (B, text_tokens, text_dim)."""
-
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        self.shape = shape
-        pixels, tokens = shape.channels * shape.patch**2, (128 // shape.patch) ** 2
-        self.image_in, self.text_in = nn.Linear(pixels, shape.dim), nn.Linear(shape.text_dim, shape.dim)
-        self.position = nn.Parameter(torch.randn(1, tokens, shape.dim) * 0.02)
-        self.time_t, self.time_r = TimeMLP(shape.dim), TimeMLP(shape.dim)
-        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.depth))
-        self.image_out = nn.Linear(shape.dim, pixels)
-
-    def forward(self, x_t: torch.Tensor, t: torch.Tensor, r: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
-        patch, dtype = self.shape.patch, self.image_in.weight.dtype
-        time = dual_time_embedding(t, r, None, self.time_t, self.time_r, num_channels=FREQUENCIES, scale=1000.0)
-        image = self.image_in(F.pixel_unshuffle(x_t.to(dtype), patch).flatten(2).transpose(1, 2)) + self.position
-        tokens = torch.cat([self.text_in(cond.to(dtype)), image], 1)
-        for block in self.blocks:
-            tokens = block(tokens, time.to(dtype))
-        image = self.image_out(tokens[:, self.shape.text_tokens :]).transpose(1, 2)
-        return F.pixel_shuffle(image.unflatten(2, (128 // patch, -1)), patch)
-
-
-def build(name: str, device: torch.device, dtype: torch.dtype) -> Transformer:
-    """A named network with seeded random weights."""
+def build(name: str, device: torch.device, dtype: torch.dtype) -> FlowModel:
+    """A named model with seeded random weights, made on the device in its dtype, conditioned and ready to train."""
+    network = NETWORKS[name]
     torch.manual_seed(0)
-    with device:
-        return Transformer(MODELS[name]).to(dtype)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            transformer = getattr(diffusers, network.transformer)(**network.config)
+    finally:
+        torch.set_default_dtype(before)
+    if network.checkpointing:
+        transformer.enable_gradient_checkpointing()
+    student = load(transformer)
+    if network.lora_rank is not None:
+        return add_lora(student, network.lora_rank)
+    student.condition("dual")
+    return student
 
 
-def random_batch(name: str, batch: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Latents (B, C, 128, 128), cond (B, text, dim) and uncond (1, text, dim)."""
-    shape = MODELS[name]
-    latents = torch.randn(batch, shape.channels, 128, 128, device=device, dtype=dtype)
-    cond = torch.randn(batch, shape.text_tokens, shape.text_dim, device=device, dtype=dtype)
-    return latents, cond, torch.randn(1, shape.text_tokens, shape.text_dim, device=device, dtype=dtype)
+def random_batch(
+    name: str, student: FlowModel, batch: int, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Latents (B, C, H, W), a condition of B rows and an unconditional one of one row."""
+    network = NETWORKS[name]
+    latents = torch.randn(batch, *network.latent, device=device, dtype=dtype)
+
+    def condition(rows: int) -> dict[str, torch.Tensor]:
+        return {
+            key: torch.randn(rows, *[network.text_tokens] * (key == "prompt_embeds"), width, device=device, dtype=dtype)
+            for key, width in student.condition_widths().items()
+        }
+
+    return latents, condition(batch), condition(1)

@@ -45,7 +45,7 @@ def training() -> str:
     for _, report in _load("a100_1024_*.json"):
         caption = _caption(report["machine"], "python benchmarks/a100_1024.py")
         notice = f"\n\n{report['notice']}" if report["notice"] else ""
-        parts.append(f"{caption} Network: {report['model']}.{notice}\n\n{training_table(report['training'])}")
+        parts.append(f"{caption}{notice}\n\n{training_table(report['training'])}")
     return "\n\n".join(parts)
 
 

@@ -11,6 +11,7 @@ import networks
 import torch
 
 from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss
+from twinflow.models import FlowModel
 
 RECIPES = ("partition", "all_terms")
 
@@ -19,17 +20,18 @@ class Contest:
     """One recipe at one logical batch: the contestants run the same steps, one after the other.
 
     Args:
-        student: the network.
+        student, teacher: the networks.
         recipe: of the objective.
         batch: logical batch size.
         steps: number of steps, each with draws of its own.
         inputs: latents, cond, uncond.
     """
 
-    def __init__(self, student: networks.Transformer, recipe: str, batch: int, steps: int, inputs: tuple) -> None:
-        self.student, self.inputs = student, inputs
+    def __init__(
+        self, student: FlowModel, teacher: EMATeacher, recipe: str, batch: int, steps: int, inputs: tuple
+    ) -> None:
+        self.student, self.teacher, self.inputs = student, teacher, inputs
         self.criterion = TwinFlowLoss(TwinFlowConfig(recipe=recipe))
-        self.teacher = EMATeacher(student, 0.99)
         generator = torch.Generator(inputs[0].device).manual_seed(1)
         self.draws = [self.criterion.draw(inputs[0], generator) for _ in range(steps)]
         self.contestants: dict[str, Callable[[int], torch.Tensor]] = {
@@ -113,14 +115,17 @@ def measure_training(
 ) -> list[dict[str, Any]]:
     """Every recipe at every batch; a line per schedule, without times where it does not fit in memory."""
     student = networks.build(model, device, dtype)
+    teacher = EMATeacher(student, 0.99)
     lines = []
     # In bf16 a call's rounding depends on its batch, and 1 / delta amplifies it before the clamp.
     rtol = 1e-4 if dtype == torch.float32 else 0.05
     for batch in batches:
-        inputs = networks.random_batch(model, batch, device, dtype)
+        inputs = networks.random_batch(model, student, batch, device, dtype)
         for recipe in RECIPES:
-            contest = Contest(student, recipe, batch, steps, inputs)
-            lines += measure_contest(contest, recipe, batch, device, rtol)
+            contest = Contest(student, teacher, recipe, batch, steps, inputs)
+            found = measure_contest(contest, recipe, batch, device, rtol)
+            trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+            lines += [{"model": model, "trained_parameters": trained, **line} for line in found]
             del contest
             student.zero_grad(set_to_none=True)
     return lines

@@ -176,9 +176,7 @@ class TimeConditioning:
             assert self._second_features is not None
             second = self.second(self._second_features.to(next(self.second.parameters()).dtype))
         table = None if self.table is None else self.table()
-        return torch.ops.twinflow.combine_time_embeddings(
-            embedding, second, t, None if second is None else r, table
-        )
+        return torch.ops.twinflow.combine_time_embeddings(embedding, second, t, None if second is None else r, table)
 
 
 def _submodule(transformer: nn.Module, path: str) -> nn.Module:
