@@ -75,13 +75,13 @@ NETWORKS = {
         "QwenImageTransformer2DModel",
         dict(num_layers=2, attention_head_dim=32, num_attention_heads=2, joint_attention_dim=64,
              axes_dims_rope=(8, 12, 12)),
-        (16, 32, 32), 16, lora_rank=8,
+        (16, 16, 16), 16, lora_rank=8,
     ),
     "tiny-sana": Network(
         "SanaTransformer2DModel",
         dict(num_layers=2, num_attention_heads=4, attention_head_dim=16, num_cross_attention_heads=4,
              cross_attention_head_dim=16, cross_attention_dim=64, caption_channels=64, sample_size=32),
-        (32, 16, 16), 16,
+        (32, 8, 8), 16,
     ),
 }  # fmt: skip
 

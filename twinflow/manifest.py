@@ -4,8 +4,11 @@ Files come from strangers: everything is JSON or safetensors, nothing is unpickl
 """
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,10 +18,18 @@ from torch import nn
 from twinflow.conditioning import MODES
 
 MANIFEST = "twinflow.json"
+LORA = "pytorch_lora_weights.safetensors"  # diffusers' default
 CONDITIONING = "twinflow_conditioning.safetensors"
+COMFYUI_LORA = "comfyui_lora.safetensors"
+COMFYUI_MODEL = "comfyui_model.safetensors"
 SECOND_EMBEDDERS = ("time_text_embed_2", "time_embed_2", "t_embedder_2", "time_embedding_2")
 SIGN_TABLE = "time_sign_embed"
+ADAPTER_SETTINGS = "lora_adapter_metadata"  # diffusers' key for an adapter's configuration in a LoRA file
 FORMAT = 1
+LAYOUTS = ("diffusers", "comfyui")
+# Stock diffusers would load such weights without their second time embedder. Its own error then carries this sentence:
+# it stands where an unknown value is refused by name.
+REFUSAL = "these weights need their second time embedder: call twinflow.attach(pipe, folder)"
 
 
 @dataclass(frozen=True)
@@ -30,6 +41,7 @@ class Manifest:
         conditioning: mode that the weights were trained with; None: plain.
         kind: `lora` or `full`.
         weights: `student` or `ema`.
+        layout: whose key names the weights have, `diffusers` or `comfyui`.
         format: version of this file.
     """
 
@@ -37,6 +49,7 @@ class Manifest:
     conditioning: str | None
     kind: str
     weights: str = "student"
+    layout: str = "diffusers"
     format: int = FORMAT
 
     @property
@@ -54,28 +67,38 @@ def read_manifest(folder: Path) -> Manifest | None:
     """Reads a folder's JSON; None where there is none.
 
     Raises:
-        ValueError: the file is damaged or of a later version.
+        ValueError: the file is damaged, of a later version, or has values that no export writes.
     """
     path = folder / MANIFEST
     if not path.exists():
         return None
     try:
         saved = json.loads(path.read_text())
-        manifest = Manifest(**saved)
-    except (ValueError, TypeError) as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"{path} must be a file that export wrote, got one that cannot be read: {error}") from None
-    if manifest.format != FORMAT:
-        raise ValueError(f"{path} must be of format {FORMAT}, got {manifest.format}: it needs a later version")
-    if manifest.conditioning not in (None, *MODES) or manifest.kind not in ("lora", "full"):
-        raise ValueError(f"{path} must name a known conditioning and kind, got {saved}")
-    return manifest
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {saved!r}")
+    if saved.get("format") != FORMAT:
+        raise ValueError(f"{path} must be of format {FORMAT}, got {saved.get('format')!r}")
+    names = [field.name for field in fields(Manifest)]
+    if set(saved) != set(names):
+        raise ValueError(f"{path} must hold {', '.join(names)}, got {', '.join(saved)}")
+    known = {
+        "conditioning": (None, *MODES), "kind": ("lora", "full"), "weights": ("student", "ema"), "layout": LAYOUTS,
+    }  # fmt: skip
+    for name, choices in known.items():
+        if saved[name] not in choices:
+            raise ValueError(f"{path}: {name} must be one of {', '.join(map(str, choices))}, got {saved[name]!r}")
+    if not isinstance(saved["family"], str):
+        raise ValueError(f"{path}: family must be a name, got {saved['family']!r}")
+    return Manifest(**saved)
 
 
-def write_conditioning(network: nn.Module, folder: Path) -> None:
+def write_conditioning(tensors: dict[str, torch.Tensor], folder: Path) -> None:
     """Writes the tensors of a conditioned transformer's new submodules; nothing where it has none."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in conditioning_tensors(network).items()}
     if tensors:
-        save_file(tensors, folder / CONDITIONING, metadata={"format": "pt"})
+        whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        save_file(whole, folder / CONDITIONING, metadata={"format": "pt"})
 
 
 def conditioning_tensors(network: nn.Module) -> dict[str, torch.Tensor]:
@@ -101,14 +124,32 @@ def read_tensors(path: Path, roots: tuple[str, ...] | None = None) -> dict[str, 
     """The tensors of a safetensors file, or those whose name begins with one of `roots`.
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: the file is missing or damaged.
     """
+    with _opened(path) as file:
+        names = [n for n in file.keys() if roots is None or n.partition(".")[0] in roots]  # noqa: SIM118
+        return {name: file.get_tensor(name) for name in names}
+
+
+def read_names(path: Path) -> set[str]:
+    """The names of a safetensors file's tensors; raises ValueError where it is missing or damaged."""
+    with _opened(path) as file:
+        return set(file.keys())
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; raises ValueError where it is missing or damaged."""
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            names = [n for n in file.keys() if roots is None or n.partition(".")[0] in roots]  # noqa: SIM118
-            return {name: file.get_tensor(name) for name in names}
+            yield file
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} must be a whole safetensors file, got a damaged one: {error}") from None
+        raise ValueError(f"{path} must be a whole safetensors file, got {error}") from None
 
 
 def inferred_mode(tensors: dict[str, torch.Tensor], folder: Path) -> str | None:
@@ -126,6 +167,18 @@ def inferred_mode(tensors: dict[str, torch.Tensor], folder: Path) -> str | None:
     return ("dual+sign" if sign else "dual") if dual else None
 
 
+def check_conditioning(mine: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], where: str) -> None:
+    """Raises ValueError unless saved tensors have the names and shapes of a conditioned transformer's own."""
+    if mine.keys() != tensors.keys():
+        difference = sorted(mine.keys() ^ tensors.keys())
+        wanted = f"{len(mine)} tensors ({', '.join([*mine][:3]) or 'none'} ...)"
+        raise ValueError(f"{where}: conditioning must have {wanted}, got a difference in {difference[:3]}")
+    for name, value in mine.items():
+        if value.shape != tensors[name].shape:
+            wanted, got = str(tuple(value.shape)), tuple(tensors[name].shape)
+            raise ValueError(f"{where}: {name} must be of shape {wanted}, got {got}")
+
+
 @torch.no_grad()
 def put_conditioning(network: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> None:
     """Copies saved tensors into a conditioned transformer.
@@ -134,12 +187,6 @@ def put_conditioning(network: nn.Module, tensors: dict[str, torch.Tensor], where
         ValueError: names or shapes differ; nothing is then copied.
     """
     mine = conditioning_tensors(network)
-    if mine.keys() != tensors.keys():
-        difference = sorted(mine.keys() ^ tensors.keys())
-        raise ValueError(f"{where}: conditioning must have {', '.join(mine)}, got a difference in {difference[:3]}")
-    for name, value in mine.items():
-        if value.shape != tensors[name].shape:
-            wanted, got = tuple(value.shape), tuple(tensors[name].shape)
-            raise ValueError(f"{where}: {name} must be of shape {wanted}, got {got}")
+    check_conditioning(mine, tensors, where)
     for name, value in mine.items():
         value.copy_(tensors[name])

@@ -211,6 +211,8 @@ class FlowModel(nn.Module):
                 raise ValueError(
                     f"{where}: cond[{name!r}] must be {wanted}, got {got}; is it another family's embedding?"
                 )
+            if got[0] != len(x_t):
+                raise ValueError(f"{where}: cond[{name!r}] must be of {len(x_t)} rows, as x_t, got {got[0]}")
 
 
 def rows_of(value: float, batch: int, like: torch.Tensor) -> torch.Tensor:

@@ -60,7 +60,7 @@ def prompt_lengths(cond: dict[str, torch.Tensor]) -> list[int]:
         if mask.shape != (batch, longest):
             raise ValueError(f"prompt_mask must be of shape {(batch, longest)}, got {tuple(mask.shape)}")
         given = host_lengths(mask)
-    if given.shape != (batch,) or given.is_floating_point():
+    if given.shape != (batch,) or given.is_floating_point() or given.dtype == torch.bool:
         raise ValueError(f"prompt_lengths must be {batch} integers, got {given.dtype} of shape {tuple(given.shape)}")
     lengths: list[int] = given.tolist()
     bad = [n for n in lengths if not 1 <= n <= longest]

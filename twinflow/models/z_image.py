@@ -50,6 +50,7 @@ class ZImageModel(FlowModel):
         return -torch.stack(outputs).squeeze(2)
 
     def encode_prompt(self, pipe: Any, prompts: list[str], **options: Any) -> dict[str, torch.Tensor]:
-        embeds, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, **options)
+        # A copy: the pipeline writes its chat template into the list.
+        embeds, _ = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False, **options)
         lengths = torch.tensor([len(row) for row in embeds])
         return {"prompt_embeds": pad_sequence(embeds, batch_first=True), "prompt_lengths": lengths}

@@ -1,0 +1,49 @@
+"""Draws from one noise: by a pipeline, and by `sample()` with a student, in the pipeline's layout."""
+
+import torch
+from diffusers import DiffusionPipeline
+from tiny_pipelines import call_arguments, latent_shape
+
+from twinflow.models import FlowModel
+from twinflow.models.packing import pack, unpack
+from twinflow.sampling import sample
+
+PROMPTS = ["a red fox", "two dogs on a green hill"]
+PACKED = ("qwen_image", "flux", "flux_guidance")
+
+
+def start(family: str) -> torch.Tensor:
+    """Seeded noise for both prompts, as the pipeline takes it."""
+    z = torch.randn(latent_shape(family, len(PROMPTS)), generator=torch.Generator().manual_seed(0))
+    return pack(z) if family in PACKED else z
+
+
+def fresh() -> torch.Generator:
+    """The noise of the steps."""
+    return torch.Generator().manual_seed(7)
+
+
+def arguments(family: str) -> dict:
+    """A pipeline's arguments for a small image without guidance; FLUX's embedded scale as the student asks it."""
+    return call_arguments(family) | ({"guidance_scale": 3.5} if family.startswith("flux") else {})
+
+
+def draw(pipe: DiffusionPipeline, family: str, steps: int = 2, **more: object) -> torch.Tensor:
+    """The latents that a pipeline with a TwinFlowScheduler draws."""
+    pipe.scheduler.set_generator(fresh())
+    given = {"prompt": list(PROMPTS), "latents": start(family), "output_type": "latent"} | arguments(family) | more
+    return pipe(num_inference_steps=steps, **given).images
+
+
+def sampled(student: FlowModel, pipe: DiffusionPipeline, family: str, steps: int = 2, **walk: object) -> torch.Tensor:
+    """The latents that `sample()` draws with a student from the same noise."""
+    options = {"complex_human_instruction": None} if family == "sana" else {}
+    with torch.no_grad():
+        cond = student.encode_prompt(pipe, list(PROMPTS), **options)
+    size = latent_shape(family, 1)[2:]
+
+    def packed(x: torch.Tensor, t: torch.Tensor, r: torch.Tensor, cond: dict) -> torch.Tensor:
+        return pack(student(unpack(x, *size), t, r, cond))
+
+    network = packed if family in PACKED else student
+    return sample(network, start(family), cond, steps=steps, generator=fresh(), **walk)
