@@ -83,6 +83,7 @@ def render(text: str) -> str:
         "digits": digits,
         "stability": lambda: study("stability"),
         "step_focus": lambda: study("step_focus"),
+        "conditioning": lambda: study("conditioning"),
         "kernels": kernels,
         "training": training,
     }

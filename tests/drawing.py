@@ -23,9 +23,18 @@ def fresh() -> torch.Generator:
     return torch.Generator().manual_seed(7)
 
 
+def encoding(family: str) -> dict:
+    """Options of a quick encoding of prompts, the same for pipelines and students."""
+    if family == "sana":
+        return {"complex_human_instruction": None}
+    # T5 prompts are padded to it; the stock 512 and 256 tokens would be most of the work.
+    return {"max_sequence_length": 32} if family in ("sd3", "flux", "flux_guidance") else {}
+
+
 def arguments(family: str) -> dict:
     """A pipeline's arguments for a small image without guidance; FLUX's embedded scale as the student asks it."""
-    return call_arguments(family) | ({"guidance_scale": 3.5} if family.startswith("flux") else {})
+    scale = {"guidance_scale": 3.5} if family.startswith("flux") else {}
+    return call_arguments(family) | scale | encoding(family)
 
 
 def draw(pipe: DiffusionPipeline, family: str, steps: int = 2, **more: object) -> torch.Tensor:
@@ -37,9 +46,8 @@ def draw(pipe: DiffusionPipeline, family: str, steps: int = 2, **more: object) -
 
 def sampled(student: FlowModel, pipe: DiffusionPipeline, family: str, steps: int = 2, **walk: object) -> torch.Tensor:
     """The latents that `sample()` draws with a student from the same noise."""
-    options = {"complex_human_instruction": None} if family == "sana" else {}
     with torch.no_grad():
-        cond = student.encode_prompt(pipe, list(PROMPTS), **options)
+        cond = student.encode_prompt(pipe, list(PROMPTS), **encoding(family))
     size = latent_shape(family, 1)[2:]
 
     def packed(x: torch.Tensor, t: torch.Tensor, r: torch.Tensor, cond: dict) -> torch.Tensor:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from tiny_pipelines import saved_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -24,6 +25,23 @@ def test_the_example_runs_as_printed():
     untouched = scope["Student"](76, 64)
     assert not torch.equal(student.weight, untouched.weight), "the example trains nothing"
     assert all(torch.isfinite(p).all() for p in student.parameters())
+
+
+def test_the_pipeline_example_runs_as_printed(tmp_path):
+    """On a tiny pipeline of the named model's class, with sizes to match."""
+    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    changes = {
+        '"stabilityai/stable-diffusion-3.5-medium"': repr(str(saved_pipeline("sd3"))),
+        '"few-step"': repr(str(tmp_path / "few-step")),
+        "torch.randn(1, 16, 64, 64)": "torch.randn(1, 16, 8, 12)",
+        "num_inference_steps=2)": "num_inference_steps=2, height=16, width=24)",
+    }
+    for printed, tiny in changes.items():
+        assert printed in code
+        code = code.replace(printed, tiny)
+    scope: dict = {}
+    exec(compile(code, "README.md", "exec"), scope)
+    assert scope["image"].size == (24, 16) and (tmp_path / "few-step" / "pytorch_lora_weights.safetensors").exists()
 
 
 def test_tables_come_from_the_results():
