@@ -168,9 +168,7 @@ def waves(objective: str, quick: bool, seeds: int, cells: list[Cell]) -> Iterato
     best = {}
     for variant in variants:
         best[tuple(variant.values())] = min(found(cells, objective=objective, seed=TUNING_SEED, **variant), key=score)
-    yield [
-        common | v | {"seed": seed, "lr": best[tuple(v.values())]["lr"]} for seed in range(seeds) for v in variants
-    ]
+    yield [common | v | {"seed": seed, "lr": best[tuple(v.values())]["lr"]} for seed in range(seeds) for v in variants]
 
 
 def table(cells: list[Cell], settings: dict[str, Any]) -> str:
@@ -241,8 +239,16 @@ def main() -> None:
                 missing = [cell for cell in wave if not found(cells, **cell)]
                 for cell in apply(functools.partial(run, base, data, sizes), missing):
                     cells.append(cell)
-                    print(objective, cell["mode"], cell["cfg_time"], cell["seed"], cell["lr"],
-                          f"{score(cell):.3f}", {k: round(v, 3) for k, v in cell["frechet"].items()}, flush=True)
+                    print(
+                        objective,
+                        cell["mode"],
+                        cell["cfg_time"],
+                        cell["seed"],
+                        cell["lr"],
+                        f"{score(cell):.3f}",
+                        {k: round(v, 3) for k, v in cell["frechet"].items()},
+                        flush=True,
+                    )
                     if not args.quick:
                         save("conditioning", settings, cells, table(cells, settings))
     print(table(cells, settings))

@@ -4,11 +4,13 @@ import torch
 from diffusers import DiffusionPipeline
 from tiny_pipelines import call_arguments, latent_shape
 
+from twinflow.interface import Student
 from twinflow.models import FlowModel
 from twinflow.models.packing import pack, unpack
 from twinflow.sampling import sample
 
 PROMPTS = ["a red fox", "two dogs on a green hill"]
+SEED = 7  # of the noise of the steps
 PACKED = ("qwen_image", "flux", "flux_guidance")
 
 
@@ -20,7 +22,7 @@ def start(family: str) -> torch.Tensor:
 
 def fresh() -> torch.Generator:
     """The noise of the steps."""
-    return torch.Generator().manual_seed(7)
+    return torch.Generator().manual_seed(SEED)
 
 
 def encoding(family: str) -> dict:
@@ -44,14 +46,22 @@ def draw(pipe: DiffusionPipeline, family: str, steps: int = 2, **more: object) -
     return pipe(num_inference_steps=steps, **given).images
 
 
-def sampled(student: FlowModel, pipe: DiffusionPipeline, family: str, steps: int = 2, **walk: object) -> torch.Tensor:
-    """The latents that `sample()` draws with a student from the same noise."""
+def sampled(
+    student: FlowModel,
+    pipe: DiffusionPipeline,
+    family: str,
+    steps: int = 2,
+    network: Student | None = None,
+    **walk: object,
+) -> torch.Tensor:
+    """The latents that `sample()` draws from the same noise with a student, or with a network that stands for it."""
+    network = network or student
     with torch.no_grad():
         cond = student.encode_prompt(pipe, list(PROMPTS), **encoding(family))
     size = latent_shape(family, 1)[2:]
 
     def packed(x: torch.Tensor, t: torch.Tensor, r: torch.Tensor, cond: dict) -> torch.Tensor:
-        return pack(student(unpack(x, *size), t, r, cond))
+        return pack(network(unpack(x, *size), t, r, cond))
 
-    network = packed if family in PACKED else student
-    return sample(network, start(family), cond, steps=steps, generator=fresh(), **walk)
+    called = packed if family in PACKED else network
+    return sample(called, start(family), cond, steps=steps, generator=fresh(), **walk)

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 from family_batches import FAMILIES, make_batch, make_condition, make_student, relative
-from tiny_pipelines import latent_shape, tiny_transformer
+from tiny_pipelines import tiny_transformer
 from torch import nn
 
 from twinflow import EMATeacher, FrozenTeacher, StudentTeacher, TwinFlowConfig, TwinFlowLoss
-from twinflow.conditioning import MODES, TimeConditioning, TimeEmbedder
+from twinflow.conditioning import MODES
 from twinflow.models import load
 
 T = torch.tensor([0.9, 0.31, 0.5, 1.0])
@@ -70,10 +70,20 @@ def test_names_and_dtypes_of_what_is_added(family, mode):
     student = make_student(family, mode, torch.bfloat16)
     second = SECOND.get(family, "time_text_embed_2.timestep_embedder")
     layers = ("0", "2") if family == "z_image" else ("linear_1", "linear_2")
-    expected = {f"{second}.{layer}.{kind}" for layer in layers for kind in ("weight", "bias")} if "dual" in mode else set()
+    expected = (
+        {f"{second}.{layer}.{kind}" for layer in layers for kind in ("weight", "bias")} if "dual" in mode else set()
+    )
     expected |= {"time_sign_embed.weight"} if "sign" in mode else set()
-    added = {n: p for n, p in student.transformer.named_parameters() if n not in dict(tiny_transformer(family).named_parameters())}
-    assert added.keys() == expected == student.transformer.state_dict().keys() - tiny_transformer(family).state_dict().keys()
+    added = {
+        n: p
+        for n, p in student.transformer.named_parameters()
+        if n not in dict(tiny_transformer(family).named_parameters())
+    }
+    assert (
+        added.keys()
+        == expected
+        == student.transformer.state_dict().keys() - tiny_transformer(family).state_dict().keys()
+    )
     assert {id(p) for p in added.values()} == {id(p) for p in student.conditioning.parameters()}
     assert all(p.dtype == torch.float32 and p.requires_grad for p in added.values())
     if "sign" in mode:
@@ -202,7 +212,9 @@ def test_gradients_reach_every_new_parameter(family, mode):
         student.zero_grad()
         trained(student, batch)
         zero = {n for n, p in student.transformer.named_parameters() if p.grad is not None and not p.grad.any()}
-        mine = {n for n, p in student.transformer.named_parameters() if n.partition(".")[0] in student.conditioning.names}
+        mine = {
+            n for n, p in student.transformer.named_parameters() if n.partition(".")[0] in student.conditioning.names
+        }
         assert all(p.grad is not None for p in student.conditioning.parameters())
         first_layer = {n for n in mine if ".linear_1." in n or ".mlp.0." in n}
         assert zero & mine == (first_layer if step == 0 else set())
@@ -212,7 +224,9 @@ def test_gradients_reach_every_new_parameter(family, mode):
 
 
 @pytest.mark.parametrize("schedule", ["planned", "published"])
-@pytest.mark.parametrize("make", [lambda s: EMATeacher(s, 0.9), StudentTeacher, FrozenTeacher], ids=["ema", "student", "frozen"])
+@pytest.mark.parametrize(
+    "make", [lambda s: EMATeacher(s, 0.9), StudentTeacher, FrozenTeacher], ids=["ema", "student", "frozen"]
+)
 @pytest.mark.parametrize("mode, cfg_time, half", [
     ("midpoint", "published", True), ("midpoint", "t", False), ("midpoint+sign", "published", True),
     ("midpoint+sign", "t", False), ("dual", "t", False), ("dual", "published", False),
@@ -273,7 +287,7 @@ def test_a_transformer_that_is_told_no_times(family, mode):
     x, cond, _ = make_batch(family, student, 4)
     alone = load(student.transformer)
     if "dual" in mode:
-        message = rf"TimeConditioning: a transformer conditioned by {mode.replace('+', '.')} must be told both times, got only"
+        message = rf"a transformer conditioned by {mode.replace('+', '.')} must be told both times, got only"
         with pytest.raises(ValueError, match=message):
             alone(x, T, T, cond)
     else:
