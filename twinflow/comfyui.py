@@ -15,7 +15,7 @@ _PLACES = {".lora_A.weight": ".lora_down.weight", ".lora_B.weight": ".lora_up.we
 _Z_IMAGE = {
     "all_x_embedder.2-1.": "x_embedder.", "all_final_layer.2-1.": "final_layer.",
     ".attention.to_out.0.": ".attention.out.", ".attention.norm_q.": ".attention.q_norm.",
-    
+    ".attention.norm_k.": ".attention.k_norm.",
 }  # fmt: skip
 _QKV = ("to_q", "to_k", "to_v")
 

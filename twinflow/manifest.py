@@ -137,10 +137,18 @@ def read_names(path: Path) -> set[str]:
         return set(file.keys())
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file; raises ValueError where it is missing or damaged."""
+def read_settings(path: Path) -> dict[str, Any] | None:
+    """The adapter's configuration in a LoRA file, as diffusers writes it; None where there is none.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
     with _opened(path) as file:
-        return file.metadata() or {}
+        written = (file.metadata() or {}).get(ADAPTER_SETTINGS)
+    try:
+        return None if written is None else dict(json.loads(written))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} must hold an adapter's configuration, got a damaged one: {error}") from None
 
 
 @contextmanager

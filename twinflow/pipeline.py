@@ -17,7 +17,6 @@ from twinflow.conditioning import TimeConditioning, TimeEmbedder
 from twinflow.export_folder import without_refusal
 from twinflow.interface import unwrap
 from twinflow.manifest import (
-    ADAPTER_SETTINGS,
     LORA,
     REFUSAL,
     Manifest,
@@ -25,8 +24,8 @@ from twinflow.manifest import (
     conditioning_tensors,
     put_conditioning,
     read_manifest,
-    read_metadata,
     read_names,
+    read_settings,
     read_tensors,
     saved_conditioning,
 )
@@ -118,22 +117,13 @@ def _read(path: Path, style: str) -> _Saved:
     if file.name != LORA:
         manifest = None  # what another file of the folder is
     lora = read_tensors(file)
-    settings = _settings(file)
+    settings = read_settings(file)
     if manifest is None and (style != "few" or REFUSAL in (settings or {}).values()):
         raise ValueError(
             f"attach: lora_or_dir must be the whole exported folder, got {file} without a twinflow.json beside it"
         )
     beside = manifest is not None and manifest.conditioning not in (None, "midpoint")
     return _Saved(folder, manifest, lora, settings, saved_conditioning(folder) if beside else {})
-
-
-def _settings(file: Path) -> dict[str, Any] | None:
-    """The adapter's configuration in a LoRA file, as diffusers writes it."""
-    written = read_metadata(file).get(ADAPTER_SETTINGS)
-    try:
-        return None if written is None else dict(json.loads(written))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} must hold an adapter's configuration, got a damaged one: {error}") from None
 
 
 def _family(transformer: nn.Module) -> type[FlowModel]:
