@@ -165,10 +165,8 @@ def waves(objective: str, quick: bool, seeds: int, cells: list[Cell]) -> Iterato
     common = {"objective": objective, "recipe": recipe, "enhanced_ratio": ratio, "steps": steps}
     variants = [{"mode": mode, "cfg_time": cfg} for mode, cfg in VARIANTS if ratio or cfg == "published"]
     yield [common | v | {"seed": TUNING_SEED, "lr": lr} for v in variants for lr in (RATES[:1] if quick else RATES)]
-    best = {}
-    for variant in variants:
-        best[tuple(variant.values())] = min(found(cells, objective=objective, seed=TUNING_SEED, **variant), key=score)
-    yield [common | v | {"seed": seed, "lr": best[tuple(v.values())]["lr"]} for seed in range(seeds) for v in variants]
+    best = [min(found(cells, objective=objective, seed=TUNING_SEED, **v), key=score)["lr"] for v in variants]
+    yield [common | v | {"seed": k, "lr": lr} for k in range(seeds) for v, lr in zip(variants, best, strict=True)]
 
 
 def table(cells: list[Cell], settings: dict[str, Any]) -> str:
@@ -189,13 +187,14 @@ def table(cells: list[Cell], settings: dict[str, Any]) -> str:
     reported = [cell for cell in cells if cell["seed"] != TUNING_SEED]
     for objective in dict.fromkeys(cell["objective"] for cell in reported):
         mine = found(reported, objective=objective)
-        rows = [_row(found(mine, mode=mode, cfg_time=cfg)) for mode, cfg in VARIANTS
-                if found(mine, mode=mode, cfg_time=cfg)]  # fmt: skip
+        runs = [found(mine, mode=mode, cfg_time=cfg) for mode, cfg in VARIANTS]
         first, seeds = mine[0], len({cell["seed"] for cell in mine})
         parts.append(
             f"`{first['recipe']}`, enhanced ratio {first['enhanced_ratio']:g}, {first['steps']} steps, {seeds} seeds:"
         )
-        parts.append(markdown(["mode", "cfg_time", "lr", *heads, "all", "accuracy"], rows))
+        parts.append(
+            markdown(["mode", "cfg_time", "lr", *heads, "all", "accuracy"], [_row(run) for run in runs if run])
+        )
     return "\n\n".join(parts)
 
 
@@ -239,16 +238,8 @@ def main() -> None:
                 missing = [cell for cell in wave if not found(cells, **cell)]
                 for cell in apply(functools.partial(run, base, data, sizes), missing):
                     cells.append(cell)
-                    print(
-                        objective,
-                        cell["mode"],
-                        cell["cfg_time"],
-                        cell["seed"],
-                        cell["lr"],
-                        f"{score(cell):.3f}",
-                        {k: round(v, 3) for k, v in cell["frechet"].items()},
-                        flush=True,
-                    )
+                    where = [cell[name] for name in ("mode", "cfg_time", "seed", "lr")]
+                    print(objective, *where, f"{score(cell):.3f}", cell["frechet"], flush=True)
                     if not args.quick:
                         save("conditioning", settings, cells, table(cells, settings))
     print(table(cells, settings))
