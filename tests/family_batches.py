@@ -65,6 +65,20 @@ def stock_velocity(family: str, network: nn.Module, x_t, t, cond, mask=None) -> 
     return FluxPipeline._unpack_latents(tokens, height * 8, width * 8, 8)
 
 
+def randomised(student: FlowModel) -> FlowModel:
+    """Conditioning as after training: every new parameter counts."""
+    with torch.no_grad():
+        for parameter in student.conditioning.parameters():
+            parameter.copy_(torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
+    return student
+
+
+def features(time: torch.Tensor, scale: float) -> torch.Tensor:
+    """Sinusoidal features (B, 256) of times (B,), in float64."""
+    angle = time.double()[:, None] * scale * 10000 ** (-torch.arange(128, dtype=torch.float64) / 128)
+    return torch.cat([angle.cos(), angle.sin()], 1)
+
+
 class _Attentions(torch.overrides.TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()

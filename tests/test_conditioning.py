@@ -4,24 +4,14 @@ import copy
 
 import pytest
 import torch
-from family_batches import FAMILIES, make_batch, make_condition, make_student, relative
+from family_batches import FAMILIES, features, make_batch, make_condition, make_student, randomised, relative
 from tiny_pipelines import tiny_transformer
-from torch import nn
 
-from twinflow import EMATeacher, FrozenTeacher, StudentTeacher, TwinFlowConfig, TwinFlowLoss
 from twinflow.conditioning import MODES
 from twinflow.models import load
 
 T = torch.tensor([0.9, 0.31, 0.5, 1.0])
 SECOND = {"sana": "time_embed_2.emb.timestep_embedder", "z_image": "t_embedder_2.mlp"}
-
-
-def randomised(student):
-    """Conditioning as after training: every new parameter counts."""
-    with torch.no_grad():
-        for parameter in student.conditioning.parameters():
-            parameter.copy_(torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
-    return student
 
 
 def trained(student, batch, steps=1):
@@ -91,11 +81,6 @@ def test_names_and_dtypes_of_what_is_added(family, mode):
 
 
 # What the network is told.
-
-
-def features(time, scale):
-    angle = time.double()[:, None] * scale * 10000 ** (-torch.arange(128, dtype=torch.float64) / 128)
-    return torch.cat([angle.cos(), angle.sin()], 1)
 
 
 def expected_embedding(family, student, t, r):
@@ -218,97 +203,3 @@ def test_gradients_reach_every_new_parameter(family, mode):
         assert all(p.grad is not None for p in student.conditioning.parameters())
         first_layer = {n for n in mine if ".linear_1." in n or ".mlp.0." in n}
         assert zero & mine == (first_layer if step == 0 else set())
-
-
-# Guidance.
-
-
-@pytest.mark.parametrize("schedule", ["planned", "published"])
-@pytest.mark.parametrize(
-    "make", [lambda s: EMATeacher(s, 0.9), StudentTeacher, FrozenTeacher], ids=["ema", "student", "frozen"]
-)
-@pytest.mark.parametrize("mode, cfg_time, half", [
-    ("midpoint", "published", True), ("midpoint", "t", False), ("midpoint+sign", "published", True),
-    ("midpoint+sign", "t", False), ("dual", "t", False), ("dual", "published", False),
-])  # fmt: skip
-def test_the_time_of_a_guidance_query(mode, cfg_time, half, make, schedule):
-    """t/2 as published, or t; what the network is told, counted in the features it gets. Rollouts are as they were."""
-    student = make_student("sd3", mode, cfg_time=cfg_time)
-    batch, teacher = make_batch("sd3", student, 4), make(student)
-    seen = []
-    holder = teacher._weights.module if make is not StudentTeacher else student
-    for network in {id(m): m for m in (student, holder)}.values():
-        embedder = network.transformer.get_submodule(student.time_embedder().path)
-        embedder.register_forward_hook(lambda _module, args, _out: seen.append(args[0]))
-    criterion = TwinFlowLoss(TwinFlowConfig())
-    draws = criterion.draw(batch[0])
-    plan = criterion.plan(draws, teacher=teacher, schedule=schedule)
-    criterion(student, *batch, teacher=teacher, draws=draws, schedule=schedule)
-    assert len(seen) == len(plan.passes)
-    for call, given in zip(plan.passes, seen, strict=True):
-        t, r = torch.tensor(call.t), torch.tensor(call.r)
-        asked = t - r / 2 if "midpoint" in mode else t
-        if call.name == "cfg":
-            assert torch.equal(t, r)
-            asked = t / 2 if half else t
-        asked = asked.abs() if "sign" in mode else asked
-        torch.testing.assert_close(given.double(), features(asked, 1000), rtol=0, atol=2e-4)
-    assert {call.name for call in plan.passes} >= {"cfg", "rollout", "student"}
-
-
-# Times are bound for one call.
-
-
-class Failing(nn.Module):
-    def forward(self, *args, **kwargs):
-        raise RuntimeError("network")
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_an_exception_leaves_no_times_behind(family, mode):
-    student = make_student(family, mode)
-    x, cond, _ = make_batch(family, student, 4)
-    expected = student(x, T, T / 2, cond)
-    blocks = next(module for module in student.transformer.children() if isinstance(module, nn.ModuleList))
-    last, blocks[-1] = blocks[-1], Failing()
-    with pytest.raises(RuntimeError, match="network"):
-        student(x, T, T / 2, cond)
-    assert student.conditioning._times is None and student.conditioning._second_features is None
-    blocks[-1] = last
-    assert torch.equal(student(x, T, T / 2, cond), expected)
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_transformer_that_is_told_no_times(family, mode):
-    """`dual` says what to call; the other modes compute what the stock transformer does, right for t > 0 and r = 0."""
-    student, stock = randomised(make_student(family, mode)), make_student(family)
-    x, cond, _ = make_batch(family, student, 4)
-    alone = load(student.transformer)
-    if "dual" in mode:
-        message = rf"a transformer conditioned by {mode.replace('+', '.')} must be told both times, got only"
-        with pytest.raises(ValueError, match=message):
-            alone(x, T, T, cond)
-    else:
-        assert torch.equal(alone(x, T, T, cond), stock(x, T, T, cond))
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_deep_copy_is_a_student_of_its_own(family, mode):
-    """Its hooks act on its own parameters and hear of its own times."""
-    student = randomised(make_student(family, mode))
-    x, cond, _ = make_batch(family, student, 4)
-    other = copy.deepcopy(student)
-    before = student(x, -T, -T / 2, cond)
-    assert torch.equal(other(x, -T, -T / 2, cond), before)
-    assert {id(p) for p in other.conditioning.parameters()} <= {id(p) for p in other.parameters()}
-    with torch.no_grad():
-        for parameter in other.conditioning.parameters():
-            parameter.add_(1)
-    assert torch.equal(student(x, -T, -T / 2, cond), before)
-    if mode != "midpoint":
-        assert not torch.equal(other(x, -T, -T / 2, cond), before)
-    with student.conditioning.times(T, T):
-        assert other.conditioning._times is None

@@ -6,6 +6,7 @@ second time embedder, are exchanged in their modules the same way.
 """
 
 import copy
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from peft import inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from twinflow.interface import Student, unwrap, without_collectives
@@ -77,10 +79,10 @@ class AdapterSlot:
         layers = adapter_layers(original)
         trained = trained_adapter(layers, "EMATeacher" if adapter else "FrozenTeacher")
         active = {id(layer): list(layer.active_adapters) for layer in layers.values()}
+        if adapter is not None and any(adapter in x._all_available_adapter_names() for x in layers.values()):
+            raise ValueError(f"EMATeacher: adapter must be a name that is not taken, got {adapter!r}")
         as_float32(layers, trained)
         if adapter is not None:
-            if any(adapter in layer._all_available_adapter_names() for layer in layers.values()):
-                raise ValueError(f"EMATeacher: adapter must be a name that is not taken, got {adapter!r}")
             _add_like(original, layers, trained, adapter)
         mine = [adapter] if adapter else []
         self._layers = [
@@ -158,23 +160,27 @@ def as_float32(layers: dict[str, BaseTunerLayer], adapter: str) -> None:
 def _add_like(original: nn.Module, layers: dict[str, BaseTunerLayer], trained: str, adapter: str) -> None:
     """Adds an adapter on the layers that have the trained one, with its values, and leaves all else as it was."""
     requires_grad = {parameter: parameter.requires_grad for parameter in original.parameters()}
-    active = [(layer, layer._active_adapter) for layer in layers.values()]
+    switched = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # the latter hold what `modules_to_save` names
+    active = [(module, module._active_adapter) for module in original.modules() if isinstance(module, switched)]
     # The innermost module that holds the configuration: wrappers around it share the dict.
     prefix, owner = [(n, m) for n, m in original.named_modules() if trained in vars(m).get("peft_config", ())][-1]
     config = copy.deepcopy(owner.peft_config[trained])
     names = [n.removeprefix(f"{prefix}.") for n, layer in layers.items() if adapter_parameters(layer, trained)]
-    config.target_modules, config.modules_to_save, config.inference_mode = set(names), None, True
+    # A pattern matches whole names; of a list also the layers whose names end with one of them would match.
+    config.target_modules = "|".join(re.escape(name) for name in names)
+    config.modules_to_save, config.inference_mode, config.init_lora_weights = None, True, True
+    if getattr(config, "bias", "none") != "none":
+        config.bias = "none"  # trained biases are exchanged with all else that is trained outside adapters
     for setting in ("exclude_modules", "layers_to_transform", "layers_pattern"):
         if getattr(config, setting, None) is not None:
             setattr(config, setting, None)
-    config.init_lora_weights = True
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
             inject_adapter_in_model(config, owner, adapter)
     finally:
-        for layer, before in active:
-            layer.__dict__["_active_adapter"] = before
+        for module, before in active:
+            module.__dict__["_active_adapter"] = before
         for parameter, required in requires_grad.items():
             parameter.requires_grad_(required)
     as_float32(layers, adapter)

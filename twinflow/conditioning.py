@@ -81,6 +81,8 @@ class TimeConditioning:
         self._second_features: torch.Tensor | None = None
         first = _submodule(transformer, embedder.path)
         taken = [n for n in (embedder.second.partition(".")[0], "time_sign_embed") if hasattr(transformer, n)]
+        owners = [getattr(hook, "__self__", None) for hook in first._forward_pre_hooks.values()]
+        taken += [owner.mode for owner in owners if isinstance(owner, TimeConditioning)]
         if taken:
             raise ValueError(
                 f"TimeConditioning: transformer must be without conditioning, got one with {', '.join(taken)}"

@@ -1,15 +1,24 @@
 """`add_lora()`, `load_lora()`: peft adapters on a student's frozen base."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from twinflow.adapter_slot import adapter_layers, adapter_parameters, as_float32
 from twinflow.conditioning import LORA_MODE
-from twinflow.manifest import read_tensors
+from twinflow.manifest import (
+    REFUSAL,
+    conditioning_tensors,
+    put_conditioning,
+    read_manifest,
+    read_settings,
+    read_tensors,
+    saved_conditioning,
+)
 
 if TYPE_CHECKING:
     from twinflow.models.base import FlowModel
@@ -46,16 +55,13 @@ def add_lora(
         ValueError: the name is taken, no layer matches, a file is damaged, or an unsupported mode.
     """
     network = student.network
-    taken = getattr(network, "peft_config", None) or {}
-    if adapter in taken:
-        raise ValueError(f"add_lora: adapter must be a name that is not taken, got {adapter!r}")
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"add_lora: rank must be an integer >= 1, got {rank!r}")
+    _check_new(network, adapter, rank, rank if alpha is None else alpha)
     chosen = _targeted(network, student.lora_targets if targets is None else targets)
-    if base_lora is not None:
-        _add_base(student, Path(base_lora), taken)
+    base = None if base_lora is None else _readable_base(student, Path(base_lora), adapter)
     if conditioning is not None and student.conditioning is None:
         student.condition(conditioning)
+    if base is not None:
+        student.network.load_lora_adapter(**base, prefix=student.component, adapter_name=BASE)  # type: ignore[operator]
     student.transformer.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=chosen)
     network.add_adapter(config, adapter)  # type: ignore[operator]
@@ -68,6 +74,17 @@ def add_lora(
     if student.conditioning is not None:
         student.conditioning.requires_grad_()
     return student
+
+
+def _check_new(network: nn.Module, adapter: str, rank: int, alpha: float) -> None:
+    if not isinstance(adapter, str) or not adapter or "." in adapter:
+        raise ValueError(f"add_lora: adapter must be a name without dots, got {adapter!r}")
+    if adapter in (getattr(network, "peft_config", None) or {}):
+        raise ValueError(f"add_lora: adapter must be a name that is not taken, got {adapter!r}")
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"add_lora: rank must be an integer >= 1, got {rank!r}")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not alpha > 0:
+        raise ValueError(f"add_lora: alpha must be a number > 0, got {alpha!r}")
 
 
 def _targeted(network: nn.Module, targets: tuple[str, ...]) -> list[str]:
@@ -85,16 +102,37 @@ def _targeted(network: nn.Module, targets: tuple[str, ...]) -> list[str]:
     return found
 
 
-def _add_base(student: "FlowModel", path: Path, taken: dict[str, object]) -> None:
-    if BASE in taken:
+def _readable_base(student: "FlowModel", path: Path, adapter: str) -> dict[str, Any]:
+    """Weights and settings of a LoRA file of which every weight has a layer that it fits.
+
+    diffusers passes over the names that it does not know, so that a style would be missing without a word.
+    """
+    if adapter == BASE or BASE in (getattr(student.network, "peft_config", None) or {}):
         raise ValueError(f"add_lora: adapter {BASE!r} must be free for base_lora, got it taken")
     file = path / LORA_FILE if path.is_dir() else path
-    tensors = read_tensors(file)
-    student.network.load_lora_adapter(tensors, prefix=student.component, adapter_name=BASE)  # type: ignore[operator]
+    tensors, layers = read_tensors(file), dict(student.network.named_modules())
+    for name, value in tensors.items():
+        inside = name.removeprefix(f"{student.component}.")
+        owner, found, place = inside.rpartition(".lora_")
+        layer: Any = layers.get(owner)
+        if inside == name or not found or not isinstance(layer, (nn.Linear, nn.Conv2d, BaseTunerLayer)):
+            wanted = f"diffusers' names, {student.component}.<layer>.lora_A.weight, of {type(student.network).__name__}"
+            raise ValueError(f"add_lora: base_lora must have {wanted}, got {name} in {file}")
+        axis = int(place[:1] == "A")  # lora_A is (rank, in), lora_B (out, rank)
+        widths = ("in_features", "in_channels") if axis else ("out_features", "out_channels")
+        width = next((getattr(layer, w) for w in widths if hasattr(layer, w)), None)
+        if place in ("A.weight", "B.weight") and (value.dim() < 2 or value.shape[axis] != width):
+            raise ValueError(f"add_lora: {name} must be of width {width} as its layer, got {tuple(value.shape)}")
+    if not tensors:
+        raise ValueError(f"add_lora: base_lora must hold weights, got none in {file}")
+    settings = read_settings(file)
+    if REFUSAL in (settings or {}).values():
+        raise ValueError(f"add_lora: base_lora must be a LoRA on its own, got {file}, which needs a second embedder")
+    return {"pretrained_model_name_or_path_or_dict": tensors, "metadata": settings}
 
 
 def load_lora(student: "FlowModel", path: str | Path, adapter: str = "default") -> None:
-    """Puts saved LoRA weights into an adapter that the student has, to go on training.
+    """Puts saved LoRA weights, and the conditioning beside them, into a student that has both, to go on training.
 
     Args:
         student: with an adapter of that name.
@@ -102,7 +140,8 @@ def load_lora(student: "FlowModel", path: str | Path, adapter: str = "default") 
         adapter: its name.
 
     Raises:
-        ValueError: no such adapter, another rank or other layers, or a damaged file; nothing is then changed.
+        ValueError: no such adapter, another rank, alpha or conditioning, other layers, or a damaged file; nothing is
+            then changed.
     """
     file = Path(path)
     file = file / LORA_FILE if file.is_dir() else file
@@ -117,9 +156,29 @@ def load_lora(student: "FlowModel", path: str | Path, adapter: str = "default") 
         if value.shape != saved[name].shape:
             rank, got = (min(tensor.shape[:2]) for tensor in (value, saved[name]))
             raise ValueError(f"load_lora: {file} must be of rank {rank}, got rank {got} in {name}")
+    alpha, scale = (read_settings(file) or {}).get(f"{student.component}.lora_alpha"), _alpha(student.network, adapter)
+    if alpha not in (None, scale):
+        raise ValueError(f"load_lora: {file} must be of alpha {scale}, got alpha {alpha}")
+    _load_conditioning(student, file.parent)
     with torch.no_grad():
         for name, value in mine.items():
             value.copy_(saved[name])
+
+
+def _load_conditioning(student: "FlowModel", folder: Path) -> None:
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return
+    mode = None if student.conditioning is None else student.conditioning.mode
+    if manifest.conditioning != mode:
+        wanted = f"conditioning {manifest.conditioning!r}, with which {folder} was trained"
+        raise ValueError(f"load_lora: student must have {wanted}, got {mode!r}")
+    if conditioning_tensors(student.network):
+        put_conditioning(student.network, saved_conditioning(folder), "load_lora")
+
+
+def _alpha(network: nn.Module, adapter: str) -> float:
+    return network.peft_config[adapter].lora_alpha  # type: ignore[index, union-attr]
 
 
 def lora_tensors(network: nn.Module, adapter: str) -> dict[str, torch.Tensor]:

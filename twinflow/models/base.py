@@ -36,9 +36,7 @@ class FlowModel(nn.Module):
     lora_targets: ClassVar[tuple[str, ...]]  # the published code's choice
     prompt_multiple: ClassVar[int] = 1  # prompts are padded to it inside the transformer
 
-    def __init__(
-        self, transformer: nn.Module, *, conditioning: str | None = None, cfg_time: str = "published"
-    ) -> None:
+    def __init__(self, transformer: nn.Module, *, conditioning: str | None = None, cfg_time: str = "published") -> None:
         super().__init__()
         if cfg_time not in CFG_TIMES:
             raise ValueError(f"load: cfg_time must be one of {', '.join(CFG_TIMES)}, got {cfg_time!r}")
@@ -168,9 +166,7 @@ class FlowModel(nn.Module):
         """What H and W must be multiples of."""
         return self.config.patch_size
 
-    def velocity(
-        self, x_t: torch.Tensor, t: torch.Tensor, cond: dict[str, Any], lengths: list[int]
-    ) -> torch.Tensor:
+    def velocity(self, x_t: torch.Tensor, t: torch.Tensor, cond: dict[str, Any], lengths: list[int]) -> torch.Tensor:
         """One call of the transformer, told t as stock pipelines tell it.
 
         Args:
@@ -218,4 +214,3 @@ class FlowModel(nn.Module):
 def rows_of(value: float, batch: int, like: torch.Tensor) -> torch.Tensor:
     """A number as (batch,) float32 on a tensor's device."""
     return torch.full((batch,), value, dtype=torch.float32, device=like.device)
-

@@ -39,9 +39,7 @@ class FluxModel(FlowModel):
     def latent_multiple(self) -> int:
         return 2
 
-    def velocity(
-        self, x_t: torch.Tensor, t: torch.Tensor, cond: dict[str, Any], lengths: list[int]
-    ) -> torch.Tensor:
+    def velocity(self, x_t: torch.Tensor, t: torch.Tensor, cond: dict[str, Any], lengths: list[int]) -> torch.Tensor:
         batch, _, height, width = x_t.shape
         prompt = cond["prompt_embeds"].to(x_t.dtype)
         guidance = None

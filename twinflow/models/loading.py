@@ -1,12 +1,14 @@
 """`load()`: a diffusers model as a student, from a module, a folder or a hub name."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from twinflow.manifest import inferred_mode, put_conditioning, read_manifest, saved_conditioning
+from twinflow.export_folder import without_refusal
+from twinflow.manifest import SIGN_TABLE, inferred_mode, put_conditioning, read_manifest, saved_conditioning
 from twinflow.models.base import FlowModel
 from twinflow.models.flux import FluxModel
 from twinflow.models.generic import GenericModel
@@ -83,7 +85,8 @@ def _saved_mode(folder: Path, saved: dict[str, Any], asked: str | None) -> str |
     if manifest is not None:
         mode = manifest.conditioning
     else:
-        mode = asked if saved and asked in ("sign", "midpoint+sign") else inferred_mode(saved, folder)
+        table_alone = all(name.partition(".")[0] == SIGN_TABLE for name in saved) and bool(saved)
+        mode = asked if table_alone and asked in ("sign", "midpoint+sign") else inferred_mode(saved, folder)
     if mode is not None and asked not in (None, mode):
         raise ValueError(f"load: conditioning must be {mode!r}, with which {folder} was trained, got {asked!r}")
     return mode or asked
@@ -103,11 +106,13 @@ def _from_pretrained(name: str | Path, torch_dtype: Any) -> tuple[nn.Module, Pat
         folder = None
         where = (str(name), _subfolder_on_the_hub(str(name)))
     config: Any = diffusers.AutoModel.load_config(where[0], **where[1])
-    class_name: str = config["_class_name"]
-    cls = getattr(diffusers, class_name, None)
-    if cls is None:
+    class_name = config.get("_class_name") if isinstance(config, dict) else None
+    cls = getattr(diffusers, class_name, None) if isinstance(class_name, str) else None
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
         raise ValueError(f"load: name_or_path must hold a model of diffusers {diffusers.__version__}, got {class_name}")
-    return cls.from_pretrained(where[0], torch_dtype=torch_dtype, **where[1]), folder
+    # An export of a dual mode tells stock loaders that it needs its second embedder, which follows here.
+    with nullcontext(where[0]) if folder is None else without_refusal(folder) as place:
+        return cls.from_pretrained(place, torch_dtype=torch_dtype, **where[1]), folder
 
 
 def _subfolder_on_the_hub(name: str) -> dict[str, str]:

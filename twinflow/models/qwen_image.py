@@ -25,6 +25,8 @@ class QwenImageModel(FlowModel):
     )  # fmt: skip
 
     def time_embedder(self) -> TimeEmbedder:
+        if self.config.zero_cond_t:
+            raise ValueError("load: conditioning must be None for an edit model that embeds time 0 too, got a mode")
         return TimeEmbedder("time_text_embed.timestep_embedder", "time_text_embed_2.timestep_embedder")
 
     def condition_widths(self) -> dict[str, int]:
@@ -36,9 +38,7 @@ class QwenImageModel(FlowModel):
     def latent_multiple(self) -> int:
         return 2
 
-    def velocity(
-        self, x_t: torch.Tensor, t: torch.Tensor, cond: dict[str, Any], lengths: list[int]
-    ) -> torch.Tensor:
+    def velocity(self, x_t: torch.Tensor, t: torch.Tensor, cond: dict[str, Any], lengths: list[int]) -> torch.Tensor:
         batch, _, height, width = x_t.shape
         tokens = self.transformer(
             hidden_states=pack(x_t),

@@ -26,12 +26,13 @@ class SanaModel(FlowModel):
     )  # fmt: skip
 
     def __init__(self, transformer: nn.Module, **options: Any) -> None:
-        super().__init__(transformer, **options)
-        if self.config.guidance_embeds:
+        module: Any = transformer
+        if (module.get_base_model() if hasattr(module, "get_base_model") else module).config.guidance_embeds:
             raise ValueError(
                 "load: transformer must be a flow-matching model, got SANA-Sprint (guidance_embeds=True), which is "
                 "trained on another path; start from SANA itself"
             )
+        super().__init__(transformer, **options)
 
     def time_embedder(self) -> TimeEmbedder:
         scale = 1000.0 * self.config.timestep_scale
@@ -40,9 +41,7 @@ class SanaModel(FlowModel):
     def condition_widths(self) -> dict[str, int]:
         return {"prompt_embeds": self.config.caption_channels}
 
-    def velocity(
-        self, x_t: torch.Tensor, t: torch.Tensor, cond: dict[str, Any], lengths: list[int]
-    ) -> torch.Tensor:
+    def velocity(self, x_t: torch.Tensor, t: torch.Tensor, cond: dict[str, Any], lengths: list[int]) -> torch.Tensor:
         return self.transformer(
             hidden_states=x_t,
             encoder_hidden_states=cond["prompt_embeds"].to(x_t.dtype),

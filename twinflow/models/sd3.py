@@ -30,9 +30,7 @@ class SD3Model(FlowModel):
             "pooled_prompt_embeds": self.config.pooled_projection_dim,
         }
 
-    def velocity(
-        self, x_t: torch.Tensor, t: torch.Tensor, cond: dict[str, Any], lengths: list[int]
-    ) -> torch.Tensor:
+    def velocity(self, x_t: torch.Tensor, t: torch.Tensor, cond: dict[str, Any], lengths: list[int]) -> torch.Tensor:
         return self.transformer(
             hidden_states=x_t,
             timestep=t * 1000,
@@ -42,7 +40,5 @@ class SD3Model(FlowModel):
         )[0]
 
     def encode_prompt(self, pipe: Any, prompts: list[str], **options: Any) -> dict[str, torch.Tensor]:
-        embeds, _, pooled, _ = pipe.encode_prompt(
-            prompts, None, None, do_classifier_free_guidance=False, **options
-        )
+        embeds, _, pooled, _ = pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False, **options)
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}

@@ -1,0 +1,200 @@
+"""`add_lora` and `load_lora`: float32 adapters on a frozen base, and files that are refused where they do not fit."""
+
+import copy
+import json
+
+import pytest
+import torch
+from family_batches import FAMILIES, make_batch, make_student, relative
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+
+from twinflow.adapter_slot import adapter_layers
+from twinflow.conditioning import LORA_MODE, MODES
+from twinflow.lora import LORA_FILE, add_lora, load_lora, lora_tensors
+from twinflow.manifest import SECOND_EMBEDDERS
+
+T = torch.tensor([0.9, 0.31])
+
+
+def answer(student, batch):
+    with torch.no_grad():
+        return student(batch[0], T, T, batch[1])
+
+
+def written(student, path, *, prefix="transformer.", alpha=None, rename=None, cut=None):
+    """The student's adapter as a file in diffusers' layout."""
+    named = lora_tensors(student.network, "default").items()
+    tensors = {f"{prefix}{name}": value.detach().clone() for name, value in named}
+    for name in [name for name in tensors if rename and rename[0] in name]:
+        tensors[name.replace(*rename)] = tensors.pop(name)
+    for name in [name for name in tensors if cut is not None and cut in name]:
+        tensors[name] = tensors[name][:, :-1].contiguous()
+    metadata = {"format": "pt"}
+    if alpha is not None:
+        layers = sorted({name.removeprefix(prefix).split(".lora_")[0] for name in tensors})
+        settings = {"lora_alpha": alpha, "r": 3, "target_modules": layers}
+        metadata["lora_adapter_metadata"] = json.dumps({f"{prefix}{name}": value for name, value in settings.items()})
+    save_file(tensors, path, metadata=metadata)
+    return path
+
+
+@pytest.fixture
+def styled():
+    """A student whose own LoRA of rank 3 and alpha 12 counts."""
+    student = add_lora(make_student("sd3"), 3, alpha=12, conditioning=None)
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.1 * torch.randn_like(parameter))
+    return student
+
+
+# add_lora.
+
+
+@pytest.mark.parametrize("mode", [None, *MODES])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_new_lora_changes_nothing_and_trains_nothing_of_the_base(family, mode):
+    """Float32 on bf16; every target of the family is matched, and never the conditioning's own layers."""
+    plain, student = (make_student(family, dtype=torch.bfloat16) for _ in range(2))
+    base = {name: (id(p), p.clone()) for name, p in student.network.named_parameters()}
+    assert add_lora(student, 2, conditioning=mode) is student
+    batch = make_batch(family, student, 2, torch.bfloat16)
+    if mode is None:
+        assert torch.equal(answer(student, batch), answer(plain, batch))
+    else:
+        assert student.conditioning.mode == mode
+    trained = {name: p for name, p in student.network.named_parameters() if p.requires_grad}
+    added = () if mode is None else student.conditioning.names
+    assert all(p.dtype == torch.float32 for p in trained.values())
+    assert all("lora_" in name or name.startswith(added) for name in trained if added or "lora_" not in name)
+    now = {name.replace(".base_layer", ""): p for name, p in student.network.named_parameters()}
+    for name, (identity, value) in base.items():
+        assert id(now[name]) == identity and torch.equal(now[name], value) and not now[name].requires_grad
+    layers = adapter_layers(student.network)
+    assert all(any(name.endswith(target) for name in layers) for target in student.lora_targets)
+    assert not any(name.startswith(SECOND_EMBEDDERS) for name in layers)
+    assert {tuple(layer.active_adapters) for layer in layers.values()} == {("default",)}
+
+
+def test_targets_that_the_second_embedder_has_too():
+    """Its layers have the names of the first's; it is trained in full and gets no adapter, whichever comes first."""
+    for student in (make_student("sd3", "dual"), make_student("sd3")):
+        add_lora(student, 2, targets=("linear_1", "linear_2"), conditioning="dual")
+        layers = set(adapter_layers(student.network))
+        assert layers == {
+            f"time_text_embed.{name}.linear_{k}" for name in ("timestep_embedder", "text_embedder") for k in (1, 2)
+        }
+        assert all(p.requires_grad and p.dtype == torch.float32 for p in student.conditioning.parameters())
+
+
+def test_the_default_conditioning_and_one_that_is_there():
+    assert add_lora(make_student("sd3"), 2).conditioning.mode == LORA_MODE
+    student = make_student("sd3", "sign")
+    assert add_lora(student, 2, conditioning="dual").conditioning.mode == "sign"
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(rank=0), "add_lora: rank must be an integer >= 1, got 0"),
+    (dict(rank=True), "add_lora: rank must be an integer >= 1, got True"),
+    (dict(rank=2.0), r"add_lora: rank must be an integer >= 1, got 2\.0"),
+    (dict(alpha=0), "add_lora: alpha must be a number > 0, got 0"),
+    (dict(alpha="8"), "add_lora: alpha must be a number > 0, got '8'"),
+    (dict(adapter=""), "add_lora: adapter must be a name without dots, got ''"),
+    (dict(adapter="a.b"), "add_lora: adapter must be a name without dots, got 'a.b'"),
+    (dict(adapter="mine"), "add_lora: adapter must be a name that is not taken, got 'mine'"),
+    (dict(targets=("nothing",)), r"add_lora: targets must name layers of SD3Transformer2DModel, got \('nothing',\)"),
+    (dict(targets=()), "add_lora: targets must name layers of SD3Transformer2DModel"),
+    (dict(conditioning="both"), "conditioning must be None or one of dual, midpoint, .*, got 'both'"),
+    (dict(base_lora="missing.safetensors"), "missing.safetensors must be a whole safetensors file, got"),
+    (dict(base_lora="style", conditioning="both"), "conditioning must be None or one of dual, midpoint"),
+    (dict(base_lora="style", adapter="base"), "add_lora: adapter 'base' must be free for base_lora, got it taken"),
+    (dict(base_lora="truncated"), "must be a whole safetensors file, got"),
+    (dict(base_lora="no prefix"), "base_lora must have diffusers' names, transformer.<layer>.lora_A.weight, of SD3Tr"),
+    (dict(base_lora="a UNet's"), r"base_lora must have diffusers' names, .*, got unet\..* in "),
+    (dict(base_lora="another model's"), r"base_lora must have diffusers' names, .*, got transformer\..*to_elsewhere"),
+    (dict(base_lora="another width"), r"attn.to_q.lora_A.weight must be of width 32 as its layer, got \(3, 31\)"),
+    (dict(base_lora="empty"), "add_lora: base_lora must hold weights, got none in"),
+])  # fmt: skip
+def test_refused_and_nothing_changed(options, message, styled, tmp_path):
+    """A style LoRA that stock loading would pass over in silence is refused too."""
+    files = {
+        "style": {}, "no prefix": dict(prefix=""), "a UNet's": dict(prefix="unet."),
+        "another model's": dict(rename=("attn.to_q", "attn.to_elsewhere")),
+        "another width": dict(cut="attn.to_q.lora_A"),
+    }  # fmt: skip
+    for name, how in files.items():
+        written(styled, tmp_path / name, **how)
+    (tmp_path / "truncated").write_bytes((tmp_path / "style").read_bytes()[:-60])
+    save_file({}, tmp_path / "empty")
+    student = make_student("sd3")
+    if options.get("adapter") == "mine":
+        student.network.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "mine")
+    if "base_lora" in options:
+        options = options | {"base_lora": tmp_path / options["base_lora"]}
+    before = {name: (id(p), p.requires_grad) for name, p in student.named_parameters()}
+    with pytest.raises(ValueError, match=message):
+        add_lora(student, **options)
+    assert {name: (id(p), p.requires_grad) for name, p in student.named_parameters()} == before
+    assert student.conditioning is None
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_style_lora_keeps_its_own_scale(folder, styled, tmp_path):
+    """Rank 3 and alpha 12: a scale of 4, which only the file's settings tell."""
+    written(styled, tmp_path / LORA_FILE, alpha=12)
+    student = add_lora(make_student("sd3"), 2, base_lora=tmp_path if folder else tmp_path / LORA_FILE)
+    batch = make_batch("sd3", student, 2)
+    assert relative(answer(student, batch), answer(styled, batch)) < 1e-5
+    assert relative(answer(make_student("sd3"), batch), answer(styled, batch)) > 1e-2
+    trained = [name for name, p in student.named_parameters() if p.requires_grad]
+    assert not any(".base." in name for name in trained) and any(".default." in name for name in trained)
+
+
+# load_lora.
+
+
+def test_a_lora_goes_on_from_its_file(styled, tmp_path):
+    for file in (tmp_path / LORA_FILE, tmp_path / "other.safetensors"):
+        written(styled, file, alpha=12)
+        student = add_lora(make_student("sd3"), 3, alpha=12, conditioning="dual")
+        batch = make_batch("sd3", student, 2)
+        load_lora(student, tmp_path if file.name == LORA_FILE else file)
+        assert relative(answer(student, batch), answer(styled, batch)) < 1e-5
+        for name, value in load_file(file).items():
+            mine = lora_tensors(student.network, "default")[name.removeprefix("transformer.")]
+            assert torch.equal(mine, value) and mine.requires_grad
+
+
+@pytest.mark.parametrize("student, how, message", [
+    (dict(rank=2), {}, r"load_lora: .* must be of rank 2, got rank 3 in "),
+    (dict(rank=3, targets=("attn.to_q",)), {}, "must have the adapter's layers, got a difference in "),
+    (dict(rank=3), dict(rename=("attn.to_q", "attn.to_p")), "must have the adapter's layers, got a difference in "),
+    (dict(rank=3), dict(prefix="unet."), "must have the adapter's layers, got a difference in "),
+    (dict(rank=3), dict(cut="to_q.lora_A"), "load_lora: "),
+    (dict(rank=3, alpha=3), dict(alpha=12), "load_lora: .* must be of alpha 3, got alpha 12"),
+    (dict(rank=3, adapter="other"), {}, "load_lora: adapter must be one that the student has, got 'default'"),
+    (None, {}, "load_lora: adapter must be one that the student has, got 'default'"),
+])  # fmt: skip
+def test_a_file_that_does_not_fit_changes_nothing(student, how, message, styled, tmp_path):
+    file = written(styled, tmp_path / LORA_FILE, **how)
+    student = make_student("sd3") if student is None else add_lora(make_student("sd3"), **student)
+    before = copy.deepcopy(student.state_dict())
+    with pytest.raises(ValueError, match=message):
+        load_lora(student, file)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-9], lambda data: data[:20], lambda data: b"", lambda data: b"x" * 99]
+)
+def test_a_damaged_file_changes_nothing(damage, styled, tmp_path):
+    file = written(styled, tmp_path / LORA_FILE)
+    file.write_bytes(damage(file.read_bytes()))
+    student = add_lora(make_student("sd3"), 3)
+    before = copy.deepcopy(student.state_dict())
+    for call in (lambda: load_lora(student, tmp_path), lambda: add_lora(make_student("sd3"), 2, base_lora=tmp_path)):
+        with pytest.raises(ValueError, match=rf"{LORA_FILE} must be a whole safetensors file, got "):
+            call()
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
