@@ -95,7 +95,10 @@ class Graphs:
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
 
-@pytest.mark.parametrize("family, mode", [*((family, "dual+sign") for family in FAMILIES), ("sd3", "midpoint+sign")])
+@pytest.mark.parametrize("family, mode", [
+    ("qwen_image", "dual+sign"), ("sd3", "midpoint+sign"), ("z_image", "dual+sign"),
+    *(pytest.param(family, "dual+sign", marks=pytest.mark.slow) for family in ("sd3", "sana", "flux", "flux_guidance")),
+])  # fmt: skip
 def test_a_compiled_student(family, mode):
     student = spread(make_student(family, mode))
     batch, graphs = make_batch(family, student, 4), Graphs()
@@ -105,7 +108,7 @@ def test_a_compiled_student(family, mode):
     assert graphs.count == 1, "times are inputs of the graph"
 
 
-@pytest.mark.parametrize("family", REGIONAL)
+@pytest.mark.parametrize("family", [REGIONAL[0], *(pytest.param(f, marks=pytest.mark.slow) for f in REGIONAL[1:])])
 def test_compiled_repeated_blocks(family):
     student = spread(add_lora(make_student(family, "dual+sign"), 2))
     batch, graphs = make_batch(family, student, 4), Graphs()

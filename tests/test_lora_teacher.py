@@ -175,7 +175,7 @@ def live_bytes():
     gc.collect()
     found = {}
     for value in gc.get_objects():
-        if type(value) in (torch.Tensor, nn.Parameter):
+        if type(value) in (torch.Tensor, nn.Parameter) and value.layout == torch.strided:
             found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
     return sum(found.values())
 

@@ -63,6 +63,6 @@ def test_a_lora_of_another_mode_changes_nothing(tmp_path):
 def test_a_lora_that_needs_its_second_embedder_is_no_base(tmp_path):
     folder = export(moved(lora_student("dual")), tmp_path / "lora")
     student = load(tiny_transformer("sd3"))
-    with pytest.raises(ValueError, match="add_lora: base_lora must be a LoRA on its own, got .* second embedder"):
+    with pytest.raises(ValueError, match=r"add_lora: base_lora must be a LoRA on its own, got .* second embedder"):
         add_lora(student, 4, base_lora=folder)
     assert student.conditioning is None and not hasattr(student.network, "peft_config")
