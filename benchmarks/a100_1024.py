@@ -25,21 +25,20 @@ CPU_NOTICE = (
     "how the schedules compare with each other; they are not comparable with figures from a GPU."
 )
 ON_CUDA = ("sd3.5-medium", "sana-1.6b", "sana-0.6b", "qwen-image")
-ON_CPU = ("tiny-sd3", "tiny-sana", "tiny-qwen-image")
+ON_CPU = ("tiny-sana", "tiny-qwen-image")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model", nargs="+", choices=list(networks.NETWORKS), help=f"default: {', '.join(ON_CUDA)}")
-    parser.add_argument("--batches", type=int, nargs="+", help="logical batch sizes; default: 4 and 24 on CUDA, 4")
+    parser.add_argument("--batches", type=int, nargs="+", default=[4, 24], help="logical batch sizes")
     parser.add_argument("--steps", type=int, default=4, help="training steps measured per schedule")
     parser.add_argument("--skip", nargs="*", default=[], choices=["kernels", "training", "inference"])
     parser.add_argument("--out", type=Path, default=environment.ROOT / "benchmarks" / "results")
     options = parser.parse_args()
     device = torch.device(options.device)
     models = options.model or list(ON_CUDA if device.type == "cuda" else ON_CPU)
-    batches = options.batches or ([4, 24] if device.type == "cuda" else [4])
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if device.type != "cuda":
         print(CPU_NOTICE + "\n")
@@ -51,7 +50,7 @@ def main() -> None:
     sections = {
         "kernels": lambda: measure_kernels(device),
         "training": lambda: [
-            line for model in models for line in measure_training(model, device, dtype, batches, options.steps)
+            line for model in models for line in measure_training(model, device, dtype, options.batches, options.steps)
         ],
         "inference": lambda: [line for model in models for line in measure_inference(model, device, dtype)],
     }
