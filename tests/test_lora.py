@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from twinflow.adapter_slot import adapter_layers
 from twinflow.conditioning import LORA_MODE, MODES
-from twinflow.lora import LORA_FILE, add_lora, load_lora, lora_tensors
-from twinflow.manifest import SECOND_EMBEDDERS
+from twinflow.lora import add_lora, load_lora, lora_tensors
+from twinflow.manifest import LORA, SECOND_EMBEDDERS
 
 T = torch.tensor([0.9, 0.31])
 
@@ -143,8 +143,8 @@ def test_refused_and_nothing_changed(options, message, styled, tmp_path):
 @pytest.mark.parametrize("folder", [False, True])
 def test_a_style_lora_keeps_its_own_scale(folder, styled, tmp_path):
     """Rank 3 and alpha 12: a scale of 4, which only the file's settings tell."""
-    written(styled, tmp_path / LORA_FILE, alpha=12)
-    student = add_lora(make_student("sd3"), 2, base_lora=tmp_path if folder else tmp_path / LORA_FILE)
+    written(styled, tmp_path / LORA, alpha=12)
+    student = add_lora(make_student("sd3"), 2, base_lora=tmp_path if folder else tmp_path / LORA)
     batch = make_batch("sd3", student, 2)
     assert relative(answer(student, batch), answer(styled, batch)) < 1e-5
     assert relative(answer(make_student("sd3"), batch), answer(styled, batch)) > 1e-2
@@ -156,11 +156,11 @@ def test_a_style_lora_keeps_its_own_scale(folder, styled, tmp_path):
 
 
 def test_a_lora_goes_on_from_its_file(styled, tmp_path):
-    for file in (tmp_path / LORA_FILE, tmp_path / "other.safetensors"):
+    for file in (tmp_path / LORA, tmp_path / "other.safetensors"):
         written(styled, file, alpha=12)
         student = add_lora(make_student("sd3"), 3, alpha=12, conditioning="dual")
         batch = make_batch("sd3", student, 2)
-        load_lora(student, tmp_path if file.name == LORA_FILE else file)
+        load_lora(student, tmp_path if file.name == LORA else file)
         assert relative(answer(student, batch), answer(styled, batch)) < 1e-5
         for name, value in load_file(file).items():
             mine = lora_tensors(student.network, "default")[name.removeprefix("transformer.")]
@@ -178,7 +178,7 @@ def test_a_lora_goes_on_from_its_file(styled, tmp_path):
     (None, {}, "load_lora: adapter must be one that the student has, got 'default'"),
 ])  # fmt: skip
 def test_a_file_that_does_not_fit_changes_nothing(student, how, message, styled, tmp_path):
-    file = written(styled, tmp_path / LORA_FILE, **how)
+    file = written(styled, tmp_path / LORA, **how)
     student = make_student("sd3") if student is None else add_lora(make_student("sd3"), **student)
     before = copy.deepcopy(student.state_dict())
     with pytest.raises(ValueError, match=message):
@@ -190,11 +190,11 @@ def test_a_file_that_does_not_fit_changes_nothing(student, how, message, styled,
     "damage", [lambda data: data[:-9], lambda data: data[:20], lambda data: b"", lambda data: b"x" * 99]
 )
 def test_a_damaged_file_changes_nothing(damage, styled, tmp_path):
-    file = written(styled, tmp_path / LORA_FILE)
+    file = written(styled, tmp_path / LORA)
     file.write_bytes(damage(file.read_bytes()))
     student = add_lora(make_student("sd3"), 3)
     before = copy.deepcopy(student.state_dict())
     for call in (lambda: load_lora(student, tmp_path), lambda: add_lora(make_student("sd3"), 2, base_lora=tmp_path)):
-        with pytest.raises(ValueError, match=rf"{LORA_FILE} must be a whole safetensors file, got "):
+        with pytest.raises(ValueError, match=rf"{LORA} must be a whole safetensors file, got "):
             call()
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())

@@ -11,7 +11,9 @@ from torch import nn
 from twinflow.adapter_slot import adapter_layers, adapter_parameters, as_float32
 from twinflow.conditioning import LORA_MODE
 from twinflow.manifest import (
+    LORA,
     REFUSAL,
+    SECOND_EMBEDDERS,
     conditioning_tensors,
     put_conditioning,
     read_manifest,
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
     from twinflow.models.base import FlowModel
 
 BASE = "base"  # the adapter that holds a user's own LoRA
-PREFIX = "transformer."  # of the keys in a pipeline's LoRA files
-LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' default
 
 
 def add_lora(
@@ -89,8 +89,6 @@ def _check_new(network: nn.Module, adapter: str, rank: int, alpha: float) -> Non
 
 def _targeted(network: nn.Module, targets: tuple[str, ...]) -> list[str]:
     """Full names of the linear and convolution layers that the targets name; never the conditioning's own."""
-    from twinflow.manifest import SECOND_EMBEDDERS
-
     found = [
         name.removesuffix(".base_layer")
         for name, layer in network.named_modules()
@@ -109,7 +107,7 @@ def _readable_base(student: "FlowModel", path: Path, adapter: str) -> dict[str, 
     """
     if adapter == BASE or BASE in (getattr(student.network, "peft_config", None) or {}):
         raise ValueError(f"add_lora: adapter {BASE!r} must be free for base_lora, got it taken")
-    file = path / LORA_FILE if path.is_dir() else path
+    file = path / LORA if path.is_dir() else path
     tensors, layers = read_tensors(file), dict(student.network.named_modules())
     for name, value in tensors.items():
         inside = name.removeprefix(f"{student.component}.")
@@ -144,7 +142,7 @@ def load_lora(student: "FlowModel", path: str | Path, adapter: str = "default") 
             then changed.
     """
     file = Path(path)
-    file = file / LORA_FILE if file.is_dir() else file
+    file = file / LORA if file.is_dir() else file
     mine = lora_tensors(student.network, adapter)
     if not mine:
         raise ValueError(f"load_lora: adapter must be one that the student has, got {adapter!r}")

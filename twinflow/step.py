@@ -156,8 +156,8 @@ class Step:
         self.select.put(self._samples, call.rows, z - self._query(call, z, times))
 
     def _fake(self, call: Pass, times: torch.Tensor) -> None:
-        rows = tuple(self._fake_row[row] for row in call.rows)
-        self._sample(call, times, self._rows_of(self.batch.draws.z_fake, rows))
+        fake = self._rows_of(self.batch.draws.z_fake, tuple(self._fake_row[row] for row in call.rows))
+        self._sample(call, times, fake)
 
     def _data(self, call: Pass, times: torch.Tensor) -> None:
         self._sample(call, times, self._rows_of(self.batch.draws.z_data, call.rows))
@@ -198,10 +198,8 @@ class Step:
             self._scatter(self.rollout_ends, call, self._states.pop(key))
 
     def _student(self, call: Pass, times: torch.Tensor) -> None:
-        self.predictions[call.name, call.piece] = (
-            call.rows,
-            self._query(call, self.select.take(self.x_t, call.rows), times),
-        )
+        velocity = self._query(call, self.select.take(self.x_t, call.rows), times)
+        self.predictions[call.name, call.piece] = (call.rows, velocity)
 
     _velocity = _student
 
