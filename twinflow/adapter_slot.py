@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from twinflow.adapter_dtype import compute_in_input_dtype
 from twinflow.interface import Student, unwrap, without_collectives
 
 
@@ -149,12 +150,21 @@ class AdapterSlot:
         return {}
 
 
+def on_meta(module: nn.Module) -> bool:
+    """Whether a module has no data, as in a memory forecast; peft would put its adapters on the CPU."""
+    return next(module.parameters()).is_meta
+
+
 def as_float32(layers: dict[str, BaseTunerLayer], adapter: str) -> None:
-    """Widens an adapter's half-precision weights in place: their updates would round to zero in it."""
+    """Widens an adapter's half-precision weights in place, as their updates would round to zero in it.
+
+    They compute in the dtype of their input all the same.
+    """
     for layer in layers.values():
         for parameter in adapter_parameters(layer, adapter).values():
             if parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.float()
+        compute_in_input_dtype(layer)
 
 
 def _add_like(original: nn.Module, layers: dict[str, BaseTunerLayer], trained: str, adapter: str) -> None:
@@ -177,7 +187,7 @@ def _add_like(original: nn.Module, layers: dict[str, BaseTunerLayer], trained: s
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-            inject_adapter_in_model(config, owner, adapter)
+            inject_adapter_in_model(config, owner, adapter, low_cpu_mem_usage=on_meta(original))
     finally:
         for module, before in active:
             module.__dict__["_active_adapter"] = before

@@ -1,5 +1,6 @@
 """`add_lora()`, `load_lora()`: peft adapters on a student's frozen base."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +9,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from twinflow.adapter_slot import adapter_layers, adapter_parameters, as_float32
+from twinflow.adapter_slot import adapter_layers, adapter_parameters, as_float32, on_meta
 from twinflow.conditioning import LORA_MODE
 from twinflow.manifest import (
     LORA,
@@ -64,7 +65,8 @@ def add_lora(
         student.network.load_lora_adapter(**base, prefix=student.component, adapter_name=BASE)  # type: ignore[operator]
     student.transformer.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=chosen)
-    network.add_adapter(config, adapter)  # type: ignore[operator]
+    with torch.device("meta") if on_meta(network) else nullcontext():
+        network.add_adapter(config, adapter)  # type: ignore[operator]
     layers = adapter_layers(network)
     for layer in layers.values():
         layer._active_adapter = [BASE, adapter] if base_lora is not None else [adapter]

@@ -133,6 +133,8 @@ def overlaps(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors share memory, judged by their address ranges."""
     if a.numel() == 0 or b.numel() == 0 or a.device != b.device:
         return False
+    if a.is_meta:  # no addresses there
+        return a.untyped_storage()._cdata == b.untyped_storage()._cdata
     a_begin, b_begin = a.data_ptr(), b.data_ptr()
     return a_begin < b_begin + _span_bytes(b) and b_begin < a_begin + _span_bytes(a)
 

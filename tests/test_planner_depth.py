@@ -1,0 +1,66 @@
+"""The planner's three blocks stand for all: the same bytes as every block run."""
+
+from dataclasses import replace
+
+import pytest
+
+from twinflow.memory.planner.architectures import Architecture, architecture_of
+from twinflow.memory.planner.forecasting import Planner
+from twinflow.memory.planner.gpus import GPUS
+from twinflow.memory.planner.workload import Workload
+from twinflow.memory.presets import PRESETS, MemoryPreset
+
+SHORTER = {
+    "qwen-image": {"num_layers": 7},
+    "sd3.5-medium": {"num_layers": 11, "dual_attention_layers": [0, 1, 2, 3, 4]},
+    "sana-1.6b": {"num_layers": 6},
+    "flux.1": {"num_layers": 5, "num_single_layers": 7},
+    "z-image": {"n_layers": 6},
+}
+
+
+def shorter(name: str) -> Architecture:
+    architecture = architecture_of(name)
+    return replace(architecture, config={**architecture.config, **SHORTER[name]})
+
+
+def both(workload: Workload, preset: MemoryPreset, schedule: str = "planned") -> None:
+    """Asserts that three blocks of a kind give what all blocks give."""
+    gpu = GPUS["a100-80gb"]
+    few = Planner(workload, gpu).forecast(preset, schedule)
+    every = Planner(workload, gpu, blocks=None).forecast(preset, schedule)
+    assert few.peak == every.peak, f"{few.bytes} against {every.bytes}"
+    assert few.bytes == every.bytes
+    assert few.cost.flops == pytest.approx(every.cost.flops, rel=1e-9)
+    assert few.cost.moved == pytest.approx(every.cost.moved, rel=1e-9)
+
+
+@pytest.mark.parametrize("preset", ["rows", "80gb", "checkpoint", "checkpoint-offload"])
+@pytest.mark.parametrize("name", SHORTER)
+def test_lora(name, preset):
+    both(Workload(architecture=shorter(name), batch=2, lora_rank=8), PRESETS[preset])
+
+
+@pytest.mark.parametrize("preset", ["batch", "attention"])
+@pytest.mark.parametrize("name", ["sd3.5-medium", "sana-1.6b"])
+def test_all_weights_under_autocast(name, preset):
+    both(Workload(architecture=shorter(name), batch=2, lora_rank=None, base="float32"), PRESETS[preset])
+
+
+def test_published_schedule_and_the_other_recipe():
+    workload = Workload(architecture=shorter("qwen-image"), batch=4, lora_rank=8)
+    both(workload, PRESETS["checkpoint"], "published")
+    both(workload.but(recipe="all_terms", batch=2), PRESETS["80gb"])
+
+
+def test_levels_that_differ_by_block():
+    workload = Workload(architecture=shorter("qwen-image"), batch=2, lora_rank=8)
+    both(workload, MemoryPreset("mixed", ("input",) * 2 + ("products",) * 5))
+    flux = Workload(architecture=shorter("flux.1"), batch=2, lora_rank=8)
+    both(flux, MemoryPreset("mixed", ("attention",) * 8 + ("input",) * 4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["80gb", "checkpoint"])
+def test_whole_qwen_image(preset):
+    both(Workload(architecture=architecture_of("qwen-image"), batch=4), PRESETS[preset])

@@ -1,0 +1,109 @@
+"""`Architecture`: a transformer's configuration, and how to make it with fewer blocks."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from twinflow.nearest import nearest
+
+# diffusers' class -> setting that counts its blocks, and the list that holds them, in order of execution
+LISTS: dict[str, tuple[tuple[str, str], ...]] = {
+    "QwenImageTransformer2DModel": (("num_layers", "transformer_blocks"),),
+    "SD3Transformer2DModel": (("num_layers", "transformer_blocks"),),
+    "SanaTransformer2DModel": (("num_layers", "transformer_blocks"),),
+    "FluxTransformer2DModel": (
+        ("num_layers", "transformer_blocks"),
+        ("num_single_layers", "single_transformer_blocks"),
+    ),
+    "ZImageTransformer2DModel": (("n_layers", "layers"),),
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A transformer's class and configuration, and what a step at a resolution feeds it.
+
+    Args:
+        name: as on the command line.
+        transformer: diffusers' class.
+        config: what differs from the class's defaults.
+        latent_channels, latent_factor: C of the latents, and pixels per latent along an edge.
+        text_tokens: usual length of the prompts.
+        lora_rank: as it is usually trained; None: all weights.
+        text_encoder_gb: its text encoders in bf16, GB: what stays resident where prompts are not cached.
+    """
+
+    name: str
+    transformer: str
+    config: dict[str, Any]
+    latent_channels: int
+    latent_factor: int
+    text_tokens: int
+    lora_rank: int | None = None
+    text_encoder_gb: float = 0.0
+
+    def blocks(self) -> list["Block"]:
+        """Its repeated blocks in order of execution."""
+        defaults = _defaults(self.transformer)
+        found = []
+        for setting, place in LISTS[self.transformer]:
+            dual = self.config.get("dual_attention_layers", ())
+            count = self.config.get(setting, defaults[setting])
+            found += [Block(place, setting, i, i in dual) for i in range(count)]
+        return found
+
+    def with_blocks(self, kept: Sequence["Block"]) -> "Architecture":
+        """The same with some of its blocks, each list's numbered anew."""
+        config = dict(self.config)
+        for setting, place in LISTS[self.transformer]:
+            mine = [block for block in kept if block.place == place]
+            config[setting] = len(mine)
+            if "dual_attention_layers" in config:
+                config["dual_attention_layers"] = tuple(i for i, block in enumerate(mine) if block.dual)
+        return replace(self, config=config)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A repeated block: the list that holds it, the setting that counts them, its number, SD3.5's dual attention."""
+
+    place: str
+    setting: str
+    number: int
+    dual: bool = False
+
+    @property
+    def kind(self) -> tuple[str, bool]:
+        """What blocks that are alike share."""
+        return self.place, self.dual
+
+
+@cache
+def architectures() -> dict[str, Architecture]:
+    """The known models by name."""
+    table = json.loads((files("twinflow.memory.planner") / "architectures.json").read_text())
+    return {name: Architecture(name=name, **entry) for name, entry in table.items()}
+
+
+def architecture_of(name: str) -> Architecture:
+    """A known model.
+
+    Raises:
+        ValueError: unknown; the message has the nearest names.
+    """
+    if name not in architectures():
+        raise ValueError(f"plan: model must be {nearest(name, architectures())}, got {name!r}")
+    return architectures()[name]
+
+
+@cache
+def _defaults(transformer: str) -> dict[str, Any]:
+    import inspect
+
+    import diffusers
+
+    parameters = inspect.signature(getattr(diffusers, transformer).__init__).parameters
+    return {name: p.default for name, p in parameters.items()}

@@ -1,0 +1,59 @@
+"""`own_workload()`: the workload of a student that is loaded already."""
+
+import inspect
+from typing import Any
+
+import diffusers
+
+from twinflow.adapter_slot import adapter_layers, trained_adapter
+from twinflow.conditioning import LORA_MODE
+from twinflow.memory.blocks import repeated_blocks
+from twinflow.memory.planner.architectures import LISTS, Architecture
+from twinflow.memory.planner.workload import Workload
+from twinflow.models import FlowModel
+from twinflow.teacher import trains_adapter
+
+_LATENT_FACTORS = {"sana": 32}  # pixels per latent; 8 elsewhere
+
+
+def own_workload(student: FlowModel, **settings: Any) -> Workload:
+    """What training a student takes: its configuration, its LoRA, its conditioning.
+
+    Args:
+        student: from `twinflow.models.load`, with its LoRA where it has one.
+        settings: of `Workload`, such as `resolution`, `batch`, `text_tokens`, `recipe`.
+
+    Raises:
+        ValueError: a family that the planner does not know, or as `Workload`.
+    """
+    if not isinstance(student, FlowModel) or student.transformer_class not in LISTS:
+        got = getattr(student, "transformer_class", type(student).__name__)
+        raise ValueError(f"plan: student must be a model of {', '.join(LISTS)}, got {got}; choose a preset by name")
+    network = student.network
+    known = inspect.signature(getattr(diffusers, student.transformer_class).__init__).parameters
+    architecture = Architecture(
+        name=student.family,
+        transformer=student.transformer_class,
+        config={name: value for name, value in dict(student.config).items() if name in known},
+        latent_channels=student.latent_channels(),
+        latent_factor=_LATENT_FACTORS.get(student.family, 8),
+        text_tokens=256,
+    )
+    settings.setdefault("conditioning", LORA_MODE if student.conditioning is None else student.conditioning.mode)
+    rank, targets = _lora(student) if trains_adapter(student) else (None, None)
+    dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
+    settings.setdefault("base", "float32" if dtype == "float32" else "bfloat16")
+    return Workload(architecture=architecture, lora_rank=rank, lora_targets=targets, **settings)
+
+
+def _lora(student: FlowModel) -> tuple[int, tuple[str, ...]]:
+    """Rank, and the layers' names within their blocks."""
+    layers = adapter_layers(student.network)
+    name = trained_adapter(layers, "plan")
+    blocks = tuple(f"{block}." for block in repeated_blocks(student.network))
+    names = set()
+    for path, layer in layers.items():
+        if name in layer._all_available_adapter_names():
+            block = next((b for b in blocks if path.startswith(b)), "")
+            names.add(path.removeprefix(block))
+    return max(layer.r[name] for layer in layers.values() if name in layer.r), tuple(sorted(names))

@@ -1,0 +1,194 @@
+"""`simulate()`: a planned step on the meta device, followed storage by storage."""
+
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from twinflow.draws import Draws, draw_step
+from twinflow.loss import TwinFlowLoss
+from twinflow.memory.blocks import repeated_blocks
+from twinflow.memory.offload import offload_activations
+from twinflow.memory.planner.autocast import MetaAutocast
+from twinflow.memory.planner.fused_attention import fused_attention, workspace
+from twinflow.memory.planner.live import Cost, LiveStorages, aligned, tensors
+from twinflow.memory.planner.meta_student import META, random_condition
+from twinflow.memory.planner.reduction import Reduction
+from twinflow.memory.planner.timeline import Region
+from twinflow.memory.planner.workload import Workload
+from twinflow.memory.presets import MemoryPreset
+from twinflow.memory.recompute import selective_recompute
+from twinflow.models import FlowModel
+from twinflow.teacher import EMATeacher
+
+# The row with most to hold comes last, when every gradient is there: rectification runs while its graph is held.
+WORST_LAST = ("mul", "any", "adv", "e2e")
+
+
+class StepSimulation:
+    """Runs a student's step and follows its memory.
+
+    Args:
+        workload, preset: what is asked.
+        student, teacher: on the meta device, with as many blocks as `reduction` says.
+        reduction: which blocks stand for several.
+        cost: of an operation; None: not summed.
+
+    Attributes:
+        regions: the timeline of the last run; names are `without gradient`, `forward`, `backward`, `between`.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        preset: MemoryPreset,
+        student: FlowModel,
+        teacher: EMATeacher,
+        reduction: Reduction,
+        cost: Cost | None = None,
+    ) -> None:
+        self.workload, self.preset, self.student, self.teacher = workload, preset, student, teacher
+        self._reduction, self._cost = reduction, cost
+        self._holding = False  # whether a graph is held
+        self._step_bytes = 0
+        self._trained = [p for p in student.parameters() if p.requires_grad]
+        self._autocast = MetaAutocast() if workload.base == "float32" else None
+        self.regions: list[Region] = []
+        self._offload: offload_activations | None = None
+
+    def run(self, draws: Draws, schedule: str = "planned") -> None:
+        """One step, forward and backward.
+
+        Args:
+            draws: of the step; their number of rows is its batch.
+            schedule: `planned` or `published`.
+        """
+        latents = torch.empty(len(draws.t), *self.workload.latent, device=META, dtype=torch.bfloat16)
+        cond, uncond = (random_condition(self.student, n, self.workload.tokens) for n in (len(draws.t), 1))
+        self._live = LiveStorages(workspace, self._cost)
+        with ExitStack() as stack:
+            stack.callback(self._release)
+            self._attach(stack)
+            for context in (fused_attention(), self._autocast, self._live):
+                if context is not None:
+                    stack.enter_context(context)
+            self._live.watch((latents, cond, uncond, draws.z, draws.z_fake, draws.z_rectify))
+            criterion = TwinFlowLoss(self.workload.config)
+            arguments: dict[str, Any] = dict(teacher=self.teacher, draws=draws)
+            if schedule == "published" or self.preset.micro_batch is None:
+                loss = criterion(self.student, latents, cond, uncond, schedule=schedule, **arguments).loss
+                self._backward(loss)
+                del loss
+            else:
+                micro_batch = self.preset.micro_batch
+                criterion.backward(
+                    self.student, latents, cond, uncond, micro_batch=micro_batch, backward=self._backward, **arguments
+                )
+            self._mark("between")
+        self.regions = self._live.regions
+
+    def _release(self) -> None:
+        self._live.close()
+        for parameter in self._trained:
+            parameter.grad = None
+
+    def _mark(self, name: str, block: str | None = None) -> None:
+        self._live.mark(name, block)
+        moved = 0 if self._offload is None else self._offload.stats.pool_bytes
+        notes = {"gradients": self._gradients(), "step": self._step_bytes, "host": moved}
+        self._live.regions[-1].notes = notes
+
+    def _gradients(self) -> int:
+        return sum(aligned(p.grad.untyped_storage().nbytes()) for p in self._trained if p.grad is not None)
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        self._mark("backward")
+        loss.backward()
+        self._holding = False
+        self._mark("between")
+
+    def _attach(self, stack: ExitStack) -> None:
+        """The preset's mechanisms, and marks around networks and blocks."""
+        blocks = repeated_blocks(self.student.network)
+        levels = [self._reduction.levels.get(name, "input") for name in blocks]
+        if set(levels) != {"all"}:
+            stack.callback(selective_recompute(self.student.network, levels).remove)
+        if self.preset.offload_gb:
+            # Without a window every block does alike; the forecast adds it.
+            self._offload = offload_activations(budget_gb=self.preset.offload_gb, device=META, in_flight_bytes=0)
+            stack.callback(self._offload.attach(self.student).remove)
+        module = getattr(self.teacher._weights, "module", None)
+        for network in [self.student] if module is None else [self.student, module]:
+            for name, block in repeated_blocks(network.network).items():  # type: ignore[operator, union-attr]
+                mark_block(stack, self._mark, name, block)
+            self._mark_network(stack, network)
+
+    def _mark_network(self, stack: ExitStack, network: nn.Module) -> None:
+        inner: Callable[..., torch.Tensor] = network.forward
+
+        def forward(*args: Any) -> torch.Tensor:
+            graded = torch.is_grad_enabled()
+            if not self._holding:
+                self._step_bytes = self._live.live - self._gradients()
+            self._mark("forward" if graded else "without gradient")
+            self._holding = self._holding or graded
+            with nullcontext() if self._autocast is None else self._autocast.cached():
+                velocity = inner(*args)
+            self._mark("between")
+            return velocity
+
+        before = vars(network).get("forward")
+        network.forward = forward  # type: ignore[method-assign]
+        stack.callback(_restore_forward, network, before)
+
+
+def mark_block(stack: ExitStack, mark: Callable[[str, str], None], name: str, block: nn.Module) -> None:
+    """Begins a region whenever a block is called or its backward begins, for as long as the stack stays open.
+
+    Args:
+        stack: takes the hooks' removal.
+        mark: called with `forward`, `without gradient` or `backward`, and the block's name.
+        name, block: the block.
+    """
+
+    def before(module: nn.Module, args: Any) -> None:
+        # It ends where the next block begins: only then has the caller let go of this one's inputs.
+        mark("forward" if torch.is_grad_enabled() else "without gradient", name)
+
+    def after(module: nn.Module, args: Any, outputs: Any) -> None:
+        entered: list[bool] = []
+
+        def enter(grad: torch.Tensor) -> None:
+            if not entered:
+                entered.append(True)
+                mark("backward", name)
+
+        for output in tensors(outputs):
+            if output.requires_grad:
+                output.register_hook(enter)
+
+    stack.callback(block.register_forward_pre_hook(before).remove)
+    stack.callback(block.register_forward_hook(after).remove)
+
+
+def _restore_forward(network: nn.Module, before: Any) -> None:
+    if before is None:
+        del network.forward
+    else:
+        network.forward = before  # type: ignore[method-assign]
+
+
+def worst_draws(workload: Workload, rows: int) -> Draws:
+    """Draws of a step of some rows, the one with most to hold last.
+
+    Args:
+        workload: for the objective and the latents.
+        rows: its batch.
+    """
+    roles = None
+    if workload.recipe == "partition":
+        roles = tuple(WORST_LAST[(i - rows) % len(WORST_LAST)] for i in range(rows))
+    latents = torch.empty(rows, *workload.latent, device=META, dtype=torch.bfloat16)
+    return draw_step(workload.config, latents, roles, None, 0)

@@ -1,0 +1,81 @@
+"""`standing()`: what a training run holds at all times: weights, adapters, optimizer, average."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from twinflow.memory.planner.live import aligned
+from twinflow.memory.planner.reduction import Reduction
+from twinflow.teacher import EMATeacher
+
+BLOCKWISE = 256  # values per scale of bitsandbytes' 8-bit states; tensors under 4096 values keep float32 ones
+_SMALL = 4096
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Bytes that live from the first step to the last.
+
+    Args:
+        weights: the network: frozen base, or all that is trained where that is all.
+        adapters: LoRA and conditioning beside a frozen base.
+        optimizer: its states.
+        ema: the average, and the copy that computes where it is another.
+        trained: number of trained parameters.
+    """
+
+    weights: int
+    adapters: int
+    optimizer: int
+    ema: int
+    trained: int
+
+
+def standing(student: nn.Module, teacher: EMATeacher | None, optimizer: str, reduction: Reduction) -> Standing:
+    """Counts a small model's tensors as often as they are there in the whole one.
+
+    Args:
+        student, teacher: on any device; teacher None: no average is kept.
+        optimizer: one of `twinflow.memory.planner.workload.OPTIMIZERS`.
+        reduction: what the small model's blocks stand for.
+    """
+    full = all(p.requires_grad for p in student.parameters())
+    mine = {} if teacher is None else _averages(teacher)
+    held = {id(tensor) for tensor, _ in mine.values()}
+    weights = adapters = states = trained = 0
+    for name, tensor in [*student.named_parameters(), *student.named_buffers()]:
+        if id(tensor) in held:
+            continue
+        times = reduction.times(name)
+        size = aligned(tensor.untyped_storage().nbytes()) * times
+        if not tensor.requires_grad or full:
+            weights += size
+        else:
+            adapters += size
+        if tensor.requires_grad:
+            trained += tensor.numel() * times
+            states += _states(tensor, optimizer) * times
+    ema = sum(size * reduction.times(name.partition(" ")[0]) for name, (_, size) in mine.items())
+    return Standing(weights, adapters, states, ema, trained)
+
+
+def _averages(teacher: EMATeacher) -> dict[str, tuple[torch.Tensor, int]]:
+    """Name -> tensor and bytes: the average, and `<name> copy` where another tensor computes."""
+    found = {name: (value, aligned(value.untyped_storage().nbytes())) for name, value in teacher.parameters().items()}
+    for name, value in teacher._weights.targets.items():
+        average = teacher.parameters()[name]
+        if value.untyped_storage()._cdata == average.untyped_storage()._cdata:
+            found[name] = (value, found[name][1])
+        else:
+            found[f"{name} copy"] = (value, aligned(value.untyped_storage().nbytes()))
+    return found
+
+
+def _states(parameter: torch.Tensor, optimizer: str) -> int:
+    if optimizer == "sgd":
+        return 0
+    if optimizer == "adamw":
+        return 2 * aligned(parameter.numel() * parameter.element_size())
+    count = parameter.numel()
+    return 2 * aligned(4 * count if count < _SMALL else count + 4 * -(-count // BLOCKWISE))

@@ -1,0 +1,105 @@
+"""`Workload`: a training step that a forecast is asked for."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from twinflow.conditioning import LORA_MODE, MODES
+from twinflow.config import RECIPES, TwinFlowConfig
+from twinflow.memory.planner.architectures import Architecture, architecture_of
+
+BASES = ("bfloat16", "float32", "int8", "nf4")
+OPTIMIZERS = ("adamw", "adamw8bit", "sgd")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What is trained, and on how much at once.
+
+    Args:
+        architecture: the model.
+        resolution: edge of the images, pixels, or (height, width).
+        batch: logical batch: rows of an optimizer step on this card.
+        lora_rank: rank of the LoRA on a frozen base; None: all weights are trained.
+        lora_targets: layers of the LoRA; None: the family's.
+        conditioning: one of `twinflow.conditioning.MODES`.
+        recipe: one of `twinflow.config.RECIPES`.
+        order: teacher steps N of the rollout.
+        text_tokens: length of the prompts; None: as usual for the model.
+        base: dtype of the weights: `bfloat16`, or `float32` with autocast to bf16; of a frozen base also `int8`, `nf4`.
+        optimizer: `adamw`, `adamw8bit` or `sgd` (without momentum).
+
+    Raises:
+        ValueError: a value out of its range, or a quantised base that is to be trained.
+    """
+
+    architecture: Architecture
+    resolution: int | tuple[int, int] = 1024
+    batch: int = 4
+    lora_rank: int | None = 64
+    lora_targets: tuple[str, ...] | None = None
+    conditioning: str = LORA_MODE
+    recipe: str = "partition"
+    order: int = 2
+    text_tokens: int | None = None
+    base: str = "bfloat16"
+    optimizer: str = "adamw"
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("conditioning", self.conditioning, MODES), ("recipe", self.recipe, RECIPES), ("base", self.base, BASES),
+            ("optimizer", self.optimizer, OPTIMIZERS),
+        ):  # fmt: skip
+            if value not in known:
+                raise ValueError(f"plan: {name} must be one of {', '.join(known)}, got {value!r}")
+        for name, least in (("batch", 1), ("order", 0), ("lora_rank", 1), ("text_tokens", 1)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ValueError(f"plan: {name} must be an integer >= {least}, got {value!r}")
+        if self.base in ("int8", "nf4") and self.lora_rank is None:
+            raise ValueError(f"plan: base must be bfloat16 or float32 where all weights are trained, got {self.base!r}")
+        multiple = self.architecture.latent_factor * 2
+        if any(edge < multiple or edge % multiple for edge in self.size):
+            raise ValueError(f"plan: resolution must be a multiple of {multiple} pixels, got {self.resolution}")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images, pixels."""
+        given = self.resolution
+        return (given, given) if isinstance(given, int) else (given[0], given[1])
+
+    @property
+    def latent(self) -> tuple[int, int, int]:
+        """(C, H, W) of the latents."""
+        a = self.architecture
+        return a.latent_channels, self.size[0] // a.latent_factor, self.size[1] // a.latent_factor
+
+    @property
+    def tokens(self) -> int:
+        """Length of the prompts."""
+        return self.text_tokens or self.architecture.text_tokens
+
+    @property
+    def config(self) -> TwinFlowConfig:
+        """The objective's settings."""
+        return TwinFlowConfig(recipe=self.recipe, estimate_order=self.order)
+
+    @property
+    def trains(self) -> str:
+        """What is trained, in words."""
+        return "all weights" if self.lora_rank is None else f"LoRA r={self.lora_rank}"
+
+    def but(self, **changes: Any) -> "Workload":
+        """The same with some values changed."""
+        return replace(self, **changes)
+
+
+def workload_of(model: str, **settings: Any) -> Workload:
+    """The workload of a known model; `lora_rank` left out is what is usual for it, and full training is in float32.
+
+    Raises:
+        ValueError: an unknown model, or as `Workload`.
+    """
+    architecture = architecture_of(model)
+    settings.setdefault("lora_rank", architecture.lora_rank)
+    settings.setdefault("base", "float32" if settings["lora_rank"] is None else "bfloat16")
+    return Workload(architecture=architecture, **settings)

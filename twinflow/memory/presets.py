@@ -1,0 +1,62 @@
+"""`MemoryPreset`: choices that decide how much memory a step takes, and `PRESETS`, the fastest first."""
+
+from dataclasses import dataclass
+
+from twinflow.nearest import nearest
+
+
+@dataclass(frozen=True)
+class MemoryPreset:
+    """How a step is run.
+
+    Args:
+        name: as in `PRESETS`, or `auto` where the planner chose.
+        saved: what each repeated block keeps for backward, one level of `twinflow.memory.SAVED` or one per block.
+        micro_batch: most rows of a network call and of a graph; None: the whole batch at once.
+        offload_gb: pinned host memory that saved activations may move to, GB; 0: none.
+    """
+
+    name: str
+    saved: str | tuple[str, ...] = "all"
+    micro_batch: int | None = 1
+    offload_gb: float = 0.0
+
+    def __str__(self) -> str:
+        rows = "the whole batch at once" if self.micro_batch is None else f"{self.micro_batch} row(s) at a time"
+        saved = self.saved if isinstance(self.saved, str) else runs(self.saved)
+        moved = f", up to {self.offload_gb:g} GB of it in pinned host memory" if self.offload_gb else ""
+        return f"memory preset {self.name}: {rows}; blocks keep {saved}{moved}"
+
+
+def runs(levels: tuple[str, ...]) -> str:
+    """Levels in order, equal neighbours counted: `20 x products, 40 x input`."""
+    found: list[tuple[str, int]] = []
+    for level in levels:
+        if found and found[-1][0] == level:
+            found[-1] = (level, found[-1][1] + 1)
+        else:
+            found.append((level, 1))
+    return ", ".join(f"{count} x {level}" for level, count in found)
+
+
+#   name                  saved        rows  offload GB
+_TABLE = (
+    ("batch",             "all",       None, 0.0),
+    ("rows",              "all",       1,    0.0),
+    ("80gb",              "products",  1,    0.0),
+    ("attention",         "attention", 1,    0.0),
+    ("checkpoint",        "input",     1,    0.0),
+    ("checkpoint-offload", "input",    1,    8.0),
+)  # fmt: skip
+PRESETS = {row[0]: MemoryPreset(*row) for row in _TABLE}
+
+
+def preset_of(name: str) -> MemoryPreset:
+    """A preset by its name.
+
+    Raises:
+        ValueError: unknown; the message has the nearest names.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"memory: preset must be auto or {nearest(name, PRESETS)}, got {name!r}")
+    return PRESETS[name]
