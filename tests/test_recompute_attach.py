@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 from batches import gradients
-from recompute_cases import MIXED, Net, Operations, inputs, same, step
+from recompute_cases import MIXED, Block, Net, Operations, inputs, same, step
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -60,6 +60,13 @@ def test_a_forward_that_was_there_before_or_came_later():
     block.forward = before
     selective_recompute(net).remove()
     assert block.forward is before
+
+
+def test_blocks_of_a_subclass_are_found():
+    """As sharding makes them."""
+    net = Net()
+    net.layers[1].__class__ = type("ShardedBlock", (Block,), {})
+    assert list(repeated_blocks(net)) == ["layers.0", "layers.1", "layers.2"]
 
 
 def test_a_deep_copy_computes_with_its_own_weights():

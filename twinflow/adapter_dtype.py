@@ -27,4 +27,4 @@ def compute_in_input_dtype(layer: BaseTunerLayer) -> None:
         return
     for module in modules:
         module.__class__ = FollowingLinear
-    layer.cast_input_dtype_enabled = False
+    layer.cast_input_dtype_enabled = False  # type: ignore[attr-defined]

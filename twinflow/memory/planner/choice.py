@@ -1,6 +1,7 @@
 """`choose()`: the fastest preset that fits, blocks of two kinds where that is faster than one."""
 
 from dataclasses import replace
+from typing import NoReturn
 
 from twinflow.memory.planner.forecast import Forecast
 from twinflow.memory.planner.forecasting import Planner
@@ -29,22 +30,30 @@ def choose(planner: Planner, usable_gb: float, known: list[Forecast] | None = No
     Raises:
         ValueError: nothing fits; the message has the smallest budget that would do, and the preset that needs it.
     """
-    known = forecasts(planner) if known is None else known
-    fitting = [f for f in known if f.fits(usable_gb)]
-    if not fitting:
-        least = min(known, key=lambda f: f.peak)
-        workload = planner.workload
-        raise ValueError(
-            f"plan: memory must be at least {least.peak / 1e9:.1f} GB (1e9 bytes, without the CUDA context) for "
-            f"{workload.trains} of {workload.architecture.name} at {workload.size[0]}x{workload.size[1]}, batch "
-            f"{workload.batch}, which preset {least.name!r} needs, got {usable_gb:g} GB"
-        )
-    best, names = fitting[0], list(PRESETS)
-    by_name = {f.preset.name: f for f in known}
-    slower = names.index(best.preset.name) > names.index(_MORE.name)
-    if slower and by_name[_LESS.name].fits(usable_gb):
-        return _mixture(planner, usable_gb, by_name) or best
+    made = {forecast.preset.name: forecast for forecast in known or ()}
+    for name, preset in PRESETS.items():
+        if name not in made:
+            made[name] = planner.forecast(preset)
+        if made[name].fits(usable_gb):
+            break
+    else:
+        _refuse(planner, usable_gb, min(made.values(), key=lambda forecast: forecast.peak))
+    best, names = made[name], list(PRESETS)
+    if names.index(_MORE.name) < names.index(name) <= names.index(_LESS.name):
+        if _LESS.name not in made:
+            made[_LESS.name] = planner.forecast(_LESS)
+        return _mixture(planner, usable_gb, made) or best
     return best
+
+
+def _refuse(planner: Planner, usable_gb: float, least: Forecast) -> NoReturn:
+    workload = planner.workload
+    height, width = workload.size
+    raise ValueError(
+        f"plan: memory must be at least {least.peak / 1e9:.1f} GB (1e9 bytes, without the CUDA context) for "
+        f"{workload.trains} of {workload.architecture.name} at {width}x{height}, batch {workload.batch}, which preset "
+        f"{least.preset.name!r} needs, got {usable_gb:g} GB"
+    )
 
 
 def _mixture(planner: Planner, usable_gb: float, known: dict[str, Forecast]) -> Forecast | None:

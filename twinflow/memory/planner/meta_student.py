@@ -32,7 +32,7 @@ class _Dequantised(torch.autograd.Function):
         return F.linear(x, x.new_empty(ctx.shape), bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return grad @ grad.new_empty(ctx.shape), None, None, None
 
 

@@ -56,4 +56,5 @@ def _lora(student: FlowModel) -> tuple[int, tuple[str, ...]]:
         if name in layer._all_available_adapter_names():
             block = next((b for b in blocks if path.startswith(b)), "")
             names.add(path.removeprefix(block))
-    return max(layer.r[name] for layer in layers.values() if name in layer.r), tuple(sorted(names))
+    ranks = [layer.r[name] for layer in layers.values() if name in layer.r]  # type: ignore[attr-defined]
+    return max(ranks), tuple(sorted(names))

@@ -121,7 +121,7 @@ class StepSimulation:
             stack.callback(self._offload.attach(self.student).remove)
         module = getattr(self.teacher._weights, "module", None)
         for network in [self.student] if module is None else [self.student, module]:
-            for name, block in repeated_blocks(network.network).items():  # type: ignore[operator, union-attr]
+            for name, block in repeated_blocks(network.network).items():
                 mark_block(stack, self._mark, name, block)
             self._mark_network(stack, network)
 
@@ -140,7 +140,7 @@ class StepSimulation:
             return velocity
 
         before = vars(network).get("forward")
-        network.forward = forward  # type: ignore[method-assign]
+        network.forward = forward
         stack.callback(_restore_forward, network, before)
 
 
@@ -177,7 +177,7 @@ def _restore_forward(network: nn.Module, before: Any) -> None:
     if before is None:
         del network.forward
     else:
-        network.forward = before  # type: ignore[method-assign]
+        network.forward = before
 
 
 def worst_draws(workload: Workload, rows: int) -> Draws:

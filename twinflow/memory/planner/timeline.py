@@ -85,7 +85,8 @@ def splice(regions: Sequence[Region], repeats: Mapping[str, Repeat]) -> tuple[Pe
     noted: dict[str, int] = {}
     most: dict[str, int] = {}
     for i, region in enumerate(regions):
-        more = repeats[region.block].more if region.block in repeats else 0
+        repeat = repeats.get(region.block or "")
+        more = repeat.more if repeat else 0
         net = region.end - region.start
         after = regions[i + 1].notes if i + 1 < len(regions) else region.notes
         growth = {name: after.get(name, 0) - value for name, value in region.notes.items()}
