@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if options.debug:
             raise
-        print(f"twinflow {options.command}: {error}", file=sys.stderr)
+        _complain(options.command, error)
         return 2
     except ModuleNotFoundError as error:
         if options.debug or (error.name or "").startswith("twinflow"):
@@ -39,6 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wanted = "pip install 'twinflow[plan]'"
         print(f"twinflow {options.command}: {error.name} must be installed ({wanted})", file=sys.stderr)
         return 2
+
+
+def _complain(command: str, error: object) -> None:
+    """An error in a line, without the name of the function that found it."""
+    print(f"twinflow {command}: {str(error).removeprefix(f'{command}: ')}", file=sys.stderr)
 
 
 def _plan_parser(commands: Any) -> None:
@@ -74,6 +79,13 @@ def _plan_parser(commands: Any) -> None:
     parser.set_defaults(run=_plan)
 
 
+def _check_writable(*paths: Path | None) -> None:
+    """Raises before minutes are spent on what could not be written."""
+    for path in paths:
+        if path is not None and str(path) != "-" and not path.absolute().parent.is_dir():
+            raise ValueError(f"plan: files must go into a folder that exists, got {path}")
+
+
 def _plan(options: argparse.Namespace) -> int:
     from rich.console import Console
 
@@ -82,6 +94,7 @@ def _plan(options: argparse.Namespace) -> int:
     from twinflow.memory.planner.gpus import gpu_of
     from twinflow.memory.planner.report import as_json, notes, table
 
+    _check_writable(options.json, options.png)
     if options.model == "all":
         return _plan_all(options)
     gpu, workload = gpu_of(options.gpu), _workload(options, options.model)
@@ -104,7 +117,7 @@ def _plan(options: argparse.Namespace) -> int:
         console.print(line, style="dim", highlight=False)
     _write(options, [found], [as_json(found, best)])
     if best is None:
-        print(f"twinflow plan: {refusal}", file=sys.stderr)
+        _complain("plan", refusal)
         return 1
     console.print(f"> {best.preset}", highlight=False)
     return 0

@@ -1,0 +1,81 @@
+"""What fits on which card: the planner's forecasts for every model, and for what one would otherwise run.
+
+    python benchmarks/will_it_fit.py [--out benchmarks/results] [--png docs/will_it_fit.png]
+
+Needs no GPU; about ten minutes on two cores. Forecasts, not measurements: `benchmarks/a100_1024.py` sets them beside
+what a GPU measures.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import environment
+import torch
+
+from twinflow.memory.planner.architectures import architectures
+from twinflow.memory.planner.choice import forecasts
+from twinflow.memory.planner.forecast import Forecast
+from twinflow.memory.planner.forecasting import Planner
+from twinflow.memory.planner.gpus import GPUS
+from twinflow.memory.planner.overview import head, rows
+from twinflow.memory.planner.peers import peer_forecasts
+from twinflow.memory.planner.picture import picture
+from twinflow.memory.planner.report import as_json
+from twinflow.memory.planner.workload import Workload, workload_of
+
+GPU = GPUS["a100-80gb"]  # whose speed the times are for
+RANK = 64
+PICTURED = (("qwen-image", RANK), ("sana-1.6b", None))
+BATCHES = (1, 4, 24)
+
+
+def trainings(model: str) -> list[Workload]:
+    """LoRA and all weights, by both recipes."""
+    return [
+        workload_of(model, lora_rank=rank, recipe=recipe)
+        for rank in (RANK, None)
+        for recipe in ("partition", "all_terms")
+    ]
+
+
+def by_batch() -> list[dict[str, Any]]:
+    """Peaks of the pictured workloads' row-by-row presets, by logical batch."""
+    lines = []
+    for model, rank in PICTURED:
+        for batch in BATCHES:
+            planner = Planner(workload_of(model, lora_rank=rank, batch=batch))
+            found = [f for f in forecasts(planner) if f.preset.micro_batch == 1]
+            lines.append({"model": model, "batch": batch, "peak_bytes": {f.name: f.peak for f in found}})
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=environment.ROOT / "benchmarks" / "results")
+    parser.add_argument("--png", type=Path, default=environment.ROOT / "docs" / "will_it_fit.png")
+    options = parser.parse_args()
+    groups: list[list[Forecast]] = []
+    for model in architectures():
+        for workload in trainings(model):
+            print(f"{model}, {workload.trains}, {workload.recipe} ...", flush=True)
+            groups.append(forecasts(Planner(workload, GPU)))
+    pictured = []
+    for model, rank in PICTURED:
+        print(f"{model} beside its peers ...", flush=True)
+        workload = workload_of(model, lora_rank=rank)
+        own = [f for f in forecasts(Planner(workload, GPU)) if f.name != "batch"]
+        pictured.append(own + peer_forecasts(workload, GPU))
+    report = {
+        "machine": environment.describe(torch.device("cpu")),
+        "head": head(), "rows": rows(groups), "forecasts": [as_json(found, None) for found in groups],
+        "beside_peers": [as_json(found, None) for found in pictured], "by_batch": by_batch(),
+    }  # fmt: skip
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "will_it_fit.json").write_text(json.dumps(report, indent=1) + "\n")
+    picture(pictured, options.png)
+
+
+if __name__ == "__main__":
+    main()
