@@ -126,3 +126,30 @@ def make(budget_gb=0.05, **options):
 def drained(offload):
     gc.collect()
     return offload.stats.pool_bytes == 0
+
+
+class Keep(torch.autograd.Function):
+    """Saves what it is given, and hands it out again in backward."""
+
+    @staticmethod
+    def forward(ctx, seen, x, *saved):
+        ctx.save_for_backward(*saved)
+        ctx.seen = seen
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dout):
+        ctx.seen.append(ctx.saved_tensors)
+        return None, dout, *[None] * len(ctx.saved_tensors)
+
+
+def kept(context, *saved):
+    """A graph that holds tensors, and the list that backward puts them in."""
+    seen, x = [], torch.ones((), requires_grad=True)
+    with context:
+        return Keep.apply(seen, x, *saved), seen
+
+
+def rows(count):
+    """A tensor of `count` x `KB` bytes that is no leaf's own memory."""
+    return torch.randn(count, KB // 4) * 1

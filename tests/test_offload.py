@@ -81,13 +81,14 @@ def test_a_step_row_by_row(transfers):
     assert offload.stats.bytes_restored > 0 and drained(offload)
 
 
-def test_several_graphs_and_backward_twice(transfers):
+@pytest.mark.parametrize("budget_gb", [0.05, 3e-4])
+def test_several_graphs_and_backward_twice(budget_gb, transfers):
     net, inputs = Net(), [torch.randn(2, 16, 32) for _ in range(3)]
     sum(net(x) for x in inputs).backward()
     once = gradients(net)
     for x in reversed(inputs):
         net(x).backward()
-    one_by_one, offload = gradients(net), make()
+    one_by_one, offload = gradients(net), make(budget_gb)
     with offload:
         losses = [net(x) for x in inputs]
     for loss in reversed(losses):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from offload_cases import KB, copies, drained, make
+from offload_cases import KB, copies, drained, kept, make, rows
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -12,33 +12,6 @@ from twinflow.memory.offload import offload_activations
 @pytest.fixture(params=["at once", "late"])
 def transfers(request, monkeypatch):
     yield from copies(request.param, monkeypatch)
-
-
-class Keep(torch.autograd.Function):
-    """Saves what it is given, and hands it out again in backward."""
-
-    @staticmethod
-    def forward(ctx, seen, x, *saved):
-        ctx.save_for_backward(*saved)
-        ctx.seen = seen
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, dout):
-        ctx.seen.append(ctx.saved_tensors)
-        return None, dout, *[None] * len(ctx.saved_tensors)
-
-
-def kept(context, *saved):
-    """A graph that holds tensors, and the list that backward puts them in."""
-    seen, x = [], torch.ones((), requires_grad=True)
-    with context:
-        return Keep.apply(seen, x, *saved), seen
-
-
-def rows(count):
-    """A tensor of `count` x `KB` bytes that is no leaf's own memory."""
-    return torch.randn(count, KB // 4) * 1
 
 
 # What is taken.
@@ -187,20 +160,36 @@ def test_on_meta_the_window_is_what_stays():
     assert x.grad.shape == x.shape and drained(offload)
 
 
+def chain(offload, late, length):
+    """The sum after so many exponentials, whose results are saved."""
+    y = rows(1).requires_grad_()
+    with offload:
+        for _ in range(length):
+            y = y.exp()
+            y.register_hook(lambda _: late.log.append("node"))
+        return y.sum()
+
+
 @pytest.mark.parametrize("window", [0, 1, 4])
 def test_backward_brings_back_early_what_the_window_holds(window, monkeypatch):
     late = next(copies("late", monkeypatch))
     offload = make(in_flight_bytes=window * KB)
-    with offload:
-        y = rows(1).requires_grad_()
-        for _ in range(20):
-            y = y.exp()
-            y.register_hook(lambda _: late.log.append("node"))
-        loss = y.sum()
-    del y
-    loss.backward()
+    loss = chain(offload, late, 20)
+    loss.backward(retain_graph=True)
     assert late.peak <= (window + 1) * KB and len(late.loads) == 20 - window and not late.errors
     assert late.early() == (20 - window if window else 0)
+    loss.backward()
+    assert late.peak <= (window + 1) * KB and len(late.loads) == 2 * 20 - window and not late.errors
+    assert late.early() == (2 * 20 - window - 1 if window else 0), "all but the first of the second time"
+
+
+def test_a_dropped_graph_leaves_the_window_to_others(monkeypatch):
+    late = next(copies("late", monkeypatch))
+    offload = make(in_flight_bytes=4 * KB)
+    loss, dropped = chain(offload, late, 20), chain(offload, late, 4)
+    del dropped
+    loss.backward()
+    assert len(late.loads) == 20 and late.early() == 19 and not late.errors
 
 
 # Errors.
@@ -231,6 +220,8 @@ def test_a_module_that_moves_is_an_error_that_names_both_devices():
     handle = offload.attach(net)
     with pytest.raises(RuntimeError, match="module must be on cpu, whose tensors are offloaded, got it on meta"):
         net(x)
+    with torch.no_grad():
+        assert net(x.to("meta")).device.type == "meta"
     net.to_empty(device="cpu")(x).sum().backward()
     handle.remove()
     with pytest.raises(TypeError, match=r"module must be an nn\.Module, got function"):
