@@ -7,7 +7,8 @@ import torch
 
 from twinflow.memory import pinned_pool
 from twinflow.memory.offload import offload_activations
-from twinflow.memory.pinned_pool import GRAIN, HostPool, available_host_bytes, slab_sizes
+from twinflow.memory.host_memory import available_host_bytes
+from twinflow.memory.pinned_pool import GRAIN, HostPool, slab_sizes
 
 
 def test_slabs_are_powers_of_two_and_waste_nothing():
@@ -74,3 +75,14 @@ def test_available_memory_is_what_the_budget_is_held_to(monkeypatch):
     offload_activations(3, device="meta")
     monkeypatch.setattr("twinflow.memory.offload.available_host_bytes", lambda: None)
     offload_activations(3)
+
+
+def test_a_containers_limit_counts(tmp_path):
+    (tmp_path / "meminfo").write_text("MemTotal: 100 kB\nMemAvailable: 50 kB\n")
+    assert available_host_bytes(tmp_path / "meminfo", tmp_path) == 50 * 1024
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("3000\n")
+    assert available_host_bytes(tmp_path / "meminfo", tmp_path) == 50 * 1024
+    (tmp_path / "memory.max").write_text("10000\n")
+    assert available_host_bytes(tmp_path / "meminfo", tmp_path) == 7000
+    assert available_host_bytes(tmp_path / "none", tmp_path / "none") is None

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from twinflow.memory.host_memory import available_host_bytes
 from twinflow.memory.offload_hooks import DEVICES, OffloadHooks, OffloadStats
-from twinflow.memory.pinned_pool import HostPool, available_host_bytes
+from twinflow.memory.pinned_pool import HostPool
 from twinflow.memory.saved_storages import Window
 
 __all__ = ["AttachedOffload", "OffloadStats", "offload_activations"]

@@ -12,16 +12,6 @@ GRAIN = 4096  # bytes; every buffer starts and ends on a multiple of it
 Extent = tuple[int, int]  # [start, stop) in bytes of the pool
 
 
-def available_host_bytes() -> int | None:
-    """What the kernel says can be taken without swapping (MemAvailable); None where it does not say."""
-    try:
-        with open("/proc/meminfo") as lines:
-            found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    except OSError:
-        return None
-    return int(found[0]) * 1024 if found else None
-
-
 def slab_sizes(nbytes: int) -> list[int]:
     """Powers of two that add up to a size, largest first: torch rounds pinned memory up to them."""
     return [1 << bit for bit in reversed(range(nbytes.bit_length())) if nbytes >> bit & 1]
