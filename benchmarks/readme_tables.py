@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fit_tables import batch_table, fit_table
 from report import kernels_table, table, training_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,6 +71,20 @@ def digits() -> str:
     return "\n\n".join(parts)
 
 
+def fit() -> str:
+    """The planner's tables: what fits on which card, and how little a larger batch adds."""
+    report = json.loads((RESULTS / "will_it_fit.json").read_text())
+    parts = [
+        "Fastest preset that fits, and its peak in GB; `no:` the least that is needed. 1024x1024, batch 4, N = 2; "
+        "beside a card what its allocator can hand out, GB. `python benchmarks/will_it_fit.py`; both recipes, and "
+        "peers, in `benchmarks/results/will_it_fit.md`.",
+        table(*fit_table(report, "partition")),
+        "Peak in GB by logical batch, row by row:",
+        table(*batch_table(report)),
+    ]
+    return "\n\n".join(parts)
+
+
 def study(name: str) -> str:
     """A study's table as it was written beside its results, and what it ran on."""
     machine = json.loads((RESULTS / f"{name}_cpu.json").read_text())["machine"]
@@ -84,6 +99,7 @@ def render(text: str) -> str:
         "stability": lambda: study("stability"),
         "step_focus": lambda: study("step_focus"),
         "conditioning": lambda: study("conditioning"),
+        "fit": fit,
         "kernels": kernels,
         "training": training,
     }

@@ -2,7 +2,7 @@
 
     python benchmarks/will_it_fit.py [--out benchmarks/results] [--png docs/will_it_fit.png]
 
-Needs no GPU; about ten minutes on two cores. Forecasts, not measurements: `benchmarks/a100_1024.py` sets them beside
+Needs no GPU; about a quarter of an hour on one core. Forecasts, not measurements: `benchmarks/a100_1024.py` sets them beside
 what a GPU measures.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import environment
 import torch
+from fit_tables import markdown
 
 from twinflow.memory.planner.architectures import architectures
 from twinflow.memory.planner.choice import forecasts
@@ -47,7 +48,14 @@ def by_batch() -> list[dict[str, Any]]:
         for batch in BATCHES:
             planner = Planner(workload_of(model, lora_rank=rank, batch=batch))
             found = [f for f in forecasts(planner) if f.preset.micro_batch == 1]
-            lines.append({"model": model, "batch": batch, "peak_bytes": {f.name: f.peak for f in found}})
+            lines.append(
+                {
+                    "model": model,
+                    "trained": planner.workload.trains,
+                    "batch": batch,
+                    "peak_bytes": {f.name: f.peak for f in found},
+                }
+            )
     return lines
 
 
@@ -74,6 +82,7 @@ def main() -> None:
     }  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "will_it_fit.json").write_text(json.dumps(report, indent=1) + "\n")
+    (options.out / "will_it_fit.md").write_text(markdown(report))
     picture(pictured, options.png)
 
 

@@ -14,10 +14,10 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-import twinflow
-from twinflow import EMATeacher, TwinFlowLoss
+from twinflow import EMATeacher, TwinFlowLoss, attach
 from twinflow.export import export
 from twinflow.lora import add_lora
+from twinflow.memory import apply_memory
 from twinflow.models import load
 
 
@@ -40,12 +40,13 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--memory", default="checkpoint", help="memory preset; `twinflow plan` shows them")
     args = parser.parse_args()
     accelerator, dtype = Accelerator(), getattr(torch, args.dtype)
     torch.manual_seed(accelerator.process_index)
     pipe = DiffusionPipeline.from_pretrained(args.pipeline, torch_dtype=dtype).to(accelerator.device)
-    pipe.transformer.enable_gradient_checkpointing()
     student = add_lora(load(pipe.transformer), args.rank)
+    apply_memory(student, args.memory)
 
     files = sorted(f for f in args.data.iterdir() if f.with_suffix(".txt").exists() and f.suffix != ".txt")
     captions = [f.with_suffix(".txt").read_text().strip() for f in files]
@@ -53,10 +54,9 @@ def main() -> None:
     with torch.no_grad():
         conds, uncond = student.encode_prompt(pipe, captions), student.encode_prompt(pipe, [""])
 
-    teacher = EMATeacher(student, 0.99)
+    teacher, criterion = EMATeacher(student, 0.99), TwinFlowLoss()
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], args.lr, weight_decay=0.0)
     model, optimizer = accelerator.prepare(student, optimizer)
-    criterion = TwinFlowLoss()
     for step in range(args.steps):
         rows = torch.randint(len(files), (args.batch,))
         cond = {name: leaf[rows] for name, leaf in conds.items()}
@@ -69,7 +69,7 @@ def main() -> None:
     if accelerator.is_main_process:
         export(student, args.out, teacher=teacher)
         pipe = DiffusionPipeline.from_pretrained(args.pipeline, torch_dtype=dtype).to(accelerator.device)
-        twinflow.attach(pipe, args.out)
+        attach(pipe, args.out)
         images = pipe(captions[0], height=args.size, width=args.size, guidance_scale=0.0, num_inference_steps=2).images
         images[0].save(args.out / "sample.png")
         accelerator.print(f"written: {args.out}")

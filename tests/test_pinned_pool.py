@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from twinflow.memory import pinned_pool
-from twinflow.memory.offload import offload_activations
 from twinflow.memory.host_memory import available_host_bytes
+from twinflow.memory.offload import offload_activations
 from twinflow.memory.pinned_pool import GRAIN, HostPool, slab_sizes
 
 

@@ -1,6 +1,7 @@
 """The memory planner: its bytes against a hand-computed network, against a real run, and against its targets."""
 
 import gc
+import json
 from dataclasses import replace
 
 import environment
@@ -18,6 +19,7 @@ from twinflow.memory.planner.forecasting import CUBLAS_BYTES, Planner
 from twinflow.memory.planner.gpus import GPUS, gpu_of
 from twinflow.memory.planner.live import LiveStorages
 from twinflow.memory.planner.own import own_workload
+from twinflow.memory.planner.report import headline
 from twinflow.memory.planner.workload import Workload, workload_of
 from twinflow.memory.presets import PRESETS, preset_of
 
@@ -211,3 +213,12 @@ def test_every_model_has_its_published_size():
     for model, billions in sizes.items():
         held = Planner(workload_of(model, lora_rank=1, batch=1))._model(PRESETS["rows"]).standing
         assert held.weights / 2e9 == pytest.approx(billions, rel=0.03), model
+
+
+@pytest.mark.parametrize("model, rank, name", [("sana-0.6b", None, "rows"), ("sd3.5-large", 64, "checkpoint")])
+def test_the_committed_table_is_what_the_planner_says(model, rank, name):
+    report = json.loads((environment.ROOT / "benchmarks" / "results" / "will_it_fit.json").read_text())
+    workload = workload_of(model, lora_rank=rank)
+    (group,) = [g for g in report["forecasts"] if g["workload"] == headline(workload)]
+    (line,) = [f for f in group["forecasts"] if f["name"] == name]
+    assert Planner(workload).forecast(PRESETS[name]).peak == line["peak_bytes"]

@@ -35,6 +35,7 @@ class StepSimulation:
         student, teacher: on the meta device, with as many blocks as `reduction` says.
         reduction: which blocks stand for several.
         cost: of an operation; None: not summed.
+        window: device bytes for offloaded tensors on their way; without any, every block does alike.
 
     Attributes:
         regions: the timeline of the last run; names are `without gradient`, `forward`, `backward`, `between`.
@@ -48,7 +49,9 @@ class StepSimulation:
         teacher: EMATeacher,
         reduction: Reduction,
         cost: Cost | None = None,
+        window: int = 0,
     ) -> None:
+        self._window = window
         self.workload, self.preset, self.student, self.teacher = workload, preset, student, teacher
         self._reduction, self._cost = reduction, cost
         self._holding = False  # whether a graph is held
@@ -116,8 +119,9 @@ class StepSimulation:
         if set(levels) != {"all"}:
             stack.callback(selective_recompute(self.student.network, levels).remove)
         if self.preset.offload_gb:
-            # Without a window every block does alike; the forecast adds it.
-            self._offload = offload_activations(budget_gb=self.preset.offload_gb, device=META, in_flight_bytes=0)
+            self._offload = offload_activations(
+                budget_gb=self.preset.offload_gb, device=META, in_flight_bytes=self._window
+            )
             stack.callback(self._offload.attach(self.student).remove)
         module = getattr(self.teacher._weights, "module", None)
         for network in [self.student] if module is None else [self.student, module]:

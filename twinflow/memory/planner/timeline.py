@@ -112,9 +112,9 @@ def _freed_together(region: Region, repeats: Mapping[str, Repeat]) -> int:
     What a block passes on to the next is freed there, so that a region which frees a middle block's bytes but not those
     of both its neighbours follows the last of them, and frees nothing of the others.
     """
-    total = 0
-    for repeat in repeats.values():
-        others = [block for block in repeat.run if block != region.block]
-        for name in {name for name, block in region.freed if block in others}:
-            total += repeat.more * min(region.freed.get((name, block), 0) for block in others)
-    return total
+    names = {name for name, _ in region.freed}
+    return sum(
+        repeat.more * min(region.freed.get((name, block), 0) for block in repeat.run)
+        for repeat in repeats.values()
+        for name in names
+    )

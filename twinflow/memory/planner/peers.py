@@ -1,0 +1,115 @@
+"""`peer_forecasts()`: what a user would otherwise run, by the same accounting as our own steps."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from twinflow.memory.planner.costs import Cost, CostOf
+from twinflow.memory.planner.forecast import Forecast
+from twinflow.memory.planner.forecasting import CUBLAS_BYTES, Planner
+from twinflow.memory.planner.gpus import GPU
+from twinflow.memory.planner.meta_student import as_trained, meta_network
+from twinflow.memory.planner.peer_networks import PeerRun, frozen_copy, width_of
+from twinflow.memory.planner.peer_steps import Heads, dmd2_step, sana_sprint_step
+from twinflow.memory.planner.reduction import KEPT, Reduction, reduce
+from twinflow.memory.planner.standing import standing
+from twinflow.memory.planner.timeline import Peak, splice
+from twinflow.memory.planner.workload import Workload
+from twinflow.memory.presets import MemoryPreset
+from twinflow.models import FlowModel
+
+WHOLE_BATCH = MemoryPreset("peer", "input", None)
+
+
+@dataclass(frozen=True)
+class _Peer:
+    label: str
+    networks: dict[str, FlowModel]
+    step: Callable[[PeerRun], None]
+    heads: nn.Module | None = None
+
+    def modules(self) -> list[nn.Module]:
+        return [*self.networks.values(), *([] if self.heads is None else [self.heads])]
+
+
+def peer_forecasts(workload: Workload, gpu: GPU | None = None, blocks: int | None = KEPT) -> list[Forecast]:
+    """Forecasts of what a user would otherwise run: the whole batch at once, every block checkpointed.
+
+    - `published schedule`: TwinFlow by the published code's calls, its text encoders resident.
+    - `dmd2`: generator, fake score and real score, each with a base of its own, the first two trained; a step has one
+      update of each of them, where the published settings have five to ten of the fake score.
+    - `sana-sprint`: student and frozen teacher. The consistency target's derivative runs in forward mode, for which
+      attention makes its scores: in float32, as torch's own form does. Gradients of the student's two graphs that
+      autograd has yet to add count as saved activations.
+
+    Optimizer and adapters are the workload's. The last two keep no average, no encoder and no conditioning of ours;
+    what else their steps leave out is said at `dmd2_step` and `sana_sprint_step`, and would only add to them.
+
+    Args:
+        workload: what is trained.
+        gpu: the card whose speed times are for; None: no times.
+        blocks: how many blocks of each kind are run; None: all of them.
+
+    Returns:
+        Labelled forecasts in this order; of a quantised base without `sana-sprint`, as products with it have no
+        derivative in forward mode.
+
+    Source: TwinFlow (arXiv 2512.05150), DMD2 (arXiv 2405.14867), SANA-Sprint (arXiv 2503.09641).
+    """
+    reduction = reduce(workload.architecture, WHOLE_BATCH, blocks)
+    published = Planner(workload, gpu, blocks).forecast(WHOLE_BATCH, "published")
+    encoders = {"encoders": int(workload.architecture.text_encoder_gb * 1e9)}
+    found = [replace(published, label="published schedule", bytes={**published.bytes, **encoders})]
+    makers = [_dmd2] if workload.base in ("int8", "nf4") else [_dmd2, _sana_sprint]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return found + [_forecast(workload, make(workload, reduction), reduction, gpu) for make in makers]
+
+
+def _trained(workload: Workload, reduction: Reduction) -> FlowModel:
+    return as_trained(meta_network(reduction.architecture, workload.base), workload, None)
+
+
+def _dmd2(workload: Workload, reduction: Reduction) -> _Peer:
+    """The frozen score is in bf16 where the trained ones are in float32, as the published code has it."""
+    base = "bfloat16" if workload.base == "float32" else workload.base
+    networks = {
+        "generator": _trained(workload, reduction),
+        "fake score": _trained(workload, reduction),
+        "real score": frozen_copy(reduction.architecture, base),
+    }
+    return _Peer("dmd2", networks, dmd2_step)
+
+
+def _sana_sprint(workload: Workload, reduction: Reduction) -> _Peer:
+    student, teacher = _trained(workload, reduction), frozen_copy(reduction.architecture, workload.base)
+    heads = Heads(width_of(teacher), teacher.dtype)
+    return _Peer("sana-sprint", {"student": student, "teacher": teacher}, sana_sprint_step, heads)
+
+
+def _forecast(workload: Workload, peer: _Peer, reduction: Reduction, gpu: GPU | None) -> Forecast:
+    run = PeerRun(workload, peer.networks, peer.heads, None if gpu is None else CostOf(gpu))
+    run.run(peer.step)
+    peak, costs = splice(run.regions, reduction.repeats)
+    held = [standing(module, None, workload.optimizer, reduction) for module in peer.modules()]
+    names = ("weights", "adapters", "optimizer", "ema")
+    parts = {name: sum(getattr(one, name) for one in held) for name in names} | _passing(peak)
+    where = peak.name + (f", {peak.block}" if peak.block else "")
+    total = None
+    if gpu is not None:
+        moved = 28 * sum(one.trained for one in held)  # AdamW reads 16 and writes 12 bytes
+        total = sum(costs.values(), Cost(0, moved, moved / (gpu.memory_gb_s * 1e9)))
+    return Forecast(workload, WHOLE_BATCH, parts, where, total, label=peer.label)
+
+
+def _passing(peak: Peak) -> dict[str, int]:
+    """What comes and goes within a step."""
+    gradients, step = peak.notes["gradients"], peak.notes["step"]
+    saved = max(peak.start - gradients - step, 0)
+    return {
+        "gradients": gradients, "step": step, "saved": saved,
+        "transient": peak.total - peak.workspace - gradients - step - saved,
+        "workspace": peak.workspace + CUBLAS_BYTES,
+    }  # fmt: skip
