@@ -1,4 +1,4 @@
-"""The benchmark's report: markdown tables and a picture."""
+"""The benchmark's report: markdown tables and pictures."""
 
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,44 @@ def _contest(line: dict[str, Any]) -> tuple[str, str, int]:
     return line["model"], line["recipe"], line["batch"]
 
 
+def memory_table(lines: list[dict[str, Any]]) -> str:
+    """One line per configuration; what was not measured says why."""
+    rows = []
+    for line in lines:
+        planned, measured = _gb(line["planned_bytes"]), _gb(line.get("peak_bytes"))
+        difference = f"{line['difference']:+.1%}" if "difference" in line else ""
+        seconds = f"{line['median_s']:.3f}" if "median_s" in line else ""
+        if "median_s" in line and not line["finite"]:
+            measured += " (losses not finite)"
+        rows.append(
+            [_whose(line), line["trained"], line["recipe"], str(line["batch"]), _how(line), planned or line["refusal"],
+             measured or line["outcome"], difference, seconds, _smallest(line)]
+        )  # fmt: skip
+    head = ["model", "trained", "recipe", "batch", "how it runs", "planned GB", "measured GB", "difference", "s/step"]
+    return table([*head, "smallest card"], rows)
+
+
+def _gb(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e9:.2f}"
+
+
+def _whose(line: dict[str, Any]) -> str:
+    """The model, and how it was cut down or capped."""
+    depth = f", {line['depth']} blocks" if line["depth"] else ""
+    return line["model"] + depth + (f", cap {line['cap_gb']:g} GB" if line["cap_gb"] else "")
+
+
+def _how(line: dict[str, Any]) -> str:
+    return "published schedule, checkpointing" if line["run"] == "published" else line["run"]
+
+
+def _smallest(line: dict[str, Any]) -> str:
+    """The smallest card that the plan fits."""
+    from twinflow.memory.planner.gpus import GPUS
+
+    return min(line["fits"], key=lambda name: GPUS[name].usable_gb, default="none")
+
+
 def inference_table(lines: list[dict[str, Any]]) -> str:
     """One line per model and number of steps."""
     rows = [
@@ -52,7 +90,15 @@ def inference_table(lines: list[dict[str, Any]]) -> str:
     return table(["model", "steps", "samples/s at batch 10", "s at batch 1", "sampler ms at batch 1"], rows)
 
 
-_NOTES = {"inference": ["Transformer and sampler; text encoders and VAE are not counted."]}
+_NOTES = {
+    "memory": [
+        "GB = 1e9 bytes. Planned: `torch.cuda.max_memory_allocated` as the planner predicts it for a CUDA device. "
+        "Measured: the same after three steps of warm-up, each configuration in a process of its own, with AdamW and "
+        "the average; every step has rows of each role, the one with most to hold last. Difference: of the plan from "
+        "the measurement. Smallest card: that the plan fits; larger ones fit too."
+    ],
+    "inference": ["Transformer and sampler; text encoders and VAE are not counted."],
+}
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -65,7 +111,9 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     if report["notice"]:
         parts.append(f"**{report['notice']}**")
-    tables = {"kernels": kernels_table, "training": training_table, "inference": inference_table}
+    tables = {
+        "kernels": kernels_table, "training": training_table, "memory": memory_table, "inference": inference_table,
+    }  # fmt: skip
     for name, make in tables.items():
         if name in report:
             parts += [f"## {name.capitalize()}", *_NOTES.get(name, []), make(report[name])]
@@ -104,3 +152,64 @@ def picture(report: dict[str, Any], path: Path) -> None:
     figure.suptitle(f"1024x1024 latent shapes, {report['dtype']}, {report['machine']['device']}")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def memory_picture(lines: list[dict[str, Any]], path: Path) -> None:
+    """A panel per model, recipe and batch: planned peaks as bars, measured ones as marks, cards and cap as lines."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        groups.setdefault(f"{_whose(line)}, {line['recipe']}, batch {line['batch']}", []).append(line)
+    heights = [0.35 * len(group) + 1.3 for group in groups.values()]
+    figure, axes = plt.subplots(
+        len(groups), 1, figsize=(10, sum(heights) + 0.4), height_ratios=heights, squeeze=False, constrained_layout=True
+    )
+    for axis, (title, group) in zip(axes[:, 0], groups.items(), strict=True):
+        _memory_panel(axis, group)
+        axis.set_title(f"{title}, {group[0]['trained']}", fontsize=10, loc="left", pad=16)
+    axes[0, 0].legend(*_found_labels(axes[:, 0]), fontsize=8, loc="lower right")
+    axes[-1, 0].set_xlabel("peak of a training step, GB (1e9 bytes)", fontsize=9)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _memory_panel(axis: Any, group: list[dict[str, Any]]) -> None:
+    from twinflow.memory.planner.gpus import GPUS
+
+    planned = [(line["planned_bytes"] or 0) / 1e9 for line in group]
+    measured = [(line.get("peak_bytes") or 0) / 1e9 for line in group]
+    widest = max(*planned, *measured)
+    axis.barh(range(len(group)), planned, color="#9ec3e6", height=0.7, label="planned")
+    known = [(size, y) for y, size in enumerate(measured) if size]
+    if known:
+        axis.scatter(*zip(*known, strict=True), marker="|", s=220, lw=2.5, color="#c0392b", label="measured", zorder=3)
+    for y, line in enumerate(group):
+        # On a CPU nothing is said of each run but its plan, and a refusal is too long for a picture.
+        said = line["outcome"].partition(":")[0] if line["outcome"] not in ("measured", "planned only") else ""
+        parts = [_gb(line["planned_bytes"]) or "nothing fits", _gb(line.get("peak_bytes")) or said]
+        text = " | ".join(part for part in parts if part)
+        axis.text(max(planned[y], measured[y]) + widest * 0.012, y, text, va="center", fontsize=8)
+    limits = {f"{gpu.usable_gb:g} GB": gpu.usable_gb for gpu in GPUS.values()}
+    if group[0]["cap_gb"]:
+        limits = {f"cap {group[0]['cap_gb']:g} GB": group[0]["cap_gb"]}
+    for name, limit in limits.items():
+        if limit < widest * 1.15:
+            axis.axvline(limit, color="#555555", lw=0.9, ls="--", zorder=0)
+            axis.text(limit, -0.62, name, fontsize=7, ha="center", va="bottom", color="#555555")
+    axis.set_yticks(range(len(group)), [_how(line) for line in group], fontsize=8)
+    axis.set_ylim(len(group) - 0.4, -0.6)
+    axis.set_xlim(0, widest * 1.2)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _found_labels(axes: Any) -> tuple[list[Any], list[str]]:
+    """Handles and names of what any panel shows, once each."""
+    found: dict[str, Any] = {}
+    for axis in axes:
+        for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
+            found.setdefault(name, handle)
+    return list(found.values()), list(found)

@@ -22,6 +22,7 @@ from twinflow.memory.planner.own import own_workload
 from twinflow.memory.planner.report import headline
 from twinflow.memory.planner.workload import Workload, workload_of
 from twinflow.memory.presets import PRESETS, preset_of
+from twinflow.models import load
 
 
 def test_a_small_network_by_hand():
@@ -154,14 +155,25 @@ def test_choice_by_budget():
 
 
 def test_a_loaded_model_is_planned_as_the_named_one():
-    student = add_lora(family_batches.make_student("sd3", conditioning=None).to(torch.bfloat16), rank=4)
+    tiny = family_batches.tiny_transformer("sd3")
+    deeper = type(tiny)(**{**family_settings(tiny), "num_layers": 5}).to(torch.bfloat16)
+    student = add_lora(load(deeper), rank=4)
     workload = own_workload(student, resolution=128, batch=2, text_tokens=7)
     assert workload.lora_rank == 4 and workload.conditioning == "dual" and workload.base == "bfloat16"
     forecast = Planner(workload).forecast(PRESETS["rows"])
     frozen = [p for p in [*student.parameters(), *student.buffers()] if not p.requires_grad]
     exact = sum(-(-p.untyped_storage().nbytes() // 512) * 512 for p in frozen)
     assert forecast.bytes["weights"] == exact
+    lora = sum(-(-p.untyped_storage().nbytes() // 512) * 512 for p in student.parameters() if p.requires_grad)
+    assert forecast.bytes["adapters"] == forecast.bytes["ema"] == lora
     assert forecast.bytes["workspace"] >= CUBLAS_BYTES
+    # A LoRA on the last block alone is planned as one on every block: too much, but not too little.
+    last = add_lora(load(type(tiny)(**{**family_settings(tiny), "num_layers": 5})), targets=("4.attn.to_q",))
+    assert own_workload(last, resolution=128).lora_targets == ("attn.to_q",)
+
+
+def family_settings(network: nn.Module) -> dict:
+    return {k: v for k, v in dict(network.config).items() if not k.startswith("_")}
 
 
 def test_torch_random_state_stays():
