@@ -52,7 +52,7 @@ def memory_table(lines: list[dict[str, Any]]) -> str:
         if "median_s" in line and not line["finite"]:
             measured += " (losses not finite)"
         rows.append(
-            [_whose(line), line["trained"], line["recipe"], str(line["batch"]), _how(line), planned or line["refusal"],
+            [_whose(line), line["trained"], line["recipe"], str(line["batch"]), _how(line), planned or "nothing fits",
              measured or line["outcome"], difference, seconds, _smallest(line)]
         )  # fmt: skip
     head = ["model", "trained", "recipe", "batch", "how it runs", "planned GB", "measured GB", "difference", "s/step"]
@@ -178,8 +178,6 @@ def memory_picture(lines: list[dict[str, Any]], path: Path) -> None:
 
 
 def _memory_panel(axis: Any, group: list[dict[str, Any]]) -> None:
-    from twinflow.memory.planner.gpus import GPUS
-
     planned = [(line["planned_bytes"] or 0) / 1e9 for line in group]
     measured = [(line.get("peak_bytes") or 0) / 1e9 for line in group]
     widest = max(*planned, *measured)
@@ -192,18 +190,29 @@ def _memory_panel(axis: Any, group: list[dict[str, Any]]) -> None:
         said = line["outcome"].partition(":")[0] if line["outcome"] not in ("measured", "planned only") else ""
         parts = [_gb(line["planned_bytes"]) or "nothing fits", _gb(line.get("peak_bytes")) or said]
         text = " | ".join(part for part in parts if part)
-        axis.text(max(planned[y], measured[y]) + widest * 0.012, y, text, va="center", fontsize=8)
-    limits = {f"{gpu.usable_gb:g} GB": gpu.usable_gb for gpu in GPUS.values()}
-    if group[0]["cap_gb"]:
-        limits = {f"cap {group[0]['cap_gb']:g} GB": group[0]["cap_gb"]}
-    for name, limit in limits.items():
-        if limit < widest * 1.15:
-            axis.axvline(limit, color="#555555", lw=0.9, ls="--", zorder=0)
-            axis.text(limit, -0.62, name, fontsize=7, ha="center", va="bottom", color="#555555")
+        right = max(planned[y], measured[y]) + widest * 0.012
+        axis.text(right, y, text, va="center", fontsize=8, bbox=dict(color="white", pad=0.5))
+    _limits(axis, group[0]["cap_gb"], widest)
     axis.set_yticks(range(len(group)), [_how(line) for line in group], fontsize=8)
     axis.set_ylim(len(group) - 0.4, -0.6)
-    axis.set_xlim(0, widest * 1.2)
+    axis.set_xlim(0, widest * 1.25)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def _limits(axis: Any, cap_gb: float | None, widest: float) -> None:
+    """The cap, or what cards' allocators hand out; a number that has no room beside the last one is left out."""
+    from twinflow.memory.planner.gpus import GPUS
+
+    limits = [cap_gb] if cap_gb else sorted({gpu.usable_gb for gpu in GPUS.values()})
+    free = 0.0
+    for limit in limits:
+        if limit > widest * 1.2:
+            break
+        axis.axvline(limit, color="#555555", lw=0.9, ls="--", zorder=0)
+        if limit >= free:
+            name = f"cap {limit:g} GB" if cap_gb else f"{limit:g} GB"
+            axis.text(limit, -0.62, name, fontsize=7, ha="center", va="bottom", color="#555555")
+            free = limit + widest * 0.075
 
 
 def _found_labels(axes: Any) -> tuple[list[Any], list[str]]:

@@ -54,8 +54,8 @@ def notes(usable_gb: float, where: str) -> list[str]:
     return [
         f"GB = 1e9 bytes. Peak: torch.cuda.max_memory_allocated; {where} hands out about {usable_gb:g} GB beside "
         f"{CONTEXT_BYTES / 1e9:g} GB of CUDA context.",
-        "Assumed: prompts and latents are cached, so that no encoder is resident (the published schedule's line has them, "
-        "under other); AdamW with fused=True; attention without a matrix of scores.",
+        "Assumed: prompts and latents are cached, so that no encoder is resident (but in the published schedule's "
+        "line, under other); AdamW with fused=True; attention without a matrix of scores.",
         "s/step, at least: every operation at the card's data sheet speed, nothing fused; real steps are slower.",
     ]
 
