@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in order of value: build, tests, sanitizers, determinism, benchmarks.
+# Everything that needs a GPU, in order of value: build, tests, peak memory, sanitizers, determinism, benchmarks.
 #
 #   [OUT=folder] [PYTHON=python3] [WHEELS=folder] benchmarks/gpu_all.sh [PART...]
 #
@@ -65,7 +65,18 @@ part build 300 "$PYTHON" setup.py build_ext --inplace
 part table 60 "$PYTHON" -m twinflow_kernels
 TESTS=("$PYTHON" -m pytest -p no:cacheprovider -q)
 gpu tests_kernels 420 "${TESTS[@]}" tests/kernels -m "gpu and not slow" --maxfail=20
-gpu tests_objective 420 "${TESTS[@]}" tests --ignore=tests/kernels -m "gpu and not slow" --maxfail=20
+gpu tests_objective 420 "${TESTS[@]}" tests --ignore=tests/kernels --ignore=tests/test_gpu_memory.py \
+    -m "gpu and not slow" --maxfail=20
+gpu tests_memory 590 "${TESTS[@]}" tests/test_gpu_memory.py -m gpu
+
+# Planned against measured peaks. A part that runs out of time has its finished lines in its log.
+MEMORY=("$PYTHON" benchmarks/a100_1024.py --skip kernels training inference --batches 4 --steps 2)
+gpu memory_qwen-image_depth6 590 "${MEMORY[@]}" --model qwen-image --depth 6
+gpu memory_qwen-image 590 "${MEMORY[@]}" --model qwen-image --cap-gb 84.5 --recipes partition \
+    --presets 80gb published checkpoint
+gpu memory_sd3.5-large 590 "${MEMORY[@]}" --model sd3.5-large --cap-gb 25 --recipes partition \
+    --presets checkpoint attention published 80gb
+gpu memory_sana-1.6b 590 "${MEMORY[@]}" --model sana-1.6b
 
 # compute-sanitizer on the CUDA C++ kernels (ids `cuda-cuda`); status 99 is its own finding.
 SANITIZER=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -n 1 || true)
@@ -90,9 +101,9 @@ for file in benchmarks/bench_*.py; do
 done
 # One process a model, so that one which runs out of time or memory costs the others nothing.
 for model in sana-0.6b sd3.5-medium sana-1.6b; do
-    gpu "a100_1024_$model" 400 "$PYTHON" benchmarks/a100_1024.py --model "$model" --skip kernels
+    gpu "a100_1024_$model" 400 "$PYTHON" benchmarks/a100_1024.py --model "$model" --skip kernels memory
 done
-gpu a100_1024_qwen-image 590 "$PYTHON" benchmarks/a100_1024.py --model qwen-image --skip kernels --batches 4 --steps 2
+gpu a100_1024_qwen-image 590 "$PYTHON" benchmarks/a100_1024.py --model qwen-image --skip kernels memory --batches 4 --steps 2
 
 if [ "$OUT" != "$RESULTS" ]; then cp -f "$RESULTS"/*.json "$RESULTS"/*.md "$RESULTS"/*.png "$OUT" 2>/dev/null; fi
 echo "$failed parts failed; logs in $LOGS" | tee -a "$SUMMARY"

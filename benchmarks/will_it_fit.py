@@ -2,8 +2,8 @@
 
     python benchmarks/will_it_fit.py [--out benchmarks/results] [--png docs/will_it_fit.png]
 
-Needs no GPU; about a quarter of an hour on one core. Forecasts, not measurements: `benchmarks/a100_1024.py` sets them beside
-what a GPU measures.
+Needs no GPU; about a quarter of an hour on one core. Forecasts, not measurements: `benchmarks/a100_1024.py` sets them
+beside what a GPU measures.
 """
 
 import argparse

@@ -72,6 +72,10 @@ def test_published_schedule_and_the_other_recipe():
 def test_levels_that_differ_by_block():
     workload = Workload(architecture=shorter("sana-1.6b"), batch=2, lora_rank=8)
     both(workload, MemoryPreset("mixed", ("input",) * 1 + ("products",) * 5))
+
+
+@pytest.mark.slow
+def test_levels_that_differ_across_lists():
     flux = Workload(architecture=shorter("flux.1"), batch=2, lora_rank=8)
     both(flux, MemoryPreset("mixed", ("attention",) * 8 + ("input",) * 4))
 

@@ -1,7 +1,8 @@
 """`simulate()`: a planned step on the meta device, followed storage by storage."""
 
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -72,6 +73,7 @@ class StepSimulation:
         cond, uncond = (random_condition(self.student, n, self.workload.tokens) for n in (len(draws.t), 1))
         self._live = LiveStorages(workspace, self._cost)
         with ExitStack() as stack:
+            stack.enter_context(_no_collections())
             stack.callback(self._release)
             self._attach(stack)
             for context in (fused_attention(), self._autocast, self._live):
@@ -175,6 +177,19 @@ def mark_block(stack: ExitStack, mark: Callable[[str, str], None], name: str, bl
 
     stack.callback(block.register_forward_pre_hook(before).remove)
     stack.callback(block.register_forward_hook(after).remove)
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Keeps Python from collecting cycles, whose time depends on all that has run before."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _restore_forward(network: nn.Module, before: Any) -> None:

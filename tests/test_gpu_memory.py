@@ -1,0 +1,41 @@
+"""The planner beside `torch.cuda.max_memory_allocated`: within 5 %, each configuration in a process of its own."""
+
+import memory_section
+import pytest
+import torch
+from memory_run import MEASURED, Configuration
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+WHOLE_GB = 90.0  # of a card on which all of Qwen-Image runs at 84.5
+
+
+def found(configuration: Configuration) -> tuple[float, float]:
+    """Planned and measured bytes."""
+    forecast = memory_section.planned([configuration])[configuration.run]
+    result = memory_section.measured(configuration, CUDA, 2, 500.0)
+    assert result["outcome"] == MEASURED, result
+    assert result["finite"]
+    return forecast.peak, result["peak_bytes"]
+
+
+@pytest.mark.parametrize("depth", [4, 6])
+@pytest.mark.parametrize("run", ["rows", "80gb", "attention", "checkpoint", "published"])
+def test_some_blocks_at_full_width(run, depth):
+    planned, measured = found(Configuration("qwen-image", run, depth=depth))
+    assert planned == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("run", ["80gb", "checkpoint"])
+def test_the_whole_model(run):
+    if torch.cuda.get_device_properties(0).total_memory < WHOLE_GB * 1e9 and run == "80gb":
+        pytest.skip(f"a card of less than {WHOLE_GB:g} GB")
+    planned, measured = found(Configuration("qwen-image", run, cap_gb=84.5))
+    assert planned == pytest.approx(measured, rel=0.05)
+    assert measured <= {"80gb": 75e9, "checkpoint": 57e9}[run]
+
+
+def test_sd35_large_on_a_24_gb_card():
+    planned, measured = found(Configuration("sd3.5-large", "checkpoint", cap_gb=25.0))
+    assert planned == pytest.approx(measured, rel=0.05)
+    assert measured <= 22e9
