@@ -69,7 +69,8 @@ def stem(asked: argparse.Namespace, device: torch.device) -> Path:
     """Path of the written files without their endings."""
     done = [name for name in SECTIONS if name not in asked.skip]
     parts = ["a100_1024", environment.device_slug(device), *(asked.model or [])]
-    parts += [f"depth{asked.depth}"] * (asked.depth is not None) + [f"cap{asked.cap_gb:g}"] * (asked.cap_gb is not None)
+    limits = {"depth": asked.depth, "cap": asked.cap_gb}
+    parts += [f"{name}{value:g}" for name, value in limits.items() if value is not None]
     return asked.out / "_".join(parts + (done if len(done) == 1 else [])).replace(".", "_")
 
 

@@ -44,6 +44,8 @@ def training() -> str:
     """The training step's table, one per device."""
     parts = []
     for _, report in _load("a100_1024_*.json"):
+        if "training" not in report:  # a run of other sections
+            continue
         caption = _caption(report["machine"], "python benchmarks/a100_1024.py")
         notice = f"\n\n{report['notice']}" if report["notice"] else ""
         parts.append(f"{caption}{notice}\n\n{training_table(report['training'])}")

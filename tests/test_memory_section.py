@@ -1,6 +1,12 @@
 """The benchmark's section memory: its lines, and what becomes of a run that fails."""
 
+import json
+import sys
+
+import a100_1024
+import memory_run
 import memory_section
+import networks
 import pytest
 import torch
 from memory_run import MEASURED, Configuration
@@ -36,3 +42,28 @@ def test_real_models_are_planned_only(tmp_path):
     assert "sana-0.6b" in text and f"{checkpoint['planned_bytes'] / 1e9:.1f}" in text
     memory_picture(lines, tmp_path / "memory.png")
     assert (tmp_path / "memory.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    "more, ending", [([], "_memory"), (["--depth", "2", "--cap-gb", "12.5"], "_depth2_cap12_5_memory")]
+)
+def test_the_files_of_a_run(more, ending, monkeypatch, tmp_path):
+    arguments = ["--skip", "kernels", "training", "inference", "--presets", "checkpoint", "--out", str(tmp_path)]
+    monkeypatch.setattr(a100_1024, "PLANNED_ON_CPU", ("sana-0.6b",))
+    monkeypatch.setattr(sys, "argv", ["a100_1024.py", "--device", "cpu", *arguments, *more])
+    a100_1024.main()
+    (path,) = tmp_path.glob("*.json")
+    assert path.stem.endswith(ending) and path.with_suffix(".png").exists()
+    assert json.loads(path.read_text())["memory"][0]["outcome"] == memory_section.PLANNED_ONLY
+    assert "| checkpoint |" in path.with_suffix(".md").read_text()
+
+
+def test_out_of_memory_is_an_outcome(monkeypatch, capsys):
+    def build(*arguments, **settings):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+    monkeypatch.setattr(networks, "build", build)
+    monkeypatch.setattr(sys, "argv", ["memory_run.py", "--model", "tiny-sana", "--run", "rows", "--device", "cpu"])
+    memory_run.main()
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"outcome": "out of memory", "message": "CUDA out of memory. Tried to allocate 2 GiB."}
