@@ -9,6 +9,7 @@ a markdown table and pictures. A run of one section, or at a depth or a cap, has
 """
 
 import argparse
+import gc
 import json
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ import networks
 import torch
 from inference import measure_inference
 from kernels_section import measure_kernels
+from memory_run import cap
 from report import markdown, memory_picture, picture
 from training_step import RECIPES, measure_training
 
@@ -43,11 +45,11 @@ def options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, help="training steps measured per schedule")
     parser.add_argument("--skip", nargs="*", default=[], choices=SECTIONS)
     parser.add_argument("--out", type=Path, default=environment.ROOT / "benchmarks" / "results")
-    memory = parser.add_argument_group("memory")
-    memory.add_argument("--depth", type=int, metavar="N", help="blocks of the models (default: all)")
-    memory.add_argument(
+    parser.add_argument("--depth", type=int, metavar="N", help="blocks of the models (default: all)")
+    parser.add_argument(
         "--cap-gb", type=float, metavar="G", help="GB (1e9 bytes) beyond which the allocator refuses; adds `auto`"
     )
+    memory = parser.add_argument_group("memory")
     memory.add_argument("--presets", nargs="+", choices=memory_section.RUNS, default=memory_section.RUNS)
     memory.add_argument("--recipes", nargs="+", choices=RECIPES, help="default: both; planned only: partition")
     return parser.parse_args()
@@ -63,6 +65,22 @@ def measure_memory(asked: argparse.Namespace, device: torch.device) -> list[dict
         runs=tuple(asked.presets), depth=asked.depth, cap_gb=asked.cap_gb, steps=asked.steps,
     )  # fmt: skip
     return memory_section.measure_memory(what, device)
+
+
+def by_model(
+    measure: Callable[[str], list[dict[str, Any]]], models: list[str], device: torch.device, left_out: list[str]
+) -> list[dict[str, Any]]:
+    """The lines of every model; those that do not fit in memory are named in `left_out`."""
+    lines = []
+    for model in models:
+        try:
+            lines += measure(model)
+        except torch.OutOfMemoryError:
+            left_out.append(model)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return lines
 
 
 def stem(asked: argparse.Namespace, device: torch.device) -> Path:
@@ -104,16 +122,25 @@ def main() -> None:
         "machine": environment.describe(device), "models": models, "dtype": str(dtype).removeprefix("torch."),
         "notice": None if device.type == "cuda" else CPU_NOTICE,
     }  # fmt: skip
+    cap(device, asked.cap_gb)
+    left_out: dict[str, list[str]] = {"training": [], "inference": []}
+
+    def training(model: str) -> list[dict[str, Any]]:
+        return measure_training(model, device, dtype, batches, asked.steps, asked.depth)
+
     sections: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "kernels": lambda: measure_kernels(device),
-        "training": lambda: [x for m in models for x in measure_training(m, device, dtype, batches, asked.steps)],
+        "training": lambda: by_model(training, models, device, left_out["training"]),
         "memory": lambda: measure_memory(asked, device),
-        "inference": lambda: [x for m in models for x in measure_inference(m, device, dtype)],
+        "inference": lambda: by_model(
+            lambda model: measure_inference(model, device, dtype, asked.depth), models, device, left_out["inference"]
+        ),
     }
     for name in SECTIONS:
         if name not in asked.skip:
             print(f"{name} ...", flush=True)
             report[name] = sections[name]()
+    report["out_of_memory"] = {name: models for name, models in left_out.items() if models}
     report["seconds"] = time.perf_counter() - start
     write(report, stem(asked, device))
 

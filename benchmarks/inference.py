@@ -28,12 +28,14 @@ def _seconds(student: Any, z: torch.Tensor, cond: dict, steps: int, repeats: int
     return statistics.median(times)
 
 
-def measure_inference(model: str, device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
+def measure_inference(
+    model: str, device: torch.device, dtype: torch.dtype, depth: int | None = None
+) -> list[dict[str, Any]]:
     """A line per number of steps: samples per second at batch 10, seconds at batch 1, sampler seconds at batch 1.
 
     The sampler's own cost is the time of the same walk with a network that returns at once.
     """
-    student = networks.build(model, device, dtype).eval()
+    student = networks.build(model, device, dtype, depth).eval()
     many, cond_many, _ = networks.random_batch(model, student, 10, device, dtype)
     one, cond_one, _ = networks.random_batch(model, student, 1, device, dtype)
     lines = []

@@ -125,7 +125,8 @@ def _autocast(network: nn.Module, device: torch.device) -> None:
     network.forward = torch.autocast(device.type, torch.bfloat16)(network.forward)  # type: ignore[method-assign]
 
 
-def _cap(device: torch.device, cap_gb: float | None) -> None:
+def cap(device: torch.device, cap_gb: float | None) -> None:
+    """Makes the allocator refuse more than that, GB (1e9 bytes), in this process."""
     if cap_gb is None or device.type != "cuda":
         return
     total = torch.cuda.get_device_properties(device).total_memory
@@ -158,7 +159,7 @@ def measure(configuration: Configuration, device: torch.device, steps: int, warm
     On a CPU the peak is what tensors take before a step and what the step adds; None where activations are offloaded,
     as they move to the same memory.
     """
-    _cap(device, configuration.cap_gb)
+    cap(device, configuration.cap_gb)
     training = Training(configuration, device)
     for k in range(warm_up):
         training.step(k)

@@ -117,6 +117,8 @@ def markdown(report: dict[str, Any]) -> str:
     for name, make in tables.items():
         if name in report:
             parts += [f"## {name.capitalize()}", *_NOTES.get(name, []), make(report[name])]
+            if name in report.get("out_of_memory", {}):
+                parts.append(f"Out of memory: {', '.join(report['out_of_memory'][name])}.")
     return "\n\n".join(parts) + "\n"
 
 

@@ -111,10 +111,10 @@ def measure_contest(
 
 
 def measure_training(
-    model: str, device: torch.device, dtype: torch.dtype, batches: list[int], steps: int
+    model: str, device: torch.device, dtype: torch.dtype, batches: list[int], steps: int, depth: int | None = None
 ) -> list[dict[str, Any]]:
     """Every recipe at every batch; a line per schedule, without times where it does not fit in memory."""
-    student = networks.build(model, device, dtype)
+    student = networks.build(model, device, dtype, depth)
     teacher = EMATeacher(student, 0.99)
     lines = []
     # In bf16 a call's rounding depends on its batch, and 1 / delta amplifies it before the clamp.

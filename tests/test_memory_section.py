@@ -25,7 +25,7 @@ def test_a_run_in_a_process_of_its_own():
 
 @pytest.mark.parametrize(
     "run, limit_s, outcome",
-    [("90gb", 300.0, "failed: ValueError: memory: preset must be auto or 80gb"), ("80gb", 0.01, "over 0.01 s")],
+    [("90gb", 300.0, "failed: ValueError: apply_memory: preset must be auto or 80gb"), ("80gb", 0.01, "over 0.01 s")],
 )
 def test_what_goes_wrong_is_an_outcome(run, limit_s, outcome):
     assert measured(Configuration("tiny-qwen-image", run), CPU, 1, limit_s)["outcome"].startswith(outcome)
@@ -67,3 +67,25 @@ def test_out_of_memory_is_an_outcome(monkeypatch, capsys):
     memory_run.main()
     found = json.loads(capsys.readouterr().out)
     assert found == {"outcome": "out of memory", "message": "CUDA out of memory. Tried to allocate 2 GiB."}
+
+
+def test_a_model_that_does_not_fit_is_named(monkeypatch, tmp_path):
+    """The first network is too large; the run goes on with the second, of one block, and says so."""
+    real = networks.build
+
+    def build(name, *arguments, **settings):
+        if name == "tiny-sana":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        student = real(name, *arguments, **settings)
+        assert len(student.network.transformer_blocks) == 1
+        return student
+
+    monkeypatch.setattr(networks, "build", build)
+    arguments = ["--model", "tiny-sana", "tiny-sd3", "--skip", "kernels", "training", "memory", "--depth", "1"]
+    monkeypatch.setattr(sys, "argv", ["a100_1024.py", "--device", "cpu", *arguments, "--out", str(tmp_path)])
+    a100_1024.main()
+    (path,) = tmp_path.glob("*.json")
+    report = json.loads(path.read_text())
+    assert report["out_of_memory"] == {"inference": ["tiny-sana"]}
+    assert {line["model"] for line in report["inference"]} == {"tiny-sd3"}
+    assert "Out of memory: tiny-sana." in path.with_suffix(".md").read_text()

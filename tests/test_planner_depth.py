@@ -32,7 +32,7 @@ def both(workload: Workload, preset: MemoryPreset, schedule: str = "planned") ->
     """Asserts that three blocks of a kind give what all blocks give."""
     gpu = GPUS["a100-80gb"]
     few = Planner(workload, gpu).forecast(preset, schedule)
-    every = Planner(workload, gpu, blocks=None).forecast(preset, schedule)
+    every = Planner(workload, gpu, whole=True).forecast(preset, schedule)
     assert few.peak == every.peak, f"{few.bytes} against {every.bytes}"
     assert few.bytes == every.bytes
     assert few.cost.flops == pytest.approx(every.cost.flops, rel=1e-9)
@@ -85,7 +85,7 @@ def test_an_offloads_window_is_within_what_is_added_for_it():
     workload = Workload(architecture=shorter("qwen-image"), batch=2, lora_rank=8)
     preset = MemoryPreset("small window", "input", 1, offload_gb=0.3)
     window = window_bytes(300_000_000)
-    reduction = reduce(workload.architecture, preset, None)
+    reduction = reduce(workload.architecture, preset, whole=True)
     student = meta_student(workload, reduction.architecture)
     run = StepSimulation(workload, preset, student, meta_teacher(student), reduction, window=window)
     run.run(worst_draws(workload, 2))

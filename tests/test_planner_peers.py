@@ -56,7 +56,7 @@ SLOW = [
 @pytest.mark.parametrize("name, full", [("sana-1.6b", True), *SLOW])
 def test_three_blocks_stand_for_all(name, full):
     workload = short(name, full=full)
-    few, every = (peer_forecasts(workload, GPUS["a100-80gb"], blocks) for blocks in (3, None))
+    few, every = (peer_forecasts(workload, GPUS["a100-80gb"], whole) for whole in (False, True))
     assert [forecast.label for forecast in few] == LABELS
     for one, other in zip(few, every, strict=True):
         assert one.bytes == other.bytes, one.label

@@ -1,7 +1,7 @@
 """`FollowingLinear`: float32 adapter weights that compute in the dtype of what they are given, as under autocast.
 
 peft casts an adapter layer's input to the weights' dtype instead. On a bf16 base that is a float32 copy of every input,
-kept for backward, and float32 matrix products, which cost a GPU 8 to 16 times a bf16 one.
+kept for backward, and float32 matrix products: by its data sheet an A100 does 19.5 TFLOP/s of them, and 312 in bf16.
 """
 
 import torch

@@ -59,18 +59,21 @@ def apply_memory(
         What was applied.
 
     Raises:
+        TypeError: student is no module, or preset neither a name nor a MemoryPreset.
         ValueError: an unknown preset, no preset fits, gradient checkpointing is on already, or the host has too little
             memory for what is to be offloaded.
     """
     module = unwrap(student)
-    assert isinstance(module, nn.Module)
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"apply_memory: student must be an nn.Module, got {type(module).__name__}")
+    if not isinstance(preset, (str, MemoryPreset)):
+        raise TypeError(f"apply_memory: preset must be a name or a MemoryPreset, got {type(preset).__name__}")
     if preset == "auto":
         preset = _chosen(module, memory_gb, workload)
     elif workload or memory_gb is not None:
         given = ", ".join([*workload, *(["memory_gb"] if memory_gb is not None else [])])
         raise ValueError(f"apply_memory: {given} must be left out where preset is not 'auto', got preset {preset!r}")
     chosen = preset_of(preset) if isinstance(preset, str) else preset
-    assert isinstance(chosen, MemoryPreset)
     removals: list[Callable[[], None]] = []
     try:
         if chosen.saved != "all":

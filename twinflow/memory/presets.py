@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from twinflow.nearest import nearest
+from twinflow.nearest import lookup
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,4 @@ def preset_of(name: str) -> MemoryPreset:
     Raises:
         ValueError: unknown; the message has the nearest names.
     """
-    if name not in PRESETS:
-        raise ValueError(f"memory: preset must be auto or {nearest(name, PRESETS)}, got {name!r}")
-    return PRESETS[name]
+    return lookup(PRESETS, name, "apply_memory: preset", also="auto or ")

@@ -7,7 +7,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from twinflow.nearest import nearest
+from twinflow.nearest import lookup
 
 # diffusers' class -> setting that counts its blocks, and the list that holds them, in order of execution
 LISTS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -94,9 +94,7 @@ def architecture_of(name: str) -> Architecture:
     Raises:
         ValueError: unknown; the message has the nearest names.
     """
-    if name not in architectures():
-        raise ValueError(f"plan: model must be {nearest(name, architectures())}, got {name!r}")
-    return architectures()[name]
+    return lookup(architectures(), name, "plan: model")
 
 
 @cache

@@ -12,7 +12,7 @@ from twinflow.memory.planner.forecast import Forecast
 from twinflow.memory.planner.gpus import GPU
 from twinflow.memory.planner.live import LiveStorages
 from twinflow.memory.planner.meta_student import META, meta_student, meta_teacher
-from twinflow.memory.planner.reduction import KEPT, Reduction, reduce
+from twinflow.memory.planner.reduction import Reduction, reduce
 from twinflow.memory.planner.simulation import StepSimulation, worst_draws
 from twinflow.memory.planner.standing import Standing, standing
 from twinflow.memory.planner.timeline import splice
@@ -40,11 +40,11 @@ class Planner:
     Args:
         workload: what is trained.
         gpu: the card whose speed times are for; None: no times.
-        blocks: how many blocks of each kind are run; None: all of them, minutes instead of seconds for the same result.
+        whole: run every block instead of three of each kind: minutes instead of seconds, for the same result.
     """
 
-    def __init__(self, workload: Workload, gpu: GPU | None = None, blocks: int | None = KEPT) -> None:
-        self.workload, self._gpu, self._blocks = workload, gpu, blocks
+    def __init__(self, workload: Workload, gpu: GPU | None = None, whole: bool = False) -> None:
+        self.workload, self._gpu, self._whole = workload, gpu, whole
         self._models: dict[tuple, _Model] = {}
 
     def forecast(self, preset: MemoryPreset, schedule: str = "planned") -> Forecast:
@@ -89,13 +89,13 @@ class Planner:
         """The small model; presets whose blocks are all alike share one."""
         key = () if isinstance(preset.saved, str) else preset.saved
         if key not in self._models:
-            reduction = reduce(self.workload.architecture, preset, self._blocks)
+            reduction = reduce(self.workload.architecture, preset, self._whole)
             student = meta_student(self.workload, reduction.architecture)
             teacher = meta_teacher(student)
             held = standing(student, teacher, self.workload.optimizer, reduction)
             self._models = {key: _Model(reduction, student, teacher, held)}
         model = self._models[key]
-        return replace(model, reduction=reduce(self.workload.architecture, preset, self._blocks))
+        return replace(model, reduction=reduce(self.workload.architecture, preset, self._whole))
 
     def _resident(self, rows: int, preset: MemoryPreset) -> int:
         """Bytes of the step's own tensors when the last piece goes backward, with a network that holds nothing."""

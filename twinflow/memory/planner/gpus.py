@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from twinflow.nearest import nearest
+from twinflow.nearest import lookup
 
 CONTEXT_BYTES = 500_000_000  # CUDA's context and loaded kernels, outside the allocator
 
@@ -45,6 +45,4 @@ def gpu_of(name: str) -> GPU:
     Raises:
         ValueError: unknown; the message has the nearest names.
     """
-    if name not in GPUS:
-        raise ValueError(f"plan: gpu must be {nearest(name, GPUS)}, got {name!r}; or give memory_gb")
-    return GPUS[name]
+    return lookup(GPUS, name, "plan: gpu", hint="; or give memory_gb")

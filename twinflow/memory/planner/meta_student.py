@@ -86,13 +86,10 @@ def as_trained(network: FlowModel, workload: Workload, conditioning: str | None)
 
 def quantise(network: FlowModel, base: str) -> None:
     """Every frozen linear layer inside the repeated blocks holds packed weights, where the base has them."""
-    if base in ("int8", "nf4"):
-        _quantise(network, 8 if base == "int8" else NF4_BITS)
-
-
-def _quantise(student: FlowModel, bits: float) -> None:
-    """Every frozen linear layer inside the repeated blocks holds packed weights."""
-    for block in repeated_blocks(student.network).values():
+    if base not in ("int8", "nf4"):
+        return
+    bits = 8 if base == "int8" else NF4_BITS
+    for block in repeated_blocks(network.network).values():
         for layer in block.modules():
             if type(layer) is nn.Linear and not layer.weight.requires_grad:
                 scales = 2 * layer.out_features if bits == 8 else 0

@@ -13,7 +13,7 @@ from twinflow.memory.planner.gpus import GPU
 from twinflow.memory.planner.meta_student import as_trained, meta_network
 from twinflow.memory.planner.peer_networks import PeerRun, frozen_copy, width_of
 from twinflow.memory.planner.peer_steps import Heads, dmd2_step, sana_sprint_step
-from twinflow.memory.planner.reduction import KEPT, Reduction, reduce
+from twinflow.memory.planner.reduction import Reduction, reduce
 from twinflow.memory.planner.standing import standing
 from twinflow.memory.planner.timeline import Peak, splice
 from twinflow.memory.planner.workload import Workload
@@ -34,7 +34,7 @@ class _Peer:
         return [*self.networks.values(), *([] if self.heads is None else [self.heads])]
 
 
-def peer_forecasts(workload: Workload, gpu: GPU | None = None, blocks: int | None = KEPT) -> list[Forecast]:
+def peer_forecasts(workload: Workload, gpu: GPU | None = None, whole: bool = False) -> list[Forecast]:
     """Forecasts of what a user would otherwise run: the whole batch at once, every block checkpointed.
 
     - `published schedule`: TwinFlow by the published code's calls, its text encoders resident.
@@ -50,7 +50,7 @@ def peer_forecasts(workload: Workload, gpu: GPU | None = None, blocks: int | Non
     Args:
         workload: what is trained.
         gpu: the card whose speed times are for; None: no times.
-        blocks: how many blocks of each kind are run; None: all of them.
+        whole: run every block instead of three of each kind.
 
     Returns:
         Labelled forecasts in this order; of a quantised base without `sana-sprint`, as products with it have no
@@ -58,8 +58,8 @@ def peer_forecasts(workload: Workload, gpu: GPU | None = None, blocks: int | Non
 
     Source: TwinFlow (arXiv 2512.05150), DMD2 (arXiv 2405.14867), SANA-Sprint (arXiv 2503.09641).
     """
-    reduction = reduce(workload.architecture, WHOLE_BATCH, blocks)
-    published = Planner(workload, gpu, blocks).forecast(WHOLE_BATCH, "published")
+    reduction = reduce(workload.architecture, WHOLE_BATCH, whole)
+    published = Planner(workload, gpu, whole).forecast(WHOLE_BATCH, "published")
     encoders = {"encoders": int(workload.architecture.text_encoder_gb * 1e9)}
     found = [replace(published, label="published schedule", bytes={**published.bytes, **encoders})]
     makers = [_dmd2] if workload.base in ("int8", "nf4") else [_dmd2, _sana_sprint]

@@ -8,8 +8,6 @@ from twinflow.memory.planner.architectures import Architecture, Block
 from twinflow.memory.planner.timeline import Repeat
 from twinflow.memory.presets import MemoryPreset
 
-KEPT = 3  # first, middle and last of a run of blocks that are alike
-
 
 @dataclass(frozen=True)
 class Reduction:
@@ -31,13 +29,13 @@ class Reduction:
         return next(found, 1)
 
 
-def reduce(architecture: Architecture, preset: MemoryPreset, kept: int | None = KEPT) -> Reduction:
-    """Shortens every run of blocks that are alike and keep alike.
+def reduce(architecture: Architecture, preset: MemoryPreset, whole: bool = False) -> Reduction:
+    """Shortens every run of blocks that are alike and keep alike to its first, a middle one and its last.
 
     Args:
         architecture: of the whole model.
         preset: what its blocks keep.
-        kept: blocks of each run; None: all.
+        whole: leave it as it is.
 
     Raises:
         ValueError: the preset has levels for another number of blocks.
@@ -51,7 +49,7 @@ def reduce(architecture: Architecture, preset: MemoryPreset, kept: int | None = 
     repeats: dict[str, Repeat] = {}
     counts: dict[str, int] = {}
     for level, run in _runs(blocks, given):
-        few = run if kept is None else run[:1] + run[1:2] * (len(run) > 2) + run[-1:] * (len(run) > 1)
+        few = run if whole else run[:1] + run[1:2] * (len(run) > 2) + run[-1:] * (len(run) > 1)
         for position, block in enumerate(few):
             name = f"{block.place}.{counts.get(block.place, 0)}"
             counts[block.place] = counts.get(block.place, 0) + 1

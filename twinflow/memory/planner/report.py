@@ -79,5 +79,6 @@ def as_json(found: list[Forecast], best: Forecast | None) -> dict[str, Any]:
             }
             for forecast in found
         ],
+        "context_bytes": CONTEXT_BYTES,
         "parts": {part: SAYS[part] for part in PARTS},
     }

@@ -1,4 +1,4 @@
-"""`simulate()`: a planned step on the meta device, followed storage by storage."""
+"""`StepSimulation`: a planned step on the meta device, followed storage by storage."""
 
 import gc
 from collections.abc import Callable, Iterator
