@@ -1,4 +1,4 @@
-"""Runs the lanes of `make test` one after another, all of them, and adds up what they report.
+"""Runs the lanes of `make test`, all of them, and adds up what they report.
 
     python tests/run_lanes.py [--slow] [--only NAME ...]
 
@@ -14,22 +14,33 @@ import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
+from typing import TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = ROOT / "build" / "lanes"
 SANITIZED = ROOT / "build" / "sanitize"
 PYTEST = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider"]  # -P: not the checkout before PYTHONPATH
+# A half of the CPU tests by time; one thread each, as OpenMP's threads of two processes wait for each other's cores.
+MEMORY = ["adapter_dtype", "cli", "memory_*", "offload*", "pinned_pool", "planner*", "recompute*"]
+ALONE = {"OMP_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)
 class Lane:
-    """Commands run in order until one fails; `{report}` becomes the path of the junit file that pytest writes."""
+    """Commands run in order until one fails; `{report}` becomes the path of the junit file that pytest writes.
+
+    Lanes of one group that stand together run at the same time; their output comes when they are done.
+    """
 
     name: str
     commands: list[list[str]]
     environment: dict[str, str] = field(default_factory=dict)
+    group: str = ""
 
 
 @dataclass
@@ -40,9 +51,11 @@ class Result:
     seconds: float = 0.0
 
 
-def pytest_lane(name: str, paths: list[str], marks: str, slow: bool, environment: dict[str, str] | None = None) -> Lane:
+def pytest_lane(
+    name: str, paths: list[str], marks: str, slow: bool, environment: dict[str, str] | None = None, group: str = ""
+) -> Lane:
     chosen = marks if slow else f"({marks}) and not slow"
-    return Lane(name, [[*PYTEST, *paths, "-m", chosen, "--junitxml={report}"]], environment or {})
+    return Lane(name, [[*PYTEST, *paths, "-m", chosen, "--junitxml={report}"]], environment or {}, group)
 
 
 def sanitizer_lane(slow: bool) -> Lane:
@@ -77,10 +90,13 @@ def has_cuda() -> bool:
 
 def lanes(slow: bool) -> list[Lane]:
     """What `make test` runs on this machine."""
+    memory = sorted(str(p.relative_to(ROOT)) for name in MEMORY for p in ROOT.glob(f"tests/test_{name}.py"))
+    others = ["tests", *(f"--ignore={path}" for path in memory)]
     found = [
         Lane("lint", [[sys.executable, "-m", "ruff", "check", "."]]),
         Lane("types", [[sys.executable, "-m", "mypy"]]),
-        pytest_lane("cpu", ["tests"], "not aot and not gpu", slow),
+        pytest_lane("cpu", others, "not aot and not gpu", slow, ALONE, "halves"),
+        pytest_lane("memory", memory, "not aot and not gpu", slow, ALONE, "halves"),
         pytest_lane("interpreter", ["tests/kernels"], "not aot and not gpu", slow, {"TRITON_INTERPRET": "1"}),
         pytest_lane("ahead of time", ["tests/kernels/test_aot.py"], "aot", slow),
         sanitizer_lane(slow),
@@ -105,20 +121,45 @@ def read_report(path: Path) -> Result:
     return result
 
 
-def run(lane: Lane) -> Result:
-    """Runs one lane; a command that fails without a failed test in the report is a failure of its own."""
+def run_together(lanes: list[Lane]) -> list[Result]:
+    """Runs lanes at the same time, and shows the output of each when all are done."""
+    if len(lanes) == 1:
+        return [run(lanes[0])]
+    print(f"\nat the same time: {', '.join(lane.name for lane in lanes)}", flush=True)
+    logs = [REPORTS / f"{lane.name.replace(' ', '_')}.log" for lane in lanes]
+    with ThreadPoolExecutor(len(lanes)) as pool:
+        results = list(pool.map(run, lanes, logs))
+    for lane, log in zip(lanes, logs, strict=True):
+        print(f"\n== {lane.name} ==\n{log.read_text()}", flush=True)
+    return results
+
+
+def run(lane: Lane, log: Path | None = None) -> Result:
+    """Runs one lane; a command that fails without a failed test in the report is a failure of its own.
+
+    Args:
+        lane: the lane.
+        log: where its output goes; None: to the terminal.
+    """
     report = REPORTS / f"{lane.name.replace(' ', '_')}.xml"
     report.unlink(missing_ok=True)
-    print(f"\n== {lane.name} ==", flush=True)
+    if log is None:
+        print(f"\n== {lane.name} ==", flush=True)
+    with nullcontext() if log is None else log.open("w") as out:
+        return _run(lane, report, out)
+
+
+def _run(lane: Lane, report: Path, out: TextIO | None) -> Result:
     start, status = time.perf_counter(), 0
     for command in lane.commands:
         command = [part.replace("{report}", str(report)) for part in command]
-        status = subprocess.run(command, cwd=ROOT, env={**os.environ, **lane.environment}).returncode
+        environment = {**os.environ, **lane.environment}
+        status = subprocess.run(command, cwd=ROOT, env=environment, stdout=out, stderr=out).returncode
         if status:
             break
     result = read_report(report) if report.exists() else Result(passed=int(status == 0))
     if status and not result.failed:
-        print(f"{lane.name}: exit status {status}")
+        print(f"{lane.name}: exit status {status}", file=out)
         result.failed = 1
     result.seconds = time.perf_counter() - start
     return result
@@ -134,7 +175,10 @@ def main() -> int:
     chosen = [lane for lane in lanes(options.slow) if not options.only or lane.name in options.only]
     if not chosen:
         parser.error(f"--only must name lanes among {', '.join(lane.name for lane in lanes(options.slow))}")
-    results = {lane.name: run(lane) for lane in chosen}
+    results: dict[str, Result] = {}
+    for _, group in groupby(chosen, key=lambda lane: lane.group or lane.name):
+        together = list(group)
+        results |= zip([lane.name for lane in together], run_together(together), strict=True)
     reasons: Counter[str] = sum((result.skipped for result in results.values()), Counter())
     print("\nlane             passed  failed  skipped  seconds")
     for name, r in results.items():

@@ -68,3 +68,27 @@ def test_the_total_is_the_sum_and_decides_the_status(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["run_lanes.py", "--only", "a", "c"])
     assert run_lanes.main() == 0
     assert capsys.readouterr().out.splitlines()[-1] == "2 passed, 0 failed, 0 skipped"
+
+
+def test_lanes_of_a_group_run_at_the_same_time(monkeypatch, capfd, reports):
+    """Each waits for the other's file: one after the other they would wait in vain."""
+    wait = (
+        "import pathlib, sys, time; me, other = sys.argv[1:]; pathlib.Path(me).touch(); end = time.time() + 20\n"
+        "while not pathlib.Path(other).exists() and time.time() < end: time.sleep(0.01)\n"
+        "print('met' if pathlib.Path(other).exists() else 'alone'); sys.exit(me.endswith('b'))"
+    )
+    a, b = str(reports / "a"), str(reports / "b")
+    lanes = [Lane("a", [[*python(wait), a, b]], group="pair"), Lane("b", [[*python(wait), b, a]], group="pair")]
+    monkeypatch.setattr(run_lanes, "lanes", lambda slow: [*lanes, Lane("c", [python("pass")])])
+    monkeypatch.setattr(sys, "argv", ["run_lanes.py"])
+    assert run_lanes.main() == 1
+    shown = capfd.readouterr().out
+    assert "== a ==\nmet" in shown and "== b ==\nmet" in shown and "b: exit status 1" in shown
+    assert shown.splitlines()[-1] == "2 passed, 1 failed, 0 skipped"
+
+
+def test_every_cpu_test_is_in_one_of_the_halves():
+    cpu, memory = (next(lane for lane in run_lanes.lanes(False) if lane.name == name) for name in ("cpu", "memory"))
+    chosen = {part for part in memory.commands[0] if part.startswith("tests/")}
+    left_out = {part.removeprefix("--ignore=") for part in cpu.commands[0] if part.startswith("--ignore=")}
+    assert chosen == left_out and len(chosen) > 10 and "tests" in cpu.commands[0]
