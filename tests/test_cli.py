@@ -32,6 +32,17 @@ def test_a_plan_as_table_picture_and_json(tmp_path, capsys, monkeypatch):
     assert height > 300 and width > 900
 
 
+def test_every_number_shows_on_a_narrow_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([*FAST, "--full", "--gpu", "h200"]) == 0
+    shown = capsys.readouterr().out
+    assert "…" not in shown and max(map(len, shown.splitlines())) <= 80
+    (line,) = [line for line in shown.splitlines() if line.strip().startswith("checkpoint-offload")]
+    peak, *parts = [float(number) for number in line.split()[1:6]]
+    assert peak == pytest.approx(sum(parts), abs=0.3) and line.split()[6] == "yes"
+    assert "Training: adapters, optimizer states, EMA and gradients." in shown
+
+
 def test_json_to_the_terminal_is_json_alone(capsys):
     assert main([*FAST, "--full", "--batch", "1", "--json", "-"]) == 0
     out = capsys.readouterr().out

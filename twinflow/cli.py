@@ -112,8 +112,8 @@ def _plan(options: argparse.Namespace) -> int:
     found += _peers(options, workload)
     to_terminal = options.json is not None and str(options.json) == "-"
     console = Console(stderr=to_terminal)
-    console.print(table(found, usable, best))
-    for line in notes(usable, gpu.name if options.memory_gb is None else "the budget"):
+    console.print(table(found, usable, best, console.width))
+    for line in notes(usable, gpu.name if options.memory_gb is None else "the budget", console.width):
         console.print(line, style="dim", highlight=False)
     _write(options, [found], [as_json(found, best)])
     if best is None:

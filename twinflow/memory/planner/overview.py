@@ -39,7 +39,9 @@ def overview(groups: list[list[Forecast]]) -> Table:
     workload = groups[0][0].workload
     height, width = workload.size
     title = f"fastest preset that fits, and its peak in GB; {width}x{height}, batch {workload.batch}"
-    shown = Table(*head(), title=title, title_justify="left", title_style="bold")
+    shown = Table(title=title, title_justify="left", title_style="bold")
+    for name in head():
+        shown.add_column(name, overflow="fold")
     for row in rows(groups):
         shown.add_row(*(f"[dim]{cell}[/dim]" if cell.startswith("no:") else cell for cell in row))
     return shown
