@@ -3,7 +3,7 @@
     python benchmarks/a100_1024.py [--model sd3.5-medium sana-1.6b ...] [--batches 4 24] [--out benchmarks/results]
 
 The networks are diffusers' own transformers with random weights. With a CUDA device they have a real model's size and
-run in bf16. Without one, tiny configurations stand in: the run shows that everything works, in under three minutes, and
+run in bf16. Without one, tiny configurations stand in: the run shows that everything works, in about three minutes, and
 its figures say nothing about a GPU; of the memory of real models it then has what the planner says. Writes a JSON file,
 a markdown table and pictures. A run of one section, or at a depth or a cap, has files of its own beside the full one's.
 """
@@ -42,7 +42,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model", nargs="+", choices=list(networks.NETWORKS), help=f"default: {', '.join(ON_CUDA)}")
     parser.add_argument("--batches", type=int, nargs="+", help="logical batch sizes (default: 4 24; planned only: 4)")
-    parser.add_argument("--steps", type=int, default=4, help="training steps measured per schedule")
+    parser.add_argument("--steps", type=int, help="training steps measured per schedule (default: 4; on a CPU 3)")
     parser.add_argument("--skip", nargs="*", default=[], choices=SECTIONS)
     parser.add_argument("--out", type=Path, default=environment.ROOT / "benchmarks" / "results")
     parser.add_argument("--depth", type=int, metavar="N", help="blocks of the models (default: all)")
@@ -52,7 +52,10 @@ def options() -> argparse.Namespace:
     memory = parser.add_argument_group("memory")
     memory.add_argument("--presets", nargs="+", choices=memory_section.RUNS, default=memory_section.RUNS)
     memory.add_argument("--recipes", nargs="+", choices=RECIPES, help="default: both; planned only: partition")
-    return parser.parse_args()
+    asked = parser.parse_args()
+    if asked.steps is None:
+        asked.steps = 3 if asked.device == "cpu" else 4
+    return asked
 
 
 def measure_memory(asked: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
