@@ -46,7 +46,7 @@ def run_step(
     due = _losses_due(run.plan)
     losses: dict[int, torch.Tensor] = {}
     terms: dict[str, torch.Tensor] = {}
-    with _student_step(run.student, run.plan), _Synchronisation(run, backward) as synchronisation:
+    with _student_step(run.student, step, backward is not None), _Synchronisation(run, backward) as synchronisation:
         try:
             for i, call in enumerate(run.plan.passes):
                 synchronisation.before(call)
@@ -120,13 +120,17 @@ class _Synchronisation:
 
 
 @contextmanager
-def _student_step(student: Student, plan: Plan) -> Iterator[None]:
-    """Tells a student that wants to know its calls in advance."""
+def _student_step(student: Student, step: Step, by_pieces: bool) -> Iterator[None]:
+    """Tells a student that wants to know its calls in advance, and rehearses them where it asks for that."""
     module = unwrap(student)
-    begin, end = getattr(module, "begin_step", None), getattr(module, "end_step", None)
+    begin, rehearsal, end = (getattr(module, name, None) for name in ("begin_step", "rehearsal", "end_step"))
     try:
         if begin is not None:
-            begin(plan)
+            begin(step.plan)
+        rehearsed = None if rehearsal is None else rehearsal(by_pieces)
+        if rehearsed is not None:
+            with rehearsed as announce:
+                step.rehearse(announce)
         yield
     finally:
         if end is not None:

@@ -1,7 +1,6 @@
 """`Step`: the tensors of one training step while its plan runs; one method per kind of network call."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,9 +10,10 @@ import torch
 from twinflow.coefficients import RowTable
 from twinflow.config import TwinFlowConfig
 from twinflow.draws import Draws
-from twinflow.interface import Student, Teacher, guidance_times, without_collectives
+from twinflow.interface import Student, Teacher, unwrap, without_collectives
 from twinflow.passes import Pass, Plan
 from twinflow.plan import time_table
+from twinflow.query import ask
 from twinflow.rng import StepRandomState
 from twinflow.rows import Rows, RowSelector, concatenate
 from twinflow_kernels import rollout_start, rollout_step_
@@ -80,6 +80,20 @@ class Step:
             return
         getattr(self, f"_{call.name}")(call, times)
 
+    def rehearse(self, announce: Callable[[Pass], None]) -> None:
+        """Makes every call of the plan with latents in the place of what is not known yet, and drops the results.
+
+        Args:
+            announce: is told each call before it is made.
+        """
+        start = 0
+        for call in self.plan.passes:
+            times = self._times[:, start : start + len(call.rows)]
+            start += len(call.rows)
+            announce(call)
+            x_t = self.select.take(self.batch.latents, call.rows)
+            ask(call, unwrap(self.student), self.teacher, x_t, times, self._condition(call))
+
     @property
     def _noise(self) -> torch.Tensor:
         return self.batch.draws.z.to(self.dtype)
@@ -121,24 +135,15 @@ class Step:
 
     def _query(self, call: Pass, x_t: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
         """One network call: the random state of its piece, its conditions, float32 times, a checked result."""
-        cond = self._condition(call)
-        x_t, t, r = x_t.to(self.batch.latents.dtype), times[0], times[1]
-        if call.name == "cfg":
-            t, r = guidance_times(self.student, t, r)
-        network: Callable[..., torch.Tensor] = self.student if call.gradient else without_collectives(self.student)
-        more = {}
-        if call.who == "teacher":
-            assert self.teacher is not None
-            network, more = self.teacher.velocity, {"query": "cfg" if call.name == "cfg" else "rollout"}
-        grad = call.gradient and torch.is_grad_enabled()
-        # Autocast would cache weights cast without a graph and hand them to the differentiated call.
-        cached = nullcontext() if grad else _no_autocast_cache()
-        with self.random.call(call.piece, call.gradient), torch.set_grad_enabled(grad), cached:
-            velocity = network(x_t, t, r, cond, **more)
+        cond, x_t = self._condition(call), x_t.to(self.batch.latents.dtype)
+        network = self.student if call.gradient else without_collectives(self.student)
+        with self.random.call(call.piece, call.gradient):
+            velocity = ask(call, network, self.teacher, x_t, times, cond)
         if not isinstance(velocity, torch.Tensor) or velocity.shape != x_t.shape or not velocity.is_floating_point():
             got = f"{velocity.dtype} {tuple(velocity.shape)}" if isinstance(velocity, torch.Tensor) else type(velocity)
             raise ValueError(f"TwinFlowLoss: {call.who} must return a floating velocity {tuple(x_t.shape)}, got {got}")
-        return velocity if grad else velocity.detach()  # a view of a parameter would start a graph
+        # Without gradient: a view of a parameter would start a graph.
+        return velocity if call.gradient and torch.is_grad_enabled() else velocity.detach()
 
     def _condition(self, call: Pass) -> Any:
         first = call.kinds.index("uncond") if "uncond" in call.kinds else len(call.rows)
@@ -237,14 +242,3 @@ class Step:
         """Drops the predictions of a piece whose loss is taken."""
         self.predictions = {key: value for key, value in self.predictions.items() if key[1] != piece}
         self.discarded.clear()
-
-
-class _no_autocast_cache:
-    """Autocast without its weight cache."""
-
-    def __enter__(self) -> None:
-        self._before = torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)
-
-    def __exit__(self, *error: object) -> None:
-        torch.set_autocast_cache_enabled(self._before)

@@ -1,5 +1,6 @@
 """`FlowModel`: the student F(x_t, t, r, cond) around an unmodified diffusers transformer."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -8,8 +9,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from twinflow.conditioning import MODES, TimeConditioning, TimeEmbedder
+from twinflow.models.modulation import Deferral, Modulation
 from twinflow.models.prompts import prompt_groups, prompt_lengths, row_index, trim
-from twinflow.passes import Plan
+from twinflow.passes import Pass, Plan
 
 CFG_TIMES = ("published", "t")
 
@@ -35,6 +37,7 @@ class FlowModel(nn.Module):
     component: ClassVar[str] = "transformer"  # its name in pipelines
     lora_targets: ClassVar[tuple[str, ...]]  # the published code's choice
     prompt_multiple: ClassVar[int] = 1  # prompts are padded to it inside the transformer
+    modulation: ClassVar[Modulation | None] = None  # None: its blocks have no layers that read the time embedding
 
     def __init__(self, transformer: nn.Module, *, conditioning: str | None = None, cfg_time: str = "published") -> None:
         super().__init__()
@@ -43,6 +46,7 @@ class FlowModel(nn.Module):
         self.transformer = transformer
         self.cfg_time = cfg_time
         self.conditioning: TimeConditioning | None = None
+        self.deferral: Deferral | None = None  # set by `twinflow.memory.defer_modulation`
         if conditioning is not None:
             self.condition(conditioning)
 
@@ -116,7 +120,9 @@ class FlowModel(nn.Module):
         if self.conditioning is not None:
             bound = self.conditioning.times(self.embedded_times(t), self.embedded_times(r))
         with bound:
-            return self.velocity(x_t, t, cond, lengths)
+            if self.deferral is None:
+                return self.velocity(x_t, t, cond, lengths)
+            return self.deferral.call(lambda: self.velocity(x_t, t, cond, lengths), x_t)
 
     def guidance_times(self, t: torch.Tensor, r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The times that a guidance query at (t, r = t) is asked with."""
@@ -125,11 +131,16 @@ class FlowModel(nn.Module):
         return t, r
 
     def begin_step(self, plan: Plan) -> None:
-        """Refuses a step whose times this model would not hear of.
+        """Refuses a step whose times this model would not hear of; begins one.
 
         Raises:
             ValueError: no conditioning where the plan asks for r != t or t < 0, or conditioning that is not trained.
         """
+        self._check_conditioned(plan)
+        if self.deferral is not None:
+            self.deferral.begin_step(plan)
+
+    def _check_conditioned(self, plan: Plan) -> None:
         if self.conditioning is None:
             if any(t != r or t < 0 for call in plan.passes for t, r in zip(call.t, call.r, strict=True)):
                 raise ValueError(
@@ -143,6 +154,28 @@ class FlowModel(nn.Module):
                 f"TwinFlowLoss: the conditioning ({', '.join(self.conditioning.names)}) must require grad, got it "
                 "frozen (peft freezes it when an adapter is added); call student.conditioning.requires_grad_()"
             )
+
+    def rehearsal(self, by_pieces: bool) -> AbstractContextManager[Callable[[Pass], None]] | None:
+        """Lets a step's calls be rehearsed where the model computes something of all of them in advance.
+
+        Inside, each call of the plan is announced, then made with any latents, in the plan's order; it returns zeros.
+
+        Args:
+            by_pieces: each piece's loss is differentiated before the next piece's.
+
+        Returns:
+            What gives the function to announce a call with; None: nothing is to be rehearsed.
+        """
+        return None if self.deferral is None else self.deferral.rehearsal(by_pieces)
+
+    def end_step(self) -> None:
+        """Forgets what was computed in advance."""
+        if self.deferral is not None:
+            self.deferral.end_step()
+
+    def modulation_layers(self) -> dict[str, nn.Module]:
+        """Name within `network` -> layer that reads the time embedding, in order of execution; none: empty."""
+        return {} if self.modulation is None else self.modulation.of(self.network)
 
     # What a family says of itself.
 

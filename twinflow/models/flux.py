@@ -6,6 +6,7 @@ import torch
 
 from twinflow.conditioning import TimeEmbedder
 from twinflow.models.base import FlowModel, rows_of
+from twinflow.models.modulation import Modulation
 from twinflow.models.packing import pack, unpack
 
 
@@ -22,6 +23,10 @@ class FluxModel(FlowModel):
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj",
         "attn.add_v_proj", "attn.to_add_out", "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj",
         "ff_context.net.2", "proj_mlp", "timestep_embedder.linear_1", "timestep_embedder.linear_2",
+    )  # fmt: skip
+    modulation = Modulation(
+        "time_text_embed", ("transformer_blocks", "single_transformer_blocks", "norm_out"),
+        ("norm1.linear", "norm1_context.linear", "norm.linear", "norm_out.linear"),
     )  # fmt: skip
 
     def time_embedder(self) -> TimeEmbedder:

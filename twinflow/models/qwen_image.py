@@ -6,6 +6,7 @@ import torch
 
 from twinflow.conditioning import TimeEmbedder
 from twinflow.models.base import FlowModel
+from twinflow.models.modulation import Modulation
 from twinflow.models.packing import pack, unpack
 from twinflow.models.prompts import host_lengths
 
@@ -23,6 +24,9 @@ class QwenImageModel(FlowModel):
         "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2",
         "timestep_embedder.linear_1", "timestep_embedder.linear_2",
     )  # fmt: skip
+    modulation = Modulation(
+        "time_text_embed", ("transformer_blocks", "norm_out"), ("img_mod.1", "txt_mod.1", "norm_out.linear")
+    )
 
     def time_embedder(self) -> TimeEmbedder:
         if self.config.zero_cond_t:

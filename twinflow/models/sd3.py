@@ -6,6 +6,7 @@ import torch
 
 from twinflow.conditioning import TimeEmbedder
 from twinflow.models.base import FlowModel
+from twinflow.models.modulation import Modulation
 
 
 class SD3Model(FlowModel):
@@ -19,6 +20,10 @@ class SD3Model(FlowModel):
     lora_targets = (
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj",
         "attn.add_v_proj", "attn.to_add_out", "timestep_embedder.linear_1", "timestep_embedder.linear_2",
+    )  # fmt: skip
+    modulation = Modulation(
+        "time_text_embed", ("transformer_blocks", "norm_out"),
+        ("norm1.linear", "norm1_context.linear", "norm_out.linear"),
     )  # fmt: skip
 
     def time_embedder(self) -> TimeEmbedder:

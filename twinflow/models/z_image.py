@@ -7,6 +7,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from twinflow.conditioning import TimeEmbedder
 from twinflow.models.base import FlowModel
+from twinflow.models.modulation import Modulation
 
 
 class ZImageModel(FlowModel):
@@ -23,6 +24,9 @@ class ZImageModel(FlowModel):
         "attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0", "feed_forward.w1",
         "feed_forward.w2", "feed_forward.w3", "t_embedder.mlp.0", "t_embedder.mlp.2",
     )  # fmt: skip
+    modulation = Modulation(
+        "t_embedder", ("noise_refiner", "layers", "all_final_layer"), ("adaLN_modulation.0", "adaLN_modulation.1")
+    )
 
     def time_embedder(self) -> TimeEmbedder:
         return TimeEmbedder(

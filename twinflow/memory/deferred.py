@@ -1,0 +1,245 @@
+"""`defer_modulation()`: a step's modulation vectors all at its beginning, from weights that stay in host memory."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from twinflow.interface import unwrap
+from twinflow.memory.deferrable import activation_before, deferrable_layers
+from twinflow.memory.deferred_step import DeferredStep, Entry, connect
+from twinflow.memory.modulation_table import ModulationTable, Slot
+from twinflow.memory.replaced_forward import refuse_moves, replace_forward
+from twinflow.memory.streamed_weights import StreamedWeights
+from twinflow.models import FlowModel
+from twinflow.passes import Pass, Plan
+
+DEVICES = ("cuda", "cpu", "meta")
+_ALONE = Pass("call", "student", (0,), ("main",), (0.0,), (0.0,))  # a call outside of a step
+
+
+class DeferredModulation:
+    """What `defer_modulation` attached to a model; as a context manager it is removed at the end.
+
+    Attributes:
+        layers: name within the network -> layer, in order of execution.
+        device: where they are computed.
+        host_bytes: of their parameters.
+        row_bytes: of the vectors of one row of one call, on the device.
+    """
+
+    def __init__(
+        self, student: FlowModel, layers: dict[str, nn.Linear], device: torch.device, pin_memory: bool
+    ) -> None:
+        self.layers, self.device = layers, device
+        self._student = student
+        network = student.network
+        silus = [activation_before(network, name) for name in layers]
+        applied = [_same if silu is None else silu.forward for silu in silus]  # their own, before they are replaced
+        weights = StreamedWeights(list(layers.values()), device, pin_memory)
+        self._weights = weights
+        self.host_bytes = weights.nbytes
+        self.table = ModulationTable(list(layers.values()), applied, weights)
+        self._step: DeferredStep | None = None
+        self._announced: Pass | None = None
+        self._captured = 0
+        self._removals: list[Callable[[], None]] = []
+        assert student.modulation is not None
+        source = network.get_submodule(student.modulation.source)
+        self._removals.append(source.register_forward_hook(torch.compiler.disable(self._embedded)).remove)
+        for layer, slot in zip(layers.values(), self.table.slots, strict=True):
+            units = torch.arange(slot.first, slot.first + slot.count, device=device)
+            self._removals.append(replace_forward(layer, _sliced(slot, units)))
+        for silu in silus:
+            if silu is not None:
+                self._removals.append(replace_forward(silu, _passed_on))
+        for module in {id(m): m for m in (student, student.transformer, network, *layers.values())}.values():
+            self._removals.append(refuse_moves(module, f"{device}"))
+        student.deferral = self
+        self._removals.append(self._forget_me)
+
+    def __deepcopy__(self, memo: object) -> "DeferredModulation":
+        """A copy of the model, as a teacher's, takes its vectors from here."""
+        return self
+
+    @property
+    def row_bytes(self) -> int:
+        return self.table.units * self.table.unit * next(iter(self.layers.values())).weight.element_size()
+
+    def remove(self) -> None:
+        """Brings the weights back to the device, and leaves the model as it was; a second call does nothing."""
+        if not self._removals:
+            return
+        while self._removals:
+            self._removals.pop()()
+        self._weights.bring_back()
+
+    def __enter__(self) -> "DeferredModulation":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+    def __str__(self) -> str:
+        return (
+            f"modulation deferred: {len(self.layers)} layers, {self.host_bytes / 1e9:.2f} GB in host memory, "
+            f"{self.row_bytes / 1e6:.2f} MB a row on {self.device}"
+        )
+
+    # What FlowModel calls.
+
+    def begin_step(self, plan: Plan) -> None:
+        """A step begins.
+
+        Raises:
+            ValueError: the layers have been changed since.
+        """
+        modules = dict(self._student.network.named_modules())
+        for name, layer in self.layers.items():
+            if modules.get(name) is not layer or layer.weight.requires_grad:
+                raise ValueError(
+                    f"defer_modulation: {name} must stay frozen and without adapter while it is deferred, got it "
+                    "changed; remove() the deferral first"
+                )
+        self._step = DeferredStep(self.table, plan)
+
+    @contextmanager
+    def rehearsal(self, by_pieces: bool) -> Iterator[Callable[[Pass], None]]:
+        """Collects the time embeddings of a step's calls, and computes their vectors at its end."""
+        step = self._step
+        assert step is not None
+        try:
+            yield self._announce
+            self._announce(None)
+        finally:
+            self._announced = None
+        step.compute(by_pieces)
+
+    def call(self, velocity: Callable[[], torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+        """Calls the network, or runs it up to its time embedding where the step is rehearsed."""
+        if self._announced is None:
+            return velocity()
+        try:
+            return velocity()
+        except _Embedded:
+            return torch.zeros_like(like)
+
+    def end_step(self) -> None:
+        """Forgets the step."""
+        self._step = None
+
+    def _announce(self, call: Pass | None) -> None:
+        if self._announced is not None and not self._captured:
+            raise ValueError(
+                f"defer_modulation: the {self._announced.who} must compute with the model whose modulation is deferred "
+                "or a copy made since, got another; make the teacher after deferring"
+            )
+        self._announced, self._captured = call, 0
+
+    def _embedded(self, source: nn.Module, args: Any, embedding: torch.Tensor) -> torch.Tensor:
+        """Hook of the time embedding: its modulation in its place."""
+        step = self._step
+        if self._announced is not None:
+            assert step is not None
+            step.entries.append(Entry(self._announced, embedding))
+            self._captured += 1
+            raise _Embedded
+        if step is not None and step.ready:
+            return step.take(embedding)
+        entry = Entry(_ALONE, embedding, self.table.carriers([embedding.detach()])[0])
+        if embedding.requires_grad and torch.is_grad_enabled():
+            connect(self.table, [[entry]])
+        assert entry.carrier is not None
+        return entry.carrier
+
+    def _forget_me(self) -> None:
+        self._student.deferral = None
+
+
+class _Embedded(Exception):
+    """Ends a rehearsed call."""
+
+
+def defer_modulation(
+    student: nn.Module, *, device: torch.device | str | None = None, pin_memory: bool = True
+) -> DeferredModulation:
+    """Keeps the weights of a frozen model's modulation (AdaLN) in host memory, where steps need them twice.
+
+    A third of Qwen-Image's weights make modulation vectors, six for each block and stream, from one time embedding a
+    row. `TwinFlowLoss` knows all times when a step begins: its calls are rehearsed up to their time embedding, the
+    weights pass through the device once, and every call finds its vectors. In backward the vectors' gradients are
+    gathered, and the weights pass once more when the last row is differentiated, if something trained lies upstream.
+    Results and gradients are those of the model without this, bit for bit where products of a shape repeat theirs.
+    Outside of a step the model works too: each call passes the weights once.
+
+    Attach it after adapters and conditioning are added, before a teacher is made that copies the module.
+
+    Args:
+        student: from `twinflow.models.load`, in DDP's wrapper or not; its modulation layers are frozen.
+        device: where the model computes, and moves to: the rest of it alone, layer by layer; None: where it is.
+        pin_memory: False: pageable host memory, whose copies are synchronous and about 2-4x slower.
+
+    Returns:
+        The handle that removes it.
+
+    Raises:
+        TypeError: not a `FlowModel`.
+        ValueError: a family without modulation layers, trained or adapted or quantised ones, deferred ones, a sharded
+            model, an unknown device, or a host with too little memory.
+        RuntimeError: the system does not let as much memory be pinned.
+    """
+    model = unwrap(student)
+    if not isinstance(model, FlowModel):
+        raise TypeError(f"defer_modulation: student must be from twinflow.models.load, got {type(model).__name__}")
+    where = _checked_device(model, device)
+    if model.deferral is not None:
+        raise ValueError("defer_modulation: student must not be deferred yet, got one that is; remove() that first")
+    layers = deferrable_layers(model)
+    attached = DeferredModulation(model, layers, where, pin_memory)
+    try:
+        _bring_rest(model, set(layers.values()), where)
+    except BaseException:
+        attached.remove()
+        raise
+    return attached
+
+
+def _checked_device(model: FlowModel, device: torch.device | str | None) -> torch.device:
+    found = next(model.parameters()).device if device is None else torch.device(device)
+    if found.type not in DEVICES:
+        raise ValueError(f"defer_modulation: device must be {', '.join(DEVICES)} or None, got {found}")
+    if found.type == "cuda" and found.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return found
+
+
+def _bring_rest(model: nn.Module, deferred: set[nn.Linear], device: torch.device) -> None:
+    """Moves all but the deferred layers to a device; parameters stay the same objects."""
+    for module in model.modules():
+        if module in deferred:
+            continue
+        for held in [*module._parameters.values(), *module._buffers.values()]:
+            if held is not None and held.device != device and held.device.type != "meta":
+                held.data = held.data.to(device)
+
+
+def _sliced(slot: Slot, units: torch.Tensor) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
+    """A layer's forward: its part of the carrier that comes in the embedding's place."""
+
+    def forward(module: nn.Module, carrier: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():  # places as data: blocks that are alike are compiled once
+            return carrier.index_select(1, units).flatten(1)
+        return carrier.narrow(1, slot.first, slot.count).flatten(1)
+
+    return forward
+
+
+def _passed_on(module: nn.Module, carrier: torch.Tensor) -> torch.Tensor:
+    """An activation's forward: the table has applied it."""
+    return carrier
+
+
+def _same(embedding: torch.Tensor) -> torch.Tensor:
+    return embedding

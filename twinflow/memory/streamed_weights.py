@@ -1,0 +1,166 @@
+"""`StreamedWeights`: linear layers whose weights stay in host memory, and visit the device one after another."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from twinflow.memory.host_memory import available_host_bytes
+from twinflow.memory.pinned_pool import Ticket, transfers_for
+
+LARGEST_SLAB = 1 << 32  # bytes; torch rounds pinned memory up to powers of two, which slabs of many layers make cheap
+GRAIN = 512  # bytes; each layer starts on a multiple of it
+_BUFFERS = 2  # on the device: one is computed with while the next is filled
+
+
+class StreamedWeights:
+    """Frozen linear layers with their parameters in host memory.
+
+    Args:
+        layers: float weights, with or without bias; their parameters' `.data` is exchanged.
+        device: where they are used. On the CPU nothing moves, and on meta nothing is copied.
+        pin_memory: False: pageable host memory, whose copies hold the host up.
+
+    Raises:
+        ValueError: the host has too little memory.
+        RuntimeError: the system does not let as much be pinned.
+
+    Attributes:
+        nbytes: of all parameters.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear], device: torch.device, pin_memory: bool = True) -> None:
+        self._layers, self._device, self._pinned = list(layers), device, pin_memory
+        self._sizes = [_layer_bytes(layer) for layer in layers]
+        self.nbytes = sum(p.numel() * p.element_size() for layer in layers for p in layer.parameters())
+        self._transfers = transfers_for(device, pin_memory)
+        self._slabs: list[torch.Tensor] = []
+        self._places: list[torch.Tensor] = []  # of each layer, uint8
+        if device.type == "cuda":
+            self._take_memory()
+
+    def sweep(self, reverse: bool = False) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
+        """Number, weight and bias of each layer on the device; valid until the next one is asked for.
+
+        Args:
+            reverse: from the last to the first.
+        """
+        order = list(range(len(self._layers)))
+        if reverse:
+            order.reverse()
+        if self._device.type == "cpu":
+            for number in order:
+                layer = self._layers[number]
+                yield number, layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+            return
+        buffers = [torch.empty(max(self._sizes), dtype=torch.uint8, device=self._device) for _ in range(_BUFFERS)]
+        following: list[int | None] = [*order[1:], None]
+        ticket = self._load(buffers[0], order[0])
+        for turn, (number, after) in enumerate(zip(order, following, strict=True)):
+            buffer, arrived = buffers[turn % _BUFFERS], ticket
+            if after is not None:  # enqueued before this layer's use, so that it waits for the one before only
+                ticket = self._load(buffers[(turn + 1) % _BUFFERS], after)
+            self._transfers.ready(arrived)
+            yield number, *_views(buffer, self._layers[number])
+
+    def bring_back(self) -> None:
+        """Gives the layers their parameters on the device, and the host its memory."""
+        for layer in self._layers:
+            for parameter in layer.parameters():
+                parameter.data = parameter.data.to(self._device)
+        self._slabs, self._places = [], []
+
+    def _load(self, buffer: torch.Tensor, number: int) -> Ticket | None:
+        parts = [self._places[number]] if self._places else []
+        return self._transfers.load(buffer[: self._sizes[number]], parts, None)
+
+    def _take_memory(self) -> None:
+        """Moves the parameters into slabs of host memory, slab by slab."""
+        groups = slabs(self._sizes)
+        self._check_host(max(size for size, _ in groups))
+        for size, numbers in groups:
+            try:
+                slab = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=self._pinned)
+            except RuntimeError as error:
+                self.bring_back()
+                raise RuntimeError(self._refusal(error)) from error
+            start = 0
+            for number in numbers:
+                place = slab[start : start + self._sizes[number]]
+                start += self._sizes[number]
+                layer = self._layers[number]
+                for parameter, view in zip(_parameters(layer), _views(place, layer), strict=False):
+                    assert view is not None
+                    view.copy_(parameter.data)
+                    parameter.data = view
+                self._places.append(place)
+            self._slabs.append(slab)
+
+    def _check_host(self, largest: int) -> None:
+        on_host = all(p.device.type == "cpu" for layer in self._layers for p in layer.parameters())
+        needed, available = largest if on_host else sum(self._sizes), available_host_bytes()
+        if available is not None and needed > available:
+            raise ValueError(
+                f"defer_modulation: the host must have {needed / 1e9:.1f} GB of memory available for the modulation "
+                f"weights, got {available / 1e9:.1f} GB"
+            )
+
+    def _refusal(self, error: RuntimeError) -> str:
+        kind = "pinned" if self._pinned else "allocated"
+        instead = (
+            "; raise the limit on locked memory (`ulimit -l`), or pass pin_memory=False, which takes pageable memory: "
+            "copies are then synchronous and about 2-4x slower"
+        )
+        return (
+            f"defer_modulation: {sum(self._sizes) / 1e9:.1f} GB of host memory must be {kind}, got a refusal"
+            f"{instead if self._pinned else ''} ({error})"
+        )
+
+
+def slabs(sizes: Sequence[int], largest: int = LARGEST_SLAB) -> list[tuple[int, list[int]]]:
+    """Powers of two that hold all of some sizes in order, each whole, with little left over.
+
+    Args:
+        sizes: bytes.
+        largest: bytes of a slab, at most, unless one size alone needs more.
+
+    Returns:
+        (bytes, numbers of the sizes in it) of each slab.
+    """
+    found = []
+    start = 0
+    while start < len(sizes):
+        left = sum(sizes[start:])
+        slab = max(min(largest, 1 << (left.bit_length() - 1)), 1 << (sizes[start] - 1).bit_length())
+        stop, held = start, 0
+        while stop < len(sizes) and held + sizes[stop] <= slab:
+            held += sizes[stop]
+            stop += 1
+        found.append((slab, list(range(start, stop))))
+        start = stop
+    return found
+
+
+def _parameters(layer: nn.Linear) -> list[torch.Tensor]:
+    return [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
+
+
+def _layer_bytes(layer: nn.Linear) -> int:
+    return sum(_padded(p.numel() * p.element_size()) for p in _parameters(layer))
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // GRAIN) * GRAIN
+
+
+def _views(memory: torch.Tensor, layer: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A layer's weight and bias in a stretch of memory (uint8)."""
+    views: list[torch.Tensor | None] = []
+    start = 0
+    for parameter in _parameters(layer):
+        nbytes = parameter.numel() * parameter.element_size()
+        views.append(memory[start : start + nbytes].view(parameter.dtype).view(parameter.shape))
+        start += _padded(nbytes)
+    weight, bias = [*views, None][:2]
+    assert weight is not None
+    return weight, bias
