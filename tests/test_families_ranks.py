@@ -1,7 +1,8 @@
-"""A conditioned LoRA student of a real class under DDP: the step of one process."""
+"""A conditioned LoRA student of a real class under DDP, its modulation deferred or not: the step of one process."""
 
 import os
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss
 from twinflow.lora import add_lora
+from twinflow.memory.deferred import defer_modulation
 
 
 def ranks_step(rank=None):
@@ -28,14 +30,15 @@ def ranks_step(rank=None):
         draws = rows_of(draws, rows.start, rows.stop)
         batch = [batch[0][rows], *({name: leaf[rows] for name, leaf in cond.items()} for cond in batch[1:])]
         called = DistributedDataParallel(student, find_unused_parameters=True)
-    for how in ("whole", "pieces"):
+    for how in ("whole", "pieces", "whole, deferred", "pieces, deferred"):
         teacher = EMATeacher(called, 0.9, adapter=how)
         arguments = dict(teacher=teacher, draws=draws, step_rows=len(batch[0]))
-        if how == "whole":
-            out = TwinFlowLoss(config)(called, *batch, **arguments)
-            out.loss.backward()
-        else:
-            out = TwinFlowLoss(config).backward(called, *batch, **arguments)
+        with defer_modulation(called) if "deferred" in how and rank is not None else nullcontext():
+            if "whole" in how:
+                out = TwinFlowLoss(config)(called, *batch, **arguments)
+                out.loss.backward()
+            else:
+                out = TwinFlowLoss(config).backward(called, *batch, **arguments)
         trained = {n for n, p in student.named_parameters() if p.requires_grad}
         results[how] = out.loss.item(), {n: g for n, g in gradients(student).items() if n in trained}
     return results

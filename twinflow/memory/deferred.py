@@ -16,7 +16,7 @@ from twinflow.memory.streamed_weights import StreamedWeights
 from twinflow.models import FlowModel
 from twinflow.passes import Pass, Plan
 
-DEVICES = ("cuda", "cpu", "meta")
+DEVICES = ("cuda", "cpu")
 _ALONE = Pass("call", "student", (0,), ("main",), (0.0,), (0.0,))  # a call outside of a step
 
 
@@ -207,9 +207,12 @@ def defer_modulation(
 
 
 def _checked_device(model: FlowModel, device: torch.device | str | None) -> torch.device:
-    found = next(model.parameters()).device if device is None else torch.device(device)
-    if found.type not in DEVICES:
-        raise ValueError(f"defer_modulation: device must be {', '.join(DEVICES)} or None, got {found}")
+    here = next(model.parameters()).device
+    found = here if device is None else torch.device(device)
+    if found.type not in DEVICES and found != here:
+        raise ValueError(
+            f"defer_modulation: device must be {' or '.join(DEVICES)} where the student has data, got {found}"
+        )
     if found.type == "cuda" and found.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return found

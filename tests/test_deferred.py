@@ -1,0 +1,243 @@
+"""Deferred modulation: the bits of the model without it, two passes over the weights a step."""
+
+import pytest
+import torch
+from deferred_cases import FAMILIES, assert_equal, count_sweeps, student_of, trained
+from family_batches import make_batch, make_condition, make_student
+from tiny_pipelines import latent_shape
+from torch import nn
+
+from twinflow import EMATeacher, FrozenTeacher, StudentTeacher, TwinFlowConfig, TwinFlowLoss
+from twinflow.memory import selective_recompute
+from twinflow.memory.deferred import defer_modulation
+from twinflow.memory.offload import offload_activations
+from twinflow.sampling import sample
+
+ALL_TERMS = TwinFlowConfig(recipe="all_terms")
+
+
+@pytest.mark.parametrize("config", [None, ALL_TERMS], ids=["partition", "all_terms"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_five_steps_are_the_same_bits(family, config):
+    rows = 4 if config is None else 2
+    for dtype, micro_batch in ((torch.float32, 1), (torch.bfloat16, None)):
+        plain = trained(student_of(family, dtype=dtype), 5, micro_batch, config, rows=rows)
+        student = student_of(family, dtype=dtype)
+        with defer_modulation(student):
+            assert_equal(trained(student, 5, micro_batch, config, rows=rows), plain)
+
+
+@pytest.mark.parametrize("micro_batch", [2, 3, None])
+@pytest.mark.parametrize("mode", ["dual+sign", "midpoint+sign", "sign", "midpoint"])
+def test_every_conditioning_and_piece(mode, micro_batch):
+    plain = trained(student_of("qwen_image", mode), 2, micro_batch, rows=7)
+    student = student_of("qwen_image", mode)
+    with defer_modulation(student):
+        assert_equal(trained(student, 2, micro_batch, rows=7), plain)
+
+
+@pytest.mark.parametrize("family", ["qwen_image", "sd3", "flux", "z_image"])
+def test_with_every_mechanism(family):
+    plain = trained(student_of(family, "dual+sign"), 2)
+    for level, first in (("input", True), ("attention", False), ("products", True), ("input", False)):
+        student = student_of(family, "dual+sign")
+        offload = offload_activations(budget_gb=0.02, min_bytes=64, in_flight_bytes=256)
+        steps = [
+            lambda s=student: defer_modulation(s),
+            lambda s=student, level=level: selective_recompute(s, level),
+            lambda s=student, offload=offload: offload.attach(s),
+        ]
+        handles = [attach() for attach in (steps if first else reversed(steps))]
+        assert_equal(trained(student, 2), plain)
+        assert offload.stats.tensors > 0 and offload.stats.pool_bytes == 0
+        for handle in reversed(handles):
+            handle.remove()
+        assert not any("forward" in vars(m) or "_apply" in vars(m) for m in student.modules())
+
+
+def attention_trained(family):
+    """No adapter: the attention layers themselves are trained, so that a teacher is a copy of the module."""
+    torch.manual_seed(0)
+    student = make_student(family, "dual")
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_("attn" in name or "attention" in name or "_2." in name)
+    return student
+
+
+@pytest.mark.parametrize("family", ["qwen_image", "z_image"])
+@pytest.mark.parametrize("teacher", [StudentTeacher, FrozenTeacher, lambda student: EMATeacher(student, 0.9)])
+def test_every_teacher(teacher, family):
+    for make in (student_of, attention_trained):
+        plain = trained(make(family), 2, 2, teacher=teacher)
+        student = make(family)
+        with defer_modulation(student):
+            assert_equal(trained(student, 2, 2, teacher=teacher), plain)
+
+
+def test_autocast_of_a_float32_base():
+    results = []
+    for deferred in (False, True):
+        student = student_of("sd3", "dual+sign")
+        if deferred:
+            defer_modulation(student)
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(trained(student, 2))
+    assert_equal(*results)
+
+
+def test_prompts_of_several_lengths():
+    """A call is made in parts then, each with vectors of its own."""
+    results = []
+    for deferred in (False, True):
+        student = student_of("qwen_image")
+        if deferred:
+            defer_modulation(student)
+        torch.manual_seed(3)
+        x, cond, uncond = make_batch("qwen_image", student, 4)
+        cond["prompt_lengths"] = torch.tensor([3, 7, 3, 5])
+        uncond["prompt_lengths"] = torch.full((4,), 2)
+        results.append(trained(student, 2, None, batch=(x, cond, uncond)))
+    assert_equal(*results)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_blocks(backend):
+    """The compiled model without deferring is the measure: its bits differ from eager's."""
+    results, graphs = [], []
+    for deferred in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        student = student_of("qwen_image", "dual+sign")
+        if deferred:
+            defer_modulation(student)
+        selective_recompute(student, "input")
+        student.network.compile_repeated_blocks(backend=backend, fullgraph=True)
+        results.append(trained(student, 1))
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    torch._dynamo.reset()
+    assert graphs[0] == graphs[1] > 0  # one for all blocks: where a layer's vectors stand is data
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-4, atol=2e-5, msg=lambda t, n=name: f"{n}: {t}")
+
+
+def test_two_passes_a_step(monkeypatch):
+    seen = count_sweeps(monkeypatch)
+    for micro_batch in (1, 3, None):
+        student = student_of("flux")
+        defer_modulation(student)
+        trained(student, 1, micro_batch, ALL_TERMS)
+        assert seen == [False, True], micro_batch
+        seen.clear()
+
+
+def test_one_pass_where_nothing_upstream_is_trained(monkeypatch):
+    seen = count_sweeps(monkeypatch)
+    student = student_of("qwen_image", "midpoint", targets=("to_q", "to_v"))
+    plain = trained(student_of("qwen_image", "midpoint", targets=("to_q", "to_v")), 1)
+    defer_modulation(student)
+    assert_equal(trained(student, 1), plain)
+    assert seen == [False]
+
+
+def test_gradients_add_to_those_that_are_there():
+    """Parts of an optimizer step: the second adds to the first's, in rounding of float32."""
+    results = []
+    for deferred in (False, True):
+        student = student_of("sd3")
+        if deferred:
+            defer_modulation(student)
+        torch.manual_seed(4)
+        batches = [make_batch("sd3", student, 4) for _ in range(2)]
+        criterion, teacher = TwinFlowLoss(), EMATeacher(student, 0.9)
+        generator = torch.Generator().manual_seed(5)
+        for batch in batches:
+            criterion.backward(student, *batch, teacher=teacher, generator=generator, step_rows=8)
+        results.append({n: p.grad for n, p in student.named_parameters() if p.grad is not None})
+    assert_equal(*results)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outside_of_a_step(family, monkeypatch):
+    """Sampling, evaluation and a user's own call."""
+    results = []
+    seen = count_sweeps(monkeypatch)
+    for deferred in (False, True):
+        student = student_of(family)
+        if deferred:
+            defer_modulation(student)
+        torch.manual_seed(6)
+        x, cond, uncond = make_batch(family, student, 3)
+        t, r = torch.tensor([0.9, 0.5, 0.1]), torch.tensor([0.2, 0.5, 0.0])
+        student(x, t, r, cond).square().mean().backward()
+        found = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
+        z = torch.randn(latent_shape(family, 3))
+        found["sample"] = sample(student, z, cond, steps=2)
+        evaluated = TwinFlowLoss(TwinFlowConfig(enhanced_ratio=0, estimate_order=0))
+        found["evaluation"] = evaluated.evaluate(
+            student, x, cond, uncond, generator=torch.Generator().manual_seed(7)
+        ).loss
+        results.append(found)
+    assert_equal(*results)
+    assert seen == [False, True, False, False, False]
+
+
+def test_a_graph_that_outlives_its_step_and_is_used_twice():
+    results = []
+    for deferred in (False, True):
+        student = student_of("qwen_image")
+        if deferred:
+            defer_modulation(student)
+        torch.manual_seed(8)
+        batch, criterion = make_batch("qwen_image", student, 4), TwinFlowLoss()
+        teacher, generator = EMATeacher(student, 0.9), torch.Generator().manual_seed(9)
+        first = criterion(student, *batch, teacher=teacher, generator=generator).loss
+        second = criterion(student, *batch, teacher=teacher, generator=generator).loss
+        parameters = [p for p in student.parameters() if p.requires_grad]
+        found = torch.autograd.grad(second, parameters, retain_graph=True, allow_unused=True)
+        found += torch.autograd.grad(second, parameters, allow_unused=True)
+        found += torch.autograd.grad(first, parameters, allow_unused=True)
+        results.append({str(i): g for i, g in enumerate(found) if g is not None})
+    assert_equal(*results)
+
+
+def test_the_condition_of_each_row_counts():
+    """SD3's embedding has the pooled prompt in it, so that times alone would not do."""
+    student = student_of("sd3")
+    cond, other = make_condition(student, 2), make_condition(student, 2)
+    other["prompt_embeds"] = cond["prompt_embeds"]
+    x, t = torch.randn(latent_shape("sd3", 2)), torch.tensor([0.3, 0.7])
+    with torch.no_grad(), defer_modulation(student):
+        assert not torch.allclose(student(x, t, t, cond), student(x, t, t, other))
+
+
+def test_weights_upstream_get_a_gradient_from_every_piece():
+    """Of the time embedder: the sum over the pieces, not the last one's."""
+    grads = []
+    for rows in (1, None):
+        student = student_of("qwen_image")
+        defer_modulation(student)
+        grads.append(trained(student, 1, rows)["grad transformer.time_text_embed_2.timestep_embedder.linear_2.weight"])
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-7)
+    assert grads[0].abs().max() > 0
+
+
+def test_layers_are_those_that_read_the_embedding():
+    """Every linear layer whose input is the embedding's width and depends on it alone: found by watching a call."""
+    for family in FAMILIES:
+        student = student_of(family)
+        seen = set()
+        layers = {m: n for n, m in student.network.named_modules() if isinstance(m, nn.Linear)}
+
+        def watch(layer, args, output, seen=seen, layers=layers):
+            if args[0].dim() == 2 and "embed" not in layers[layer] and "lora" not in layers[layer]:
+                seen.add(layers[layer])
+
+        hooks = [layer.register_forward_hook(watch) for layer in layers]
+        x, cond, _ = make_batch(family, student, 3)
+        with torch.no_grad():
+            student(x, torch.ones(3), torch.zeros(3), cond)
+        for hook in hooks:
+            hook.remove()
+        rows = {n for n in seen if (".attn" not in n and "refiner" not in n) or "modulation" in n}
+        known = {n for n in student.modulation_layers() if not n.startswith("all_final_layer.") or n in seen}
+        assert rows - {n for n in rows if "t_embedder" in n} == known, family
