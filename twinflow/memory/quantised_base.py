@@ -30,7 +30,7 @@ class QuantisedBase:
     bytes_after: int
 
     def __str__(self) -> str:
-        before, after = (f"{size / 1e9:.3g} GB" for size in (self.bytes_before, self.bytes_after))
+        before, after = (f"{size / 1e9:.2f} GB" for size in (self.bytes_before, self.bytes_after))
         return f"{self.form} base: {len(self.layers)} linear layers, {before} -> {after}"
 
 
