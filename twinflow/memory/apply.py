@@ -1,15 +1,20 @@
 """`apply_memory()`: puts a memory preset on a loaded model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from twinflow.interface import unwrap
+from twinflow.memory.adamw_8bit import adamw_8bit
+from twinflow.memory.deferrable import deferrable_layers
+from twinflow.memory.deferred import defer_modulation
 from twinflow.memory.offload import offload_activations
 from twinflow.memory.presets import MemoryPreset, preset_of
+from twinflow.memory.quantised_base import quantise_base, quantised_form
 from twinflow.memory.recompute import selective_recompute
+from twinflow.models import FlowModel
 
 SPARE_BYTES = 300_000_000  # of a card, for the allocator's fragments
 
@@ -27,9 +32,20 @@ class AppliedMemory:
         self.micro_batch = preset.micro_batch
 
     def remove(self) -> None:
-        """Takes everything off the model again."""
+        """Takes everything off the model again, but for a quantised base, which has lost its bits."""
         while self._removals:
             self._removals.pop()()
+
+    def adamw(self, parameters: Iterable[Any], **settings: Any) -> torch.optim.Optimizer:
+        """AdamW as the preset counts on: `adamw_8bit`, or torch's own, fused.
+
+        Args:
+            parameters: what is trained, or dicts of groups.
+            settings: `lr`, `betas`, `eps`, `weight_decay`.
+        """
+        if self.preset.optimizer == "adamw8bit":
+            return adamw_8bit(parameters, **settings)
+        return torch.optim.AdamW(parameters, fused=True, **settings)
 
     def __enter__(self) -> "AppliedMemory":
         return self
@@ -43,16 +59,20 @@ def apply_memory(
     preset: str | MemoryPreset = "auto",
     *,
     memory_gb: float | None = None,
+    device: torch.device | str | None = None,
     pin_memory: bool = True,
     **workload: Any,
 ) -> AppliedMemory:
     """Puts a preset's mechanisms on a model, and prints what was chosen.
 
     Args:
-        student: a model from `twinflow.models.load`, in DDP's wrapper or not; any module for a preset by name.
+        student: a model from `twinflow.models.load`, in DDP's wrapper or not; any module for a preset by name that
+            changes activations only.
         preset: one of `twinflow.memory.PRESETS` or a `MemoryPreset`; `auto`: the fastest that fits, by the planner.
-        memory_gb: what `auto` may use, GB (1e9 bytes); None: what the student's CUDA device has.
-        pin_memory: whether offloaded activations go to pinned memory; False: pageable, whose copies are synchronous.
+        memory_gb: what `auto` may use, GB (1e9 bytes); None: what the CUDA device has.
+        device: where the model computes; it is moved there as the preset wants it, so that what stays in host memory
+            or is packed first never needs its full size there. None: where it is.
+        pin_memory: whether what moves to the host goes to pinned memory; False: pageable, whose copies are synchronous.
         workload: for `auto`, settings of `twinflow.memory.planner.Workload`: `resolution`, `batch`, `text_tokens`, ...
 
     Returns:
@@ -60,27 +80,27 @@ def apply_memory(
 
     Raises:
         TypeError: student is no module, or preset neither a name nor a MemoryPreset.
-        ValueError: an unknown preset, no preset fits, gradient checkpointing is on already, or the host has too little
-            memory for what is to be offloaded.
+        ValueError: an unknown preset, no preset fits, gradient checkpointing is on already, a model without modulation
+            layers or with trained ones where the preset defers them, a base that is quantised in another form, or a
+            host with too little memory.
+        ImportError: the preset's base needs a library that is missing.
     """
     module = unwrap(student)
     if not isinstance(module, nn.Module):
         raise TypeError(f"apply_memory: student must be an nn.Module, got {type(module).__name__}")
     if not isinstance(preset, (str, MemoryPreset)):
         raise TypeError(f"apply_memory: preset must be a name or a MemoryPreset, got {type(preset).__name__}")
+    where = None if device is None else torch.device(device)
     if preset == "auto":
-        preset = _chosen(module, memory_gb, workload)
+        preset = _chosen(module, memory_gb, where, workload)
     elif workload or memory_gb is not None:
         given = ", ".join([*workload, *(["memory_gb"] if memory_gb is not None else [])])
         raise ValueError(f"apply_memory: {given} must be left out where preset is not 'auto', got preset {preset!r}")
     chosen = preset_of(preset) if isinstance(preset, str) else preset
     removals: list[Callable[[], None]] = []
     try:
-        if chosen.saved != "all":
-            removals.append(selective_recompute(module, chosen.saved).remove)
-        if chosen.offload_gb:
-            offload = offload_activations(budget_gb=chosen.offload_gb, pin_memory=pin_memory)
-            removals.append(offload.attach(module).remove)
+        _activations(module, chosen, pin_memory, removals)
+        _weights(module, chosen, where, pin_memory, removals)
     except BaseException:
         for remove in reversed(removals):
             remove()
@@ -89,13 +109,46 @@ def apply_memory(
     return AppliedMemory(chosen, removals)
 
 
-def _chosen(student: nn.Module, memory_gb: float | None, workload: dict[str, Any]) -> MemoryPreset:
+def _activations(module: nn.Module, chosen: MemoryPreset, pin_memory: bool, removals: list[Callable]) -> None:
+    if chosen.saved != "all":
+        removals.append(selective_recompute(module, chosen.saved).remove)
+    if chosen.offload_gb:
+        offload = offload_activations(budget_gb=chosen.offload_gb, pin_memory=pin_memory)
+        removals.append(offload.attach(module).remove)
+
+
+def _weights(
+    module: nn.Module, chosen: MemoryPreset, device: torch.device | None, pin_memory: bool, removals: list[Callable]
+) -> None:
+    """Packs, defers and moves; packing cannot be undone, so that a model is looked at for deferring before."""
+    if (chosen.defer or chosen.base) and not isinstance(module, FlowModel):
+        raise TypeError(
+            f"apply_memory: student must be from twinflow.models.load for preset {chosen.name!r}, got "
+            f"{type(module).__name__}"
+        )
+    skipped = list(deferrable_layers(module)) if chosen.defer else []  # type: ignore[arg-type]
+    form = quantised_form(module)
+    if chosen.base and form not in (None, chosen.base):
+        raise ValueError(f"apply_memory: base must be {chosen.base} for preset {chosen.name!r}, got one in {form}")
+    if chosen.base and form is None:
+        print(quantise_base(module.network, chosen.base, device=device, skip=skipped))  # type: ignore[arg-type]
+    if chosen.defer:
+        deferred = defer_modulation(module, device=device, pin_memory=pin_memory)
+        removals.append(deferred.remove)
+        print(deferred)
+    elif device is not None:
+        module.to(device)
+
+
+def _chosen(
+    student: nn.Module, memory_gb: float | None, device: torch.device | None, workload: dict[str, Any]
+) -> MemoryPreset:
     from twinflow.memory.planner.choice import choose
     from twinflow.memory.planner.forecasting import Planner
     from twinflow.memory.planner.own import own_workload
 
     if memory_gb is None:
-        device = next(student.parameters()).device
+        device = next(student.parameters()).device if device is None else device
         if device.type != "cuda":
             raise ValueError(f"apply_memory: memory_gb must be given where the student is on {device}, got None")
         free, _ = torch.cuda.mem_get_info(device)
