@@ -74,6 +74,8 @@ MEMORY=("$PYTHON" benchmarks/a100_1024.py --skip kernels training inference --ba
 gpu memory_qwen-image_depth6 590 "${MEMORY[@]}" --model qwen-image --depth 6
 gpu memory_qwen-image 590 "${MEMORY[@]}" --model qwen-image --cap-gb 84.5 --recipes partition \
     --presets 80gb published checkpoint
+gpu memory_qwen-image_40gb 590 "${MEMORY[@]}" --model qwen-image --cap-gb 42 --presets 40gb --recipes partition all_terms
+gpu memory_qwen-image_24gb 590 "${MEMORY[@]}" --model qwen-image --cap-gb 25 --presets 24gb --recipes partition all_terms
 gpu memory_sd3.5-large 590 "${MEMORY[@]}" --model sd3.5-large --cap-gb 25 --recipes partition \
     --presets checkpoint attention published 80gb
 gpu memory_sana-1.6b 590 "${MEMORY[@]}" --model sana-1.6b

@@ -35,6 +35,20 @@ def test_the_whole_model(run):
     assert measured <= {"80gb": 75e9, "checkpoint": 57e9}[run]
 
 
+@pytest.mark.parametrize("depth", [4, 6])
+@pytest.mark.parametrize("run", ["40gb", "24gb", "16gb"])
+def test_deferred_and_packed_blocks(run, depth):
+    planned, measured = found(Configuration("qwen-image", run, depth=depth))
+    assert planned == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("run, cap_gb, most", [("40gb", 42.0, 39e9), ("24gb", 25.0, 19e9)])
+def test_the_whole_model_on_smaller_cards(run, cap_gb, most):
+    planned, measured = found(Configuration("qwen-image", run, cap_gb=cap_gb))
+    assert planned == pytest.approx(measured, rel=0.05)
+    assert measured <= most
+
+
 def test_sd35_large_on_a_24_gb_card():
     planned, measured = found(Configuration("sd3.5-large", "checkpoint", cap_gb=25.0))
     assert planned == pytest.approx(measured, rel=0.05)
