@@ -15,12 +15,18 @@ def fit_table(report: dict[str, Any], recipe: str | None = None) -> tuple[list[s
 
 def batch_table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and rows: peaks of the row-by-row presets by logical batch."""
-    names = list(report["by_batch"][0]["peak_bytes"])
-    rows = [
-        [line["model"], line["trained"], str(line["batch"]), *(f"{line['peak_bytes'][n] / 1e9:.1f}" for n in names)]
-        for line in report["by_batch"]
-    ]
+    names = list(dict.fromkeys(name for line in report["by_batch"] for name in line["peak_bytes"]))
+    rows = []
+    for line in report["by_batch"]:
+        peaks = [line["peak_bytes"].get(name) for name in names]  # None: it does not apply
+        shown = ["" if peak is None else f"{peak / 1e9:.1f}" for peak in peaks]
+        rows.append([line["model"], line["trained"], str(line["batch"]), *shown])
     return ["model", "trained", "batch", *names], rows
+
+
+def deferral_table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: what deferring the modulation saves and costs, by model."""
+    return report["deferral"]["head"], report["deferral"]["rows"]
 
 
 def peers_table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -36,4 +42,5 @@ def peers_table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def markdown(report: dict[str, Any]) -> str:
     """All of them."""
-    return "\n\n".join(table(*made(report)) for made in (fit_table, batch_table, peers_table)) + "\n"
+    made = (fit_table, deferral_table, batch_table, peers_table)
+    return "\n\n".join(table(*each(report)) for each in made) + "\n"

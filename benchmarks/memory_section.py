@@ -14,6 +14,7 @@ from memory_run import MEASURED, PUBLISHED, Configuration
 
 from twinflow.memory import PRESETS, MemoryPreset
 from twinflow.memory.planner.choice import choose
+from twinflow.memory.planner.deferral import obstacle
 from twinflow.memory.planner.forecast import Forecast
 from twinflow.memory.planner.forecasting import Planner
 from twinflow.memory.planner.gpus import GPUS
@@ -47,14 +48,20 @@ class Asked:
     limit_s: float = LIMIT_S
 
     def groups(self) -> list[list[Configuration]]:
-        """The runs of each model, recipe and batch."""
+        """The runs of each model, recipe and batch; presets that do not apply to it are left out."""
         runs = (*self.runs, "auto") if self.cap_gb is not None else self.runs
         return [
-            [Configuration(model, run, recipe, batch, self.depth, self.cap_gb) for run in runs]
+            [c for run in runs if applies(c := Configuration(model, run, recipe, batch, self.depth, self.cap_gb))]
             for model in self.models
             for recipe in self.recipes
             for batch in self.batches
         ]
+
+
+def applies(configuration: Configuration) -> bool:
+    """Whether a configuration can be run so."""
+    preset = PRESETS.get(configuration.run)
+    return preset is None or obstacle(configuration.workload, preset) is None
 
 
 def planned(group: list[Configuration]) -> dict[str, Forecast | str]:

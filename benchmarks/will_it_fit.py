@@ -20,7 +20,7 @@ from twinflow.memory.planner.choice import forecasts
 from twinflow.memory.planner.forecast import Forecast
 from twinflow.memory.planner.forecasting import Planner
 from twinflow.memory.planner.gpus import GPUS
-from twinflow.memory.planner.overview import head, rows
+from twinflow.memory.planner.overview import deferral_head, deferral_rows, head, rows
 from twinflow.memory.planner.peers import peer_forecasts
 from twinflow.memory.planner.picture import picture
 from twinflow.memory.planner.report import as_json
@@ -77,7 +77,12 @@ def main() -> None:
         pictured.append(own + peer_forecasts(workload, GPU))
     report = {
         "machine": environment.describe(torch.device("cpu")),
-        "head": head(), "rows": rows(groups), "forecasts": [as_json(found, None) for found in groups],
+        "head": head(), "rows": rows(groups),
+        "deferral": {
+            "head": deferral_head(),
+            "rows": deferral_rows([found for found in groups if found[0].workload.recipe == "partition"]),
+        },
+        "forecasts": [as_json(found, None) for found in groups],
         "beside_peers": [as_json(found, None) for found in pictured], "by_batch": by_batch(),
     }  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)

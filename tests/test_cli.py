@@ -38,8 +38,9 @@ def test_every_number_shows_on_a_narrow_terminal(capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert "…" not in shown and max(map(len, shown.splitlines())) <= 80
     (line,) = [line for line in shown.splitlines() if line.strip().startswith("checkpoint-offload")]
-    peak, *parts = [float(number) for number in line.split()[1:6]]
-    assert peak == pytest.approx(sum(parts), abs=0.3) and line.split()[6] == "yes"
+    peak, *parts, host = [float(number) for number in line.split()[1:7]]
+    assert peak == pytest.approx(sum(parts), abs=0.3) and line.split()[7] == "yes"
+    assert host > 0 and "Host: pinned memory" in shown
     assert "Training: adapters, optimizer states, EMA and gradients." in shown
 
 

@@ -149,7 +149,7 @@ def test_choice_by_budget():
     assert found.name == "auto" and found.fits(between)
     assert found.cost.seconds < by_name["checkpoint"].cost.seconds
     kept = found.preset.saved.count("products")
-    assert not planner.forecast(mixed(20, kept + 2)).fits(between * 0.98)
+    assert not planner.forecast(mixed(20, kept + 2, PRESETS["checkpoint"])).fits(between * 0.98)
     with pytest.raises(ValueError, match=r"memory must be at least \d\.\d GB .* which preset '\w+' needs, got 1 GB"):
         choose(planner, 1, known)
 
@@ -208,7 +208,7 @@ def test_torch_random_state_stays():
             "student must be a model of Qwen.*got Linear; choose a preset by name",
         ),
         (
-            lambda: Planner(workload_of("sana-0.6b")).forecast(mixed(5, 2)),
+            lambda: Planner(workload_of("sana-0.6b")).forecast(mixed(5, 2, PRESETS["checkpoint"])),
             "saved must have 28 levels for sana-0.6b, got 5",
         ),
     ],

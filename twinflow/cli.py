@@ -113,7 +113,7 @@ def _plan(options: argparse.Namespace) -> int:
     to_terminal = options.json is not None and str(options.json) == "-"
     console = Console(stderr=to_terminal)
     console.print(table(found, usable, best, console.width))
-    for line in notes(usable, gpu.name if options.memory_gb is None else "the budget", console.width):
+    for line in notes(found, usable, gpu.name if options.memory_gb is None else "the budget", console.width):
         console.print(line, style="dim", highlight=False)
     _write(options, [found], [as_json(found, best)])
     if best is None:
@@ -173,14 +173,16 @@ def _plan_all(options: argparse.Namespace) -> int:
     from twinflow.memory.planner.architectures import architectures
     from twinflow.memory.planner.choice import forecasts
     from twinflow.memory.planner.forecasting import Planner
+    from twinflow.memory.planner.gpus import gpu_of
     from twinflow.memory.planner.overview import overview
     from twinflow.memory.planner.report import as_json
 
     console = Console(stderr=options.json is not None and str(options.json) == "-")
-    groups = []
+    groups, gpu = [], gpu_of(options.gpu)
     for model in architectures():
         with console.status(f"{model} ..."):
-            groups.append(forecasts(Planner(_workload(options, model))))
-    console.print(overview(groups))
+            groups.append(forecasts(Planner(_workload(options, model), gpu)))
+    for table in overview(groups, gpu.name, console.width):
+        console.print(table)
     _write(options, groups, [as_json(found, None) for found in groups])
     return 0

@@ -3,75 +3,94 @@
 from dataclasses import replace
 from typing import NoReturn
 
-from twinflow.memory.planner.forecast import Forecast
+from twinflow.memory.planner.forecast import SPARE, Forecast
 from twinflow.memory.planner.forecasting import Planner
-from twinflow.memory.presets import PRESETS, MemoryPreset
+from twinflow.memory.planner.workload import Workload
+from twinflow.memory.presets import MemoryPreset
 
-_LESS, _MORE = PRESETS["checkpoint"], PRESETS["80gb"]  # what blocks keep at least, and at most, in a mixture
-_SPARE = 0.01  # share of a card that a mixture leaves free
+_LESS, _MORE = "input", "products"  # what blocks keep at least, and at most, in a mixture
+_MIXED = (_LESS, "attention")  # what a preset keeps that a mixture may be faster than
+_BY_RANK = ("adapters", "optimizer", "ema", "gradients")
 
 
 def forecasts(planner: Planner) -> list[Forecast]:
-    """Every preset's forecast, in the order of `PRESETS`: the fastest first."""
-    return [planner.forecast(preset) for preset in PRESETS.values()]
+    """A forecast of every preset that applies, in the order of `PRESETS`."""
+    return [planner.forecast(preset) for preset in planner.presets.values()]
 
 
 def choose(planner: Planner, usable_gb: float, known: list[Forecast] | None = None) -> Forecast:
-    """The fastest way to run a step within a budget.
+    """The fastest way to run a step within a budget, with weights as they are if that fits.
 
     Args:
         planner: of the workload.
         usable_gb: what the allocator can hand out, GB (1e9 bytes).
-        known: forecasts of `PRESETS` that were made already.
+        known: forecasts that were made already.
 
     Returns:
         Its forecast; its preset is one of `PRESETS`, or named `auto` where blocks differ.
 
     Raises:
-        ValueError: nothing fits; the message has the smallest budget that would do, and the preset that needs it.
+        ValueError: nothing fits; the message has the smallest budget that would do, the preset that needs it, and the
+            rank of a LoRA that would fit.
     """
-    made = {forecast.preset.name: forecast for forecast in known or ()}
-    for name, preset in PRESETS.items():
-        if name not in made:
-            made[name] = planner.forecast(preset)
-        if made[name].fits(usable_gb):
-            break
-    else:
-        _refuse(planner, usable_gb, min(made.values(), key=lambda forecast: forecast.peak))
-    best, names = made[name], list(PRESETS)
-    if names.index(_MORE.name) < names.index(name) <= names.index(_LESS.name):
-        if _LESS.name not in made:
-            made[_LESS.name] = planner.forecast(_LESS)
-        return _mixture(planner, usable_gb, made) or best
-    return best
+    made = {forecast.preset: forecast for forecast in known or ()}
+    for preset in planner.presets.values():
+        if preset not in made:
+            made[preset] = planner.forecast(preset)
+        if made[preset].fits(usable_gb):
+            return _mixture(planner, usable_gb, preset, made) or made[preset]
+    _refuse(planner, usable_gb, min(made.values(), key=lambda forecast: forecast.peak))
 
 
 def _refuse(planner: Planner, usable_gb: float, least: Forecast) -> NoReturn:
     workload = planner.workload
     height, width = workload.size
+    rank = _smaller_rank(workload, usable_gb, least)
     raise ValueError(
-        f"plan: memory must be at least {least.peak / 1e9:.1f} GB (1e9 bytes, without the CUDA context) for "
+        f"plan: memory must be at least {least.needed / 1e9:.1f} GB (1e9 bytes, without the CUDA context) for "
         f"{workload.trains} of {workload.architecture.name} at {width}x{height}, batch {workload.batch}, which preset "
-        f"{least.preset.name!r} needs, got {usable_gb:g} GB"
+        f"{least.preset.name!r} needs, got {usable_gb:g} GB{'' if rank is None else f'; rank {rank} would fit'}"
     )
 
 
-def _mixture(planner: Planner, usable_gb: float, known: dict[str, Forecast]) -> Forecast | None:
-    """As many blocks as fit keep their products, from the last on; the others keep their input only."""
+def _smaller_rank(workload: Workload, usable_gb: float, least: Forecast) -> int | None:
+    """The largest power of two, as the rank of a LoRA, that fits; None: none."""
+    rank, trained = workload.lora_rank, sum(least.bytes[part] for part in _BY_RANK)
+    if rank is None:
+        return None
+    most = rank * (1 - (least.needed - usable_gb * 1e9) / trained)  # nearly: what else is trained does not shrink
+    for smaller in (2**n for n in reversed(range(rank.bit_length())) if 2**n <= min(most, rank - 1)):
+        if Planner(workload.but(lora_rank=smaller)).forecast(least.preset).fits(usable_gb):
+            return smaller
+    return None
+
+
+def _mixture(
+    planner: Planner, usable_gb: float, preset: MemoryPreset, known: dict[MemoryPreset, Forecast]
+) -> Forecast | None:
+    """As many blocks as fit keep their products, from the last on, where a preset keeps less; None: not one does."""
+    if preset.saved not in _MIXED or preset.offload_gb:
+        return None
     blocks = len(planner.workload.architecture.blocks())
-    least, most = known[_LESS.name].peak, known[_MORE.name].peak
-    count = int(blocks * (usable_gb * (1 - _SPARE) * 1e9 - least) / max(most - least, 1))
+    ends = [_same_but(preset, level, known) for level in (_LESS, _MORE)]
+    least, most = (known.get(end) or planner.forecast(end) for end in ends)
+    room = usable_gb * (1 - SPARE) * 1e9 - least.peak
+    count = min(int(blocks * room / max(most.peak - least.peak, 1)), blocks)
     for kept in (count, count - 1, count - 2):
         if kept < 1:
             return None
-        found = planner.forecast(mixed(blocks, kept))
+        found = planner.forecast(mixed(blocks, kept, preset))
         if found.fits(usable_gb):
             return found
     return None
 
 
-def mixed(blocks: int, kept: int) -> MemoryPreset:
-    """A preset whose last `kept` of some blocks keep their products, the others their input."""
-    assert isinstance(_LESS.saved, str) and isinstance(_MORE.saved, str)
-    levels = (_LESS.saved,) * (blocks - kept) + (_MORE.saved,) * kept
-    return replace(_MORE, name="auto", saved=levels)
+def _same_but(preset: MemoryPreset, saved: str, known: dict[MemoryPreset, Forecast]) -> MemoryPreset:
+    """A preset whose blocks keep another level: the known one that does the same, if there is one."""
+    wanted = replace(preset, saved=saved)
+    return next((other for other in known if replace(other, name=preset.name) == wanted), wanted)
+
+
+def mixed(blocks: int, kept: int, preset: MemoryPreset) -> MemoryPreset:
+    """A preset's like, named `auto`, whose last `kept` of some blocks keep their products, the others their input."""
+    return replace(preset, name="auto", saved=(_LESS,) * (blocks - kept) + (_MORE,) * kept)

@@ -4,18 +4,20 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+from torch import nn
 
 from twinflow.loss import TwinFlowLoss
 from twinflow.memory.offload import window_bytes
 from twinflow.memory.planner.costs import Cost, CostOf
+from twinflow.memory.planner.deferral import SWEEP, applicable, obstacle
 from twinflow.memory.planner.forecast import Forecast
 from twinflow.memory.planner.gpus import GPU
 from twinflow.memory.planner.live import LiveStorages
 from twinflow.memory.planner.meta_student import META, meta_student, meta_teacher
 from twinflow.memory.planner.reduction import Reduction, reduce
 from twinflow.memory.planner.simulation import StepSimulation, worst_draws
-from twinflow.memory.planner.standing import Standing, standing
-from twinflow.memory.planner.timeline import splice
+from twinflow.memory.planner.standing import TRAFFIC, Standing, standing
+from twinflow.memory.planner.timeline import Peak, splice
 from twinflow.memory.planner.workload import Workload
 from twinflow.memory.presets import MemoryPreset
 from twinflow.models import FlowModel
@@ -31,7 +33,15 @@ class _Model:
     reduction: Reduction
     student: FlowModel
     teacher: EMATeacher
-    standing: Standing
+    deferred: dict[str, nn.Module]
+
+    @property
+    def deferred_bytes(self) -> int:
+        """Of the deferred layers, at full depth."""
+        return sum(
+            sum(p.numel() * p.element_size() for p in layer.parameters()) * self.reduction.times(name)
+            for name, layer in self.deferred.items()
+        )
 
 
 class Planner:
@@ -47,19 +57,30 @@ class Planner:
         self.workload, self._gpu, self._whole = workload, gpu, whole
         self._models: dict[tuple, _Model] = {}
 
+    @cached_property
+    def presets(self) -> dict[str, MemoryPreset]:
+        """Those of `PRESETS` that apply, the fastest first."""
+        return applicable(self.workload)
+
     def forecast(self, preset: MemoryPreset, schedule: str = "planned") -> Forecast:
         """The peak and the least time of a step; the same on every call, and torch's random state stays.
 
         Args:
             preset: how it is run.
             schedule: `planned` or `published`.
+
+        Raises:
+            ValueError: the preset does not apply, or has levels for another number of blocks.
         """
+        reason = obstacle(self.workload, preset)
+        if reason is not None:
+            raise ValueError(f"plan: preset must be one that applies, got {preset.name!r}, {reason}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return self._forecast(preset, schedule)
 
     def _forecast(self, preset: MemoryPreset, schedule: str) -> Forecast:
-        workload, model = self.workload, self._model(preset)
+        workload, model = self.workload.under(preset), self._model(preset)
         rows = workload.batch
         if preset.micro_batch is not None and schedule == "planned":
             rows = min(rows, _PIECES * preset.micro_batch)
@@ -68,32 +89,30 @@ class Planner:
         draws = worst_draws(workload, rows)
         simulation.run(draws, schedule)
         peak, costs = splice(simulation.regions, model.reduction.repeats)
+        held = standing(model.student, model.teacher, workload.optimizer, model.reduction, model.deferred.values())
         resident = self._resident(workload.batch, preset) - self._resident(rows, preset) if rows < workload.batch else 0
-        gradients, step = peak.notes["gradients"], peak.notes["step"]
-        held = model.standing
-        parts = {
-            "weights": held.weights, "adapters": held.adapters, "optimizer": held.optimizer, "ema": held.ema,
-            "gradients": gradients, "step": step + resident, "saved": max(peak.start - gradients - step, 0),
-        }  # fmt: skip
-        parts["transient"] = peak.total - peak.workspace - gradients - step - parts["saved"]
-        parts["workspace"] = peak.workspace + CUBLAS_BYTES
+        sweeps, row_bytes = (0, 0) if simulation.deferral is None else simulation.deferral.counted()
+        resident += (workload.batch - rows) * row_bytes  # gradients of their vectors wait for the last row
         host = peak.most_notes.get("host", 0)
-        budget = int(preset.offload_gb * 1e9)
-        parts["saved"] += max(host - budget, 0)  # what finds no room stays
-        parts["transient"] += min(window_bytes(budget), host)
         where = peak.name + (f", {peak.block}" if peak.block else "")
-        total = None if cost is None else self._step_cost(costs, draws, schedule, held)
-        return Forecast(workload, preset, parts, where, total, min(host, budget))
+        total = None
+        if cost is not None:
+            total = self._step_cost(costs, draws, schedule, sweeps * model.deferred_bytes)
+            total = total + self._update_cost(held, workload.optimizer)
+        return Forecast(
+            self.workload, preset, _parts(peak, held, resident, preset, host), where, total,
+            offloaded_bytes=min(host, int(preset.offload_gb * 1e9)), deferred_bytes=model.deferred_bytes,
+        )  # fmt: skip
 
     def _model(self, preset: MemoryPreset) -> _Model:
-        """The small model; presets whose blocks are all alike share one."""
-        key = () if isinstance(preset.saved, str) else preset.saved
+        """The small model; presets whose blocks are all alike share one, on each base."""
+        key = () if isinstance(preset.saved, str) else preset.saved, preset.base, preset.defer
         if key not in self._models:
             reduction = reduce(self.workload.architecture, preset, self._whole)
-            student = meta_student(self.workload, reduction.architecture)
-            teacher = meta_teacher(student)
-            held = standing(student, teacher, self.workload.optimizer, reduction)
-            self._models = {key: _Model(reduction, student, teacher, held)}
+            student = meta_student(self.workload.under(preset), reduction.architecture, preset.defer)
+            self._models[key] = _Model(
+                reduction, student, meta_teacher(student), student.modulation_layers() if preset.defer else {}
+            )
         model = self._models[key]
         return replace(model, reduction=reduce(self.workload.architecture, preset, self._whole))
 
@@ -127,8 +146,16 @@ class Planner:
         widths = model.student.condition_widths()
         return sum(2 * width * (self.workload.tokens if key == "prompt_embeds" else 1) for key, width in widths.items())
 
-    def _step_cost(self, costs: dict[str, Cost], draws: object, schedule: str, held: Standing) -> Cost:
-        """Rows of an average step at the cost of the simulated ones, the optimizer and the average."""
+    def _step_cost(self, costs: dict[str, Cost], draws: object, schedule: str, streamed: int) -> Cost:
+        """Rows of an average step at the cost of the simulated ones; deferred weights take their transfer's time.
+
+        Args:
+            costs: by region of the simulated step.
+            draws: of that step.
+            schedule: its schedule.
+            streamed: bytes of weights that pass from the host.
+        """
+        assert self._gpu is not None
         workload = self.workload
         criterion = TwinFlowLoss(workload.config)
         ran = criterion.plan(draws, schedule=schedule)  # type: ignore[arg-type]
@@ -136,9 +163,36 @@ class Planner:
         plans = [criterion.plan(criterion.draw(latents), schedule=schedule) for _ in range(_DRAWN)]
         without = sum(p.rows_without_gradient for p in plans) / _DRAWN / max(ran.rows_without_gradient, 1)
         with_gradient = sum(p.rows_with_gradient for p in plans) / _DRAWN / max(ran.rows_with_gradient, 1)
-        total = costs.pop("without gradient", Cost()) * without
+        passing = costs.pop(SWEEP, Cost()) * with_gradient
+        total = costs.pop("without gradient", Cost()) * without + passing
         for cost in costs.values():
             total = total + cost * with_gradient
+        # Products with one layer's weights run while the next one's are on their way.
+        return total + Cost(seconds=max(streamed / (self._gpu.host_gb_s * 1e9) - passing.seconds, 0.0))
+
+    def _update_cost(self, held: Standing, optimizer: str) -> Cost:
+        """Of the optimizer, and of the average, which moves 12 bytes a parameter."""
         assert self._gpu is not None
-        moved = 28 * held.trained + 12 * held.trained  # AdamW reads 16 and writes 12 bytes, the average moves 12
-        return total + Cost(0, moved, moved / (self._gpu.memory_gb_s * 1e9))
+        moved = (TRAFFIC[optimizer] + 12) * held.trained
+        return Cost(0, moved, moved / (self._gpu.memory_gb_s * 1e9))
+
+
+def _parts(peak: Peak, held: Standing, resident: int, preset: MemoryPreset, host: int) -> dict[str, int]:
+    """The peak's bytes, split.
+
+    Args:
+        peak: of the timeline.
+        held: at all times.
+        resident: of the step's own tensors, of rows that did not run.
+        preset: how it is run.
+        host: bytes of activations that would move to the host.
+    """
+    gradients, step = peak.notes["gradients"], peak.notes["step"]
+    saved, budget = max(peak.start - gradients - step, 0), int(preset.offload_gb * 1e9)
+    return {
+        "weights": held.weights, "adapters": held.adapters, "optimizer": held.optimizer, "ema": held.ema,
+        "gradients": gradients, "step": step + resident,
+        "saved": saved + max(host - budget, 0),  # what finds no room stays
+        "transient": peak.total - peak.workspace - gradients - step - saved + min(window_bytes(budget), host),
+        "workspace": peak.workspace + CUBLAS_BYTES,
+    }  # fmt: skip

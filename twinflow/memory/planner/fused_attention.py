@@ -1,4 +1,4 @@
-"""`fused_attention()`: attention as a GPU runs it, on the meta device; `workspace()`: what its kernels hold inside."""
+"""`fused_attention()`: attention as a GPU runs it, on the meta device; `workspace()`: what kernels hold inside."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,10 +7,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+import twinflow.memory.quantised_linear  # noqa: F401 - its operation
+
 _aten = torch.ops.aten
 _HALF = (torch.bfloat16, torch.float16)
 _FLASH_BACKWARD = _aten._scaled_dot_product_flash_attention_backward.default
 _EFFICIENT_BACKWARD = _aten._scaled_dot_product_efficient_attention_backward.default
+_DEQUANTISE = torch.ops.twinflow.dequantise.default
 FLASH_ROWS = 128  # rows of queries that flash attention's backward rounds up to
 
 
@@ -72,12 +75,16 @@ def _fused(
 
 
 def workspace(func: Any, args: tuple, kwargs: dict, result: Any) -> int:
-    """Bytes that a CUDA kernel allocates inside itself while it runs: float32 sums of attention's backward.
+    """Bytes that a CUDA kernel allocates inside itself while it runs.
+
+    They are the float32 sums of attention's backward, and nf4's scales in float32, one per 64 values.
 
     Args:
         func: the operation, as torch dispatches it.
         args, kwargs, result: of its call.
     """
+    if func is _DEQUANTISE and args[2] == "nf4":
+        return 4 * result.numel() // 64
     if func not in (_FLASH_BACKWARD, _EFFICIENT_BACKWARD):
         return 0
     query = args[1]

@@ -1,5 +1,6 @@
 """`meta_student()`: a student and its teacher on the meta device, as a training run would make them."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -10,40 +11,33 @@ from twinflow.lora import add_lora
 from twinflow.memory.blocks import repeated_blocks
 from twinflow.memory.planner.architectures import Architecture
 from twinflow.memory.planner.workload import Workload
+from twinflow.memory.quantised_linear import _ALIGNED, LIBRARIES, PackedWeight, Packing, _Product, _sizes
 from twinflow.models import FlowModel, load
 from twinflow.teacher import EMATeacher
 
 META = torch.device("meta")
-# What a quantised weight takes, bits: int8 with a bf16 scale per output, nf4 with doubly quantised scales per 64.
-NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 
 
-class QuantisedLinear(nn.Linear):
-    """A frozen linear layer that stands for a weight-only quantised one: it makes the bf16 weight anew for each use."""
+class _Packed(PackedWeight):
+    """A packed weight whose products ask for no autocast, of which the meta device has none."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _Dequantised.apply(x, self.weight, self.bias, self.out_features)
-
-
-class _Dequantised(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, rows: int) -> torch.Tensor:
-        ctx.shape = (rows, x.shape[-1])
-        return F.linear(x, x.new_empty(ctx.shape), bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return grad @ grad.new_empty(ctx.shape), None, None, None
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function is F.linear:
+            x, weight, bias = args
+            return _Product.apply(x, weight, bias, weight.packing)
+        return super().__torch_function__(function, types, args, kwargs)
 
 
-def meta_student(workload: Workload, architecture: Architecture) -> FlowModel:
+def meta_student(workload: Workload, architecture: Architecture, defer: bool = False) -> FlowModel:
     """A student of an architecture, made and conditioned as training would.
 
     Args:
         workload: how it is trained.
         architecture: the workload's own, or a reduction of it.
+        defer: its modulation is to be deferred, whose layers are then not quantised.
     """
-    return as_trained(meta_network(architecture, workload.base), workload, workload.conditioning)
+    return as_trained(meta_network(architecture, workload.base), workload, workload.conditioning, defer)
 
 
 def meta_network(architecture: Architecture, base: str) -> FlowModel:
@@ -68,34 +62,37 @@ def meta_network(architecture: Architecture, base: str) -> FlowModel:
     return load(transformer)
 
 
-def as_trained(network: FlowModel, workload: Workload, conditioning: str | None) -> FlowModel:
+def as_trained(network: FlowModel, workload: Workload, conditioning: str | None, defer: bool = False) -> FlowModel:
     """Gives a model the conditioning and the LoRA of a workload.
 
     Args:
         network: from `meta_network`.
         workload: how it is trained.
         conditioning: its mode; None: it stays plain.
+        defer: as in `meta_student`.
     """
     if workload.lora_rank is not None:
         add_lora(network, workload.lora_rank, targets=workload.lora_targets, conditioning=conditioning)
     elif conditioning is not None:
         network.condition(conditioning)
-    quantise(network, workload.base)
+    quantise(network, workload.base, network.modulation_layers().values() if defer else ())
     return network
 
 
-def quantise(network: FlowModel, base: str) -> None:
-    """Every frozen linear layer inside the repeated blocks holds packed weights, where the base has them."""
-    if base not in ("int8", "nf4"):
+def quantise(network: FlowModel, base: str, but: Collection[nn.Module] = ()) -> None:
+    """Packs what `quantise_base` would, but some layers, where the base is quantised; there are no values to pack."""
+    if base not in LIBRARIES:
         return
-    bits = 8 if base == "int8" else NF4_BITS
     for block in repeated_blocks(network.network).values():
         for layer in block.modules():
-            if type(layer) is nn.Linear and not layer.weight.requires_grad:
-                scales = 2 * layer.out_features if bits == 8 else 0
-                count = int(layer.weight.numel() * bits / 8) + scales
-                layer.weight = nn.Parameter(torch.empty(count, dtype=torch.uint8, device=META), requires_grad=False)
-                layer.__class__ = QuantisedLinear
+            if type(layer) is nn.Linear and not layer.weight.requires_grad and layer not in but:
+                packing = Packing(base, layer.out_features, layer.in_features, layer.weight.dtype)
+                count = sum(
+                    -(-size // _ALIGNED) * _ALIGNED for size in _sizes(base, layer.weight.numel(), packing.rows)
+                )
+                layer.weight.data = torch.empty(count, dtype=torch.uint8, device=META)
+                layer.weight.__class__ = _Packed
+                layer.weight.packing = packing  # type: ignore[attr-defined]
 
 
 def meta_teacher(student: FlowModel) -> EMATeacher:

@@ -1,9 +1,15 @@
-"""`overview()`: which preset fits on which card, for every model."""
+"""`overview()`: which preset fits on which card, and where deferring the modulation pays, for every model."""
 
+from collections.abc import Iterator
+
+from rich import box
 from rich.table import Table
 
 from twinflow.memory.planner.forecast import Forecast
 from twinflow.memory.planner.gpus import GPUS
+from twinflow.memory.planner.report import with_and_without
+
+WIDE = 150  # columns of a terminal that has room for a column per card
 
 
 def fastest(found: list[Forecast], usable_gb: float) -> Forecast | None:
@@ -11,37 +17,97 @@ def fastest(found: list[Forecast], usable_gb: float) -> Forecast | None:
     return next((forecast for forecast in found if forecast.fits(usable_gb)), None)
 
 
+def cards() -> dict[float, str]:
+    """Usable GB -> the cards that have as much, from the smallest on."""
+    return {
+        usable: ", ".join(gpu.name for gpu in GPUS.values() if gpu.usable_gb == usable)
+        for usable in sorted({gpu.usable_gb for gpu in GPUS.values()})
+    }
+
+
 def rows(groups: list[list[Forecast]]) -> list[list[str]]:
-    """A row per workload: the model, what is trained, and per card the fastest preset with its peak.
+    """A row per workload: the model, what is trained, the recipe, and per card the fastest preset with its peak.
 
     Args:
-        groups: forecasts of every preset, one list per workload.
+        groups: forecasts of every preset that applies, one list per workload.
     """
-    found = []
-    for forecasts in groups:
-        workload = forecasts[0].workload
-        cells = []
-        for gpu in GPUS.values():
-            best = fastest(forecasts, gpu.usable_gb)
-            least = min(forecast.peak for forecast in forecasts) / 1e9
-            cells.append(f"no: {least:.1f}" if best is None else f"{best.name} {best.peak / 1e9:.1f}")
-        found.append([workload.architecture.name, workload.trains, workload.recipe, *cells])
-    return found
+    return [[*_workload(found), *(_cell(found, usable) for usable in cards())] for found in groups]
 
 
 def head() -> list[str]:
     """Names of the columns."""
-    return ["model", "trained", "recipe", *(f"{gpu.name} ({gpu.usable_gb:g})" for gpu in GPUS.values())]
+    return ["model", "trained", "recipe", *(f"{names} ({usable:g})" for usable, names in cards().items())]
 
 
-def overview(groups: list[list[Forecast]]) -> Table:
-    """The rows as a table for the terminal."""
+def deferral_head() -> list[str]:
+    """Names of the columns of `deferral_rows`."""
+    return ["model", "modulation GB", "of the weights", "peak GB", "deferred", "s/step", "deferred"]
+
+
+def deferral_rows(groups: list[list[Forecast]]) -> list[list[str]]:
+    """Where deferring pays: a row per workload whose modulation can be; peaks and seconds of `checkpoint` and `40gb`.
+
+    Args:
+        groups: as of `rows`.
+    """
+    found = []
+    for plain, deferred in map(with_and_without, groups):
+        if plain is not None and deferred is not None:
+            kept = deferred.deferred_bytes
+            seconds = ["" if f.cost is None else f"{f.cost.seconds:.2f}" for f in (plain, deferred)]
+            peaks = [f"{f.peak / 1e9:.1f}" for f in (plain, deferred)]
+            name, share = plain.workload.architecture.name, kept / plain.bytes["weights"]
+            found.append([name, f"{kept / 1e9:.1f}", f"{share:.0%}", *peaks, *seconds])
+    return found
+
+
+def overview(groups: list[list[Forecast]], gpu: str, width: int = WIDE) -> Iterator[Table]:
+    """The rows as tables for the terminal.
+
+    Args:
+        groups: as of `rows`.
+        gpu: the card whose speed times are for.
+        width: columns of the terminal; a narrow one gets a line per model and card.
+    """
     workload = groups[0][0].workload
-    height, width = workload.size
-    title = f"fastest preset that fits, and its peak in GB; {width}x{height}, batch {workload.batch}"
-    shown = Table(title=title, title_justify="left", title_style="bold")
-    for name in head():
-        shown.add_column(name, overflow="fold")
-    for row in rows(groups):
-        shown.add_row(*(f"[dim]{cell}[/dim]" if cell.startswith("no:") else cell for cell in row))
-    return shown
+    size = f"{workload.size[1]}x{workload.size[0]}, batch {workload.batch}, recipe {workload.recipe}"
+    shown = _table(f"fastest preset that fits, and its peak in GB; {size}")
+    wide, names = width >= WIDE, head()
+    for name in [*names[:2], *names[3:]] if wide else [*names[:2], "card (usable GB)", "fastest preset", "peak GB"]:
+        shown.add_column(name)
+    for found in groups:
+        lines = [_cell(found, usable) for usable in cards()]
+        if wide:
+            shown.add_row(*_workload(found)[:2], *map(_dimmed, lines))
+            continue
+        for i, (card, cell) in enumerate(zip(names[3:], lines, strict=True)):
+            preset, _, peak = cell.partition(" ")
+            shown.add_row(*(_workload(found)[:2] if i == 0 else ("", "")), card, preset, peak, end_section=i == 5)
+    yield shown
+    if deferral_rows(groups):
+        pays = _table(f"where deferring the modulation of a LoRA's base pays; least s/step on {gpu}")
+        for i, name in enumerate(deferral_head()):
+            pays.add_column(name, justify="right" if i else "left")
+        for row in deferral_rows(groups):
+            pays.add_row(*row)
+        yield pays
+
+
+def _workload(found: list[Forecast]) -> list[str]:
+    workload = found[0].workload
+    return [workload.architecture.name, workload.trains, workload.recipe]
+
+
+def _cell(found: list[Forecast], usable_gb: float) -> str:
+    best = fastest(found, usable_gb)
+    if best is None:
+        return f"no: {min(forecast.needed for forecast in found) / 1e9:.1f}"
+    return f"{best.name} {best.peak / 1e9:.1f}"
+
+
+def _dimmed(cell: str) -> str:
+    return f"[dim]{cell}[/dim]" if cell.startswith("no:") else cell
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))

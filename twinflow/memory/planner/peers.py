@@ -14,7 +14,7 @@ from twinflow.memory.planner.meta_student import as_trained, meta_network
 from twinflow.memory.planner.peer_networks import PeerRun, frozen_copy, width_of
 from twinflow.memory.planner.peer_steps import Heads, dmd2_step, sana_sprint_step
 from twinflow.memory.planner.reduction import Reduction, reduce
-from twinflow.memory.planner.standing import standing
+from twinflow.memory.planner.standing import TRAFFIC, standing
 from twinflow.memory.planner.timeline import Peak, splice
 from twinflow.memory.planner.workload import Workload
 from twinflow.memory.presets import MemoryPreset
@@ -99,7 +99,7 @@ def _forecast(workload: Workload, peer: _Peer, reduction: Reduction, gpu: GPU | 
     where = peak.name + (f", {peak.block}" if peak.block else "")
     total = None
     if gpu is not None:
-        moved = 28 * sum(one.trained for one in held)  # AdamW reads 16 and writes 12 bytes
+        moved = TRAFFIC[workload.optimizer] * sum(one.trained for one in held)
         total = sum(costs.values(), Cost(0, moved, moved / (gpu.memory_gb_s * 1e9)))
     return Forecast(workload, WHOLE_BATCH, parts, where, total, label=peer.label)
 

@@ -13,6 +13,7 @@ from twinflow.loss import TwinFlowLoss
 from twinflow.memory.blocks import repeated_blocks
 from twinflow.memory.offload import offload_activations
 from twinflow.memory.planner.autocast import MetaAutocast
+from twinflow.memory.planner.deferral import SimulatedDeferral
 from twinflow.memory.planner.fused_attention import fused_attention, workspace
 from twinflow.memory.planner.live import Cost, LiveStorages, aligned, tensors
 from twinflow.memory.planner.meta_student import META, random_condition
@@ -39,7 +40,9 @@ class StepSimulation:
         window: device bytes for offloaded tensors on their way; without any, every block does alike.
 
     Attributes:
-        regions: the timeline of the last run; names are `without gradient`, `forward`, `backward`, `between`.
+        regions: the timeline of the last run; names are `without gradient`, `forward`, `backward`, `between`, and
+            `modulation` while deferred weights pass.
+        deferral: of the last run; None: none.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class StepSimulation:
         self._autocast = MetaAutocast() if workload.base == "float32" else None
         self.regions: list[Region] = []
         self._offload: offload_activations | None = None
+        self.deferral: SimulatedDeferral | None = None
 
     def run(self, draws: Draws, schedule: str = "planned") -> None:
         """One step, forward and backward.
@@ -116,6 +120,8 @@ class StepSimulation:
 
     def _attach(self, stack: ExitStack) -> None:
         """The preset's mechanisms, and marks around networks and blocks."""
+        if self.preset.defer:
+            self.deferral = SimulatedDeferral(stack, self.student, self._reduction, self._mark)
         blocks = repeated_blocks(self.student.network)
         levels = [self._reduction.levels.get(name, "input") for name in blocks]
         if set(levels) != {"all"}:
@@ -135,6 +141,8 @@ class StepSimulation:
         inner: Callable[..., torch.Tensor] = network.forward
 
         def forward(*args: Any) -> torch.Tensor:
+            if self.deferral is not None and self.deferral.rehearsing:
+                return inner(*args)
             graded = torch.is_grad_enabled()
             if not self._holding:
                 self._step_bytes = self._live.live - self._gradients()

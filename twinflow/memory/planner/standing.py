@@ -1,5 +1,6 @@
 """`standing()`: what a training run holds at all times: weights, adapters, optimizer, average."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,8 @@ from twinflow.memory.planner.live import aligned
 from twinflow.memory.planner.reduction import Reduction
 from twinflow.teacher import EMATeacher
 
+# Bytes that an update reads and writes per parameter, float32: itself, its gradient, the optimizer's states.
+TRAFFIC = {"adamw": 16 + 12, "adamw8bit": 10 + 6, "sgd": 8 + 4}
 BLOCKWISE = 256  # values per scale of bitsandbytes' 8-bit states; tensors under 4096 values keep float32 ones
 _SMALL = 4096
 
@@ -32,17 +35,24 @@ class Standing:
     trained: int
 
 
-def standing(student: nn.Module, teacher: EMATeacher | None, optimizer: str, reduction: Reduction) -> Standing:
+def standing(
+    student: nn.Module,
+    teacher: EMATeacher | None,
+    optimizer: str,
+    reduction: Reduction,
+    elsewhere: Collection[nn.Module] = (),
+) -> Standing:
     """Counts a small model's tensors as often as they are there in the whole one.
 
     Args:
         student, teacher: on any device; teacher None: no average is kept.
         optimizer: one of `twinflow.memory.planner.workload.OPTIMIZERS`.
         reduction: what the small model's blocks stand for.
+        elsewhere: layers whose parameters are not on the device.
     """
     full = all(p.requires_grad for p in student.parameters())
     mine = {} if teacher is None else _averages(teacher)
-    held = {id(tensor) for tensor, _ in mine.values()}
+    held = {id(tensor) for tensor, _ in mine.values()} | {id(p) for layer in elsewhere for p in layer.parameters()}
     weights = adapters = states = trained = 0
     for name, tensor in [*student.named_parameters(), *student.named_buffers()]:
         if id(tensor) in held:

@@ -6,6 +6,7 @@ from typing import Any
 from twinflow.conditioning import LORA_MODE, MODES
 from twinflow.config import RECIPES, TwinFlowConfig
 from twinflow.memory.planner.architectures import Architecture, architecture_of
+from twinflow.memory.presets import MemoryPreset
 
 BASES = ("bfloat16", "float32", "int8", "nf4")
 OPTIMIZERS = ("adamw", "adamw8bit", "sgd")
@@ -87,6 +88,11 @@ class Workload:
     def trains(self) -> str:
         """What is trained, in words."""
         return "all weights" if self.lora_rank is None else f"LoRA r={self.lora_rank}"
+
+    def under(self, preset: MemoryPreset) -> "Workload":
+        """The same with a preset's base, and its optimizer in plain AdamW's place."""
+        optimizer = preset.optimizer if self.optimizer == "adamw" else None
+        return self.but(base=preset.base or self.base, optimizer=optimizer or self.optimizer)
 
     def but(self, **changes: Any) -> "Workload":
         """The same with some values changed."""

@@ -1,0 +1,98 @@
+"""Deferred modulation and quantised bases in forecasts: which presets apply, and a deferral on the meta device."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+from twinflow.memory.planner.architectures import Architecture
+from twinflow.memory.planner.meta_student import META, meta_network
+from twinflow.memory.planner.reduction import Reduction, reduce
+from twinflow.memory.planner.workload import Workload
+from twinflow.memory.presets import PRESETS, MemoryPreset
+from twinflow.models import FlowModel
+
+SWEEP = "modulation"  # name of the regions in which the weights pass
+
+
+def applicable(workload: Workload) -> dict[str, MemoryPreset]:
+    """Those of `PRESETS` that apply to a workload, in their order."""
+    return {name: preset for name, preset in PRESETS.items() if obstacle(workload, preset) is None}
+
+
+def obstacle(workload: Workload, preset: MemoryPreset) -> str | None:
+    """Why a workload cannot be run so; None: it can be."""
+    if (preset.defer or preset.base is not None) and workload.lora_rank is None:
+        return "which is for a LoRA on a frozen base, not for all weights"
+    if preset.base is not None and workload.base not in ("bfloat16", preset.base):
+        return f"which quantises a bfloat16 base, not one of {workload.base}"
+    return _deferral_obstacle(workload) if preset.defer else None
+
+
+def _deferral_obstacle(workload: Workload) -> str | None:
+    name = workload.architecture.name
+    if workload.architecture.config.get("zero_cond_t"):
+        return f"which defers the modulation of one time embedding a row: {name} has two"
+    layers = modulation_sizes(workload.architecture)
+    if not layers:
+        return f"which defers modulation: {name} has no layers for it"
+    targets = workload.lora_targets or ()
+    adapted = [layer for layer in layers if any(f".{layer}".endswith(f".{target}") for target in targets)]
+    return f"which defers modulation: the LoRA is on {adapted[0]}" if adapted else None
+
+
+def modulation_sizes(architecture: Architecture) -> dict[str, int]:
+    """Name of a layer of the reduced model -> parameters of all that it stands for."""
+    reduction = reduce(architecture, PRESETS["checkpoint"])
+    layers = meta_network(reduction.architecture, "bfloat16").modulation_layers()
+    return {name: sum(p.numel() for p in layer.parameters()) * reduction.times(name) for name, layer in layers.items()}
+
+
+class SimulatedDeferral:
+    """A student's modulation, deferred on the meta device as on a card, with the carriers of the whole model.
+
+    Args:
+        stack: takes the removal.
+        student: with as many blocks as `reduction` says.
+        reduction: which blocks stand for several.
+        mark: begins a region of the timeline: its name, and the block it belongs to.
+
+    Attributes:
+        rehearsing: whether the student is run up to its time embedding only.
+    """
+
+    def __init__(
+        self, stack: ExitStack, student: FlowModel, reduction: Reduction, mark: Callable[[str, str | None], None]
+    ) -> None:
+        from twinflow.memory.deferred import defer_modulation
+
+        self.rehearsing, self._sweeps, self._mark = False, 0, mark
+        handle = defer_modulation(student, device=META)
+        stack.callback(handle.remove)
+        more = [
+            slot.count * (reduction.times(n) - 1) for n, slot in zip(handle.layers, handle.table.slots, strict=True)
+        ]
+        handle.table.units += sum(more)
+        self._row_bytes = handle.row_bytes
+        self._blocks = [next((b for b in reduction.levels if n.startswith(f"{b}.")), None) for n in handle.layers]
+        self._rehearsal, self._sweep = handle.rehearsal, handle._weights.sweep
+        handle.rehearsal, handle._weights.sweep = self._rehearsed, self._marked  # type: ignore[method-assign]
+
+    def counted(self) -> tuple[int, int]:
+        """How often the weights have passed, and bytes of one row's vectors."""
+        return self._sweeps, self._row_bytes
+
+    @contextmanager
+    def _rehearsed(self, by_pieces: bool) -> Iterator[Callable[..., None]]:
+        self.rehearsing = True
+        with self._rehearsal(by_pieces) as announce:
+            yield announce
+            self.rehearsing = False
+
+    def _marked(self, reverse: bool = False) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
+        """Each layer's turn is its block's, so that it is repeated as often."""
+        self._sweeps += 1
+        for number, *parameters in self._sweep(reverse):
+            self._mark(SWEEP, self._blocks[number])
+            yield number, *parameters  # type: ignore[misc]
+        self._mark("backward" if reverse else "between", None)
