@@ -12,10 +12,12 @@ import torch
 import torchao.quantization
 from export_cases import contents
 from family_batches import make_batch, make_student, relative
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from test_memory_together import FAMILIES, LEVELS, OFFLOAD, assert_equal, live_storages, student_of, trained
 from tiny_pipelines import tiny_transformer
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from twinflow import EMATeacher, FrozenTeacher, TwinFlowConfig, TwinFlowLoss
 from twinflow.export import export
@@ -84,11 +86,28 @@ def test_in_bf16(family, form):
     assert_equal(trained(quantised, 2, 1), trained(plain, 2, 1))
 
 
+class Dequantised(TorchDispatchMode):
+    """Dtypes of the weights that are made."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.twinflow.dequantise.default:
+            self.dtypes[result.dtype] += 1
+        return result
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_under_autocast(form):
     quantised, plain, _ = pair(lambda: student_of("sd3", True), form)
     with torch.autocast("cpu", torch.bfloat16):
-        assert_equal(trained(quantised, 2, 1), trained(plain, 2, 1))
+        with Dequantised() as made:
+            mine = trained(quantised, 2, 1)
+        assert_equal(mine, trained(plain, 2, 1))
+    assert set(made.dtypes) == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -276,6 +295,19 @@ def test_adapters_and_skipped_layers_stay(tmp_path):
     assert len(packed) == len(base.layers)
     for name, parameter in student.named_parameters():
         assert name in packed or name not in others or torch.equal(parameter, others[name]), name
+
+
+def test_frozen_adapters_of_plain_layers_stay():
+    """As peft makes them, before a teacher or `add_lora` changes their class."""
+    transformer = tiny_transformer("sd3").requires_grad_(False)
+    config = LoraConfig(r=4, target_modules=["to_q"])
+    transformer.add_adapter(config, "style")
+    transformer.requires_grad_(False)
+    transformer.add_adapter(config, "default")
+    student = load(transformer)
+    layer = student.get_submodule(Q)
+    assert type(layer.lora_A["style"]) is nn.Linear and not layer.lora_A["style"].weight.requires_grad
+    assert not any("lora_" in name for name in quantise_base(student, "int8").layers)
 
 
 def test_a_lora_added_afterwards():

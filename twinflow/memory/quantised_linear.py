@@ -224,6 +224,7 @@ class _Product(torch.autograd.Function):
 
 def _linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     device = x.device.type
+    # Before the weight is made, which else would be made in a float32 input's dtype and then cast.
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
     return _Product.apply(x, weight, bias, weight.packing)
