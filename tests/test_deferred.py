@@ -74,14 +74,41 @@ def test_every_teacher(teacher, family):
             assert_equal(trained(student, 2, 2, teacher=teacher), plain)
 
 
-def test_autocast_of_a_float32_base():
+@pytest.mark.parametrize("backward_inside", [True, False])
+def test_autocast_of_a_float32_base(backward_inside):
     results = []
     for deferred in (False, True):
         student = student_of("sd3", "dual+sign")
         if deferred:
             defer_modulation(student)
+        torch.manual_seed(1)
+        batch, teacher = make_batch("sd3", student, 4), EMATeacher(student, 0.9)
+        draws = TwinFlowLoss().draw(batch[0], torch.Generator().manual_seed(2))
         with torch.autocast("cpu", torch.bfloat16):
-            results.append(trained(student, 2))
+            loss = TwinFlowLoss()(student, *batch, teacher=teacher, draws=draws).loss
+            if backward_inside:
+                loss.backward()
+        if not backward_inside:
+            loss.backward()
+        results.append({n: p.grad for n, p in student.named_parameters() if p.grad is not None})
+    assert_equal(*results)
+
+
+@pytest.mark.slow
+def test_the_whole_model_compiled():
+    results = []
+    for deferred in (False, True):
+        torch._dynamo.reset()
+        student = student_of("qwen_image", "dual+sign")
+        if deferred:
+            defer_modulation(student)
+        compiled = torch.compile(student, backend="eager")
+        torch.manual_seed(1)
+        batch, teacher = make_batch("qwen_image", student, 2), EMATeacher(compiled, 0.9)
+        draws = TwinFlowLoss().draw(batch[0], torch.Generator().manual_seed(2))
+        TwinFlowLoss().backward(compiled, *batch, teacher=teacher, draws=draws)
+        results.append({n: p.grad for n, p in student.named_parameters() if p.grad is not None})
+    torch._dynamo.reset()
     assert_equal(*results)
 
 

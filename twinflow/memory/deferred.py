@@ -96,9 +96,9 @@ class DeferredModulation:
         Raises:
             ValueError: the layers have been changed since.
         """
-        modules = dict(self._student.network.named_modules())
+        network = self._student.network
         for name, layer in self.layers.items():
-            if modules.get(name) is not layer or layer.weight.requires_grad:
+            if network.get_submodule(name) is not layer or layer.weight.requires_grad:
                 raise ValueError(
                     f"defer_modulation: {name} must stay frozen and without adapter while it is deferred, got it "
                     "changed; remove() the deferral first"
