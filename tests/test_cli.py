@@ -41,7 +41,7 @@ def test_every_number_shows_on_a_narrow_terminal(capsys, monkeypatch):
     peak, *parts, host = [float(number) for number in line.split()[1:7]]
     assert peak == pytest.approx(sum(parts), abs=0.3) and line.split()[7] == "yes"
     assert host > 0 and "Host: pinned memory" in shown
-    assert "Training: adapters, optimizer states, EMA and gradients." in shown
+    assert "Train: adapters, optimizer states, EMA and gradients." in shown
 
 
 def test_json_to_the_terminal_is_json_alone(capsys):

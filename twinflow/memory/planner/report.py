@@ -41,7 +41,7 @@ def table(found: list[Forecast], usable_gb: float, best: Forecast | None, width:
     shown.add_column("  how it runs", no_wrap=True)
     parts: dict[str, tuple[str, ...]] = {name: (part,) for part, name in _HELD.items()}
     if width < WIDE:
-        parts = {"weights": ("weights",), "training": tuple(_HELD)[1:]}
+        parts = {"weights": ("weights",), "train": tuple(_HELD)[1:]}
     on_host = any(forecast.host_bytes for forecast in found)
     for name in ("peak", *parts, "saved", "other", *(["host"] if on_host else [])):
         shown.add_column(name, justify="right", no_wrap=True)
@@ -70,7 +70,7 @@ def notes(found: list[Forecast], usable_gb: float, where: str, width: int = WIDE
         f"{CONTEXT_BYTES / 1e9:g} GB of CUDA context, of which a step leaves {SPARE:.0%} free.",
         "Assumed: prompts and latents are cached, so that no encoder is resident (but in the published schedule's "
         "line, under other); AdamW with fused=True; attention without a matrix of scores.",
-        *(["Training: adapters, optimizer states, EMA and gradients."] if width < WIDE else []),
+        *(["Train: adapters, optimizer states, EMA and gradients."] if width < WIDE else []),
         *(["Host: pinned memory, for activations and deferred weights."] if host else []),
         *(["; ".join(f"{name}: {', '.join(changes)}" for name, changes in changed.items()) + "."] if changed else []),
         "s/step: at least; every operation at the card's data sheet speed, nothing fused; real steps are slower."
