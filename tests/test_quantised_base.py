@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from twinflow import EMATeacher, FrozenTeacher, TwinFlowConfig, TwinFlowLoss
 from twinflow.export import export
 from twinflow.lora import add_lora
+from twinflow.memory.deferred import defer_modulation
 from twinflow.memory.offload import offload_activations
 from twinflow.memory.quantised_base import QuantisedBase, quantise_base, quantised_form
 from twinflow.memory.quantised_linear import PackedWeight, dequantised, load_library, pack
@@ -308,6 +309,21 @@ def test_frozen_adapters_of_plain_layers_stay():
     layer = student.get_submodule(Q)
     assert type(layer.lora_A["style"]) is nn.Linear and not layer.lora_A["style"].weight.requires_grad
     assert not any("lora_" in name for name in quantise_base(student, "int8").layers)
+
+
+def test_deferred_modulation_must_be_skipped():
+    student = student_of("qwen_image", True)
+    handle = defer_modulation(student)
+    with pytest.raises(ValueError, match=r"run their own forward, got .*mod\.1 with another's, .*; name it in skip"):
+        quantise_base(student.network)
+    skip = [name for name in dict(student.network.named_modules()) if name.endswith("mod.1")]
+    base = quantise_base(student.network, skip=skip)
+    assert not set(base.layers) & set(skip) and len(skip) == 2 * len(student.network.transformer_blocks)
+    deferred = trained(student, 2, 1)
+    handle.remove()
+    plain = student_of("qwen_image", True)
+    quantise_base(plain.network, skip=skip)
+    assert_equal(deferred, trained(plain, 2, 1))
 
 
 def test_a_lora_added_afterwards():

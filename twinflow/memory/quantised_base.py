@@ -62,8 +62,9 @@ def quantise_base(
     Raises:
         ImportError: bitsandbytes or torchao is missing.
         TypeError: model is no module, or skip is one name.
-        ValueError: an unknown form, a name in skip that no linear layer has, no frozen linear layer, or weights that
-            are quantised already, sharded, on meta or of another dtype; nothing is then changed.
+        ValueError: an unknown form, a name in skip that no linear layer has, no frozen linear layer, a layer whose
+            forward is replaced, or weights that are quantised already, sharded, on meta or of another dtype; nothing
+            is then changed.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantise_base: model must be an nn.Module, got {type(model).__name__}")
@@ -77,7 +78,7 @@ def quantise_base(
             "none; the base must be frozen: add a LoRA first"
         )
     for name, layer in layers.items():
-        _check_weight(name, layer.weight)
+        _check_layer(name, layer)
     load_library(LIBRARIES[form], "quantise_base")
     weights = {id(layer.weight): layer.weight for layer in layers.values()}
     before = sum(weight.numel() * weight.element_size() for weight in weights.values())
@@ -152,7 +153,13 @@ def _refuse_quantised(name: str, module: nn.Module) -> None:
     )
 
 
-def _check_weight(name: str, weight: torch.Tensor) -> None:
+def _check_layer(name: str, layer: nn.Linear) -> None:
+    weight = layer.weight
+    if "forward" in vars(layer):
+        raise ValueError(
+            f"quantise_base: layers must run their own forward, got {name} with another's, as that of deferred "
+            "modulation or of accelerate's hooks; name it in skip, or quantise before"
+        )
     if isinstance(weight, DTensor):
         raise ValueError(f"quantise_base: model must hold whole weights, got {name} sharded; quantise before sharding")
     if weight.is_meta:
