@@ -11,6 +11,7 @@ import gc
 import json
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +23,17 @@ from torch import nn
 
 from twinflow import EMATeacher, TwinFlowLoss
 from twinflow.draws import Draws, draw_step
-from twinflow.memory import apply_memory
+from twinflow.memory import PRESETS, apply_memory
+from twinflow.memory.adamw_8bit import adamw_8bit
+from twinflow.memory.planner.fused_attention import replaced
 from twinflow.memory.planner.simulation import WORST_LAST
 from twinflow.memory.planner.workload import Workload
+from twinflow.models import FlowModel
 
 PUBLISHED = "published"  # the published schedule on the whole batch, every block under gradient checkpointing
 OUT_OF_MEMORY = "out of memory"
 MEASURED = "measured"
+_NOISE = 1_000_003  # values; a prime, so that rows of no width begin alike
 
 
 @dataclass(frozen=True)
@@ -76,14 +81,17 @@ class Training:
         asked, self.device = configuration.workload, device
         published = configuration.run == PUBLISHED
         dtype = torch.float32 if asked.base == "float32" else torch.bfloat16
-        student = networks.build(configuration.model, device, dtype, configuration.depth, checkpointing=published)
-        trained = [p for p in student.parameters() if p.requires_grad]
+        student = _built(configuration, device, dtype)
+        self.preset = None
+        if not published:
+            self.preset = apply_memory(student, configuration.run, device=device, **_for_auto(configuration)).preset
         self.student, self.teacher = student, EMATeacher(student, 0.99)
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+        trained = [p for p in student.parameters() if p.requires_grad]
+        in_8_bit = self.preset is not None and self.preset.optimizer == "adamw8bit"
+        self.optimizer = adamw_8bit(trained, 1e-5) if in_8_bit else torch.optim.AdamW(trained, 1e-5, fused=True)
         if asked.base == "float32":
             for network in (student, self.teacher.module):
                 _autocast(network, device)
-        self.preset = None if published else apply_memory(student, configuration.run, **_for_auto(configuration)).preset
         self.inputs = networks.random_batch(configuration.model, student, asked.batch, device, torch.bfloat16)
         self.criterion = TwinFlowLoss(asked.config)
         self._generator = torch.Generator(device).manual_seed(1)
@@ -109,6 +117,25 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
+
+
+def _built(configuration: Configuration, device: torch.device, dtype: torch.dtype) -> FlowModel:
+    """On the device; or on the host, from where `apply_memory` moves it, where it may not fit as it is loaded."""
+    preset, published = PRESETS.get(configuration.run), configuration.run == PUBLISHED
+    on_host = configuration.run == "auto" or (preset is not None and (preset.defer or preset.base is not None))
+    with replaced(nn.Linear, "reset_parameters", lambda own: _fill) if on_host else nullcontext():
+        where = torch.device("cpu") if on_host else device
+        return networks.build(configuration.model, where, dtype, configuration.depth, checkpointing=published)
+
+
+def _fill(layer: nn.Linear) -> None:
+    """Weights as a linear layer has them by default, but some noise over and over: a host takes minutes for more."""
+    with torch.no_grad():
+        noise = torch.rand(_NOISE, dtype=torch.float32, device=layer.weight.device) * 2 - 1
+        scaled = (noise / layer.in_features**0.5).to(layer.weight.dtype)
+        for parameter in layer.parameters():
+            for part in parameter.view(-1).split(_NOISE):
+                part.copy_(scaled[: len(part)])
 
 
 def _for_auto(configuration: Configuration) -> dict[str, Any]:

@@ -31,8 +31,8 @@ def obstacle(workload: Workload, preset: MemoryPreset) -> str | None:
 
 def _deferral_obstacle(workload: Workload) -> str | None:
     name = workload.architecture.name
-    if workload.architecture.config.get("zero_cond_t"):
-        return f"which defers the modulation of one time embedding a row: {name} has two"
+    if not workload.deferrable or workload.architecture.config.get("zero_cond_t"):
+        return f"which defers modulation: that of {name} cannot be"
     layers = modulation_sizes(workload.architecture)
     if not layers:
         return f"which defers modulation: {name} has no layers for it"

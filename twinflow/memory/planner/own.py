@@ -4,12 +4,15 @@ import inspect
 from typing import Any
 
 import diffusers
+import torch
 
 from twinflow.adapter_slot import adapter_layers, trained_adapter
 from twinflow.conditioning import LORA_MODE
 from twinflow.memory.blocks import repeated_blocks
+from twinflow.memory.deferrable import deferrable_layers
 from twinflow.memory.planner.architectures import LISTS, Architecture
 from twinflow.memory.planner.workload import Workload
+from twinflow.memory.quantised_base import quantised_form
 from twinflow.models import FlowModel
 from twinflow.teacher import trains_adapter
 
@@ -41,9 +44,18 @@ def own_workload(student: FlowModel, **settings: Any) -> Workload:
     )
     settings.setdefault("conditioning", LORA_MODE if student.conditioning is None else student.conditioning.mode)
     rank, targets = _lora(student) if trains_adapter(student) else (None, None)
-    dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
-    settings.setdefault("base", "float32" if dtype == "float32" else "bfloat16")
+    floating = next(p.dtype for p in network.parameters() if p.is_floating_point())
+    base = quantised_form(student) or ("float32" if floating is torch.float32 else "bfloat16")
+    settings.setdefault("base", base)
+    settings.setdefault("deferrable", _deferrable(student))
     return Workload(architecture=architecture, lora_rank=rank, lora_targets=targets, **settings)
+
+
+def _deferrable(student: FlowModel) -> bool:
+    try:
+        return bool(deferrable_layers(student))
+    except ValueError:
+        return False
 
 
 def _lora(student: FlowModel) -> tuple[int, tuple[str, ...]]:

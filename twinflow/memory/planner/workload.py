@@ -28,6 +28,7 @@ class Workload:
         text_tokens: length of the prompts; None: as usual for the model.
         base: dtype of the weights: `bfloat16`, or `float32` with autocast to bf16; of a frozen base also `int8`, `nf4`.
         optimizer: `adamw`, `adamw8bit` or `sgd` (without momentum).
+        deferrable: whether the modulation may be deferred where the architecture has it: not if it is packed, for one.
 
     Raises:
         ValueError: a value out of its range, or a quantised base that is to be trained.
@@ -44,6 +45,7 @@ class Workload:
     text_tokens: int | None = None
     base: str = "bfloat16"
     optimizer: str = "adamw"
+    deferrable: bool = True
 
     def __post_init__(self) -> None:
         for name, value, known in (
