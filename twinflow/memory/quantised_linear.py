@@ -215,7 +215,7 @@ class _Product(torch.autograd.Function):
         rows = grad.reshape(-1, ctx.packing.rows)
         dx = dbias = None
         if ctx.needs_input_grad[0]:
-            weight = torch.ops.twinflow.dequantise(packed, rows, *ctx.packing)
+            weight = torch.ops.twinflow.dequantise(packed, rows.detach(), *ctx.packing)
             dx = (rows @ weight).reshape(*grad.shape[:-1], ctx.packing.columns)
         if ctx.needs_input_grad[2]:
             dbias = rows.sum(0).to(ctx.bias_dtype)
