@@ -227,6 +227,34 @@ def test_a_graph_that_outlives_its_step_and_is_used_twice():
     assert_equal(*results)
 
 
+@pytest.mark.parametrize("how", ["one graph", "pieces kept for later"])
+def test_pieces_that_are_differentiated_together(how):
+    """Random states by row make pieces of single rows also where the graph is one; or a caller keeps their losses."""
+    results = []
+    for deferred in (False, True):
+        student = student_of("qwen_image")
+        if deferred:
+            defer_modulation(student)
+        torch.manual_seed(1)
+        batch, teacher = make_batch("qwen_image", student, 4), EMATeacher(student, 0.9)
+        criterion, kept = TwinFlowLoss(TwinFlowConfig(rng_align="rows")), []
+        more = dict(teacher=teacher, generator=torch.Generator().manual_seed(2))
+        if how == "one graph":
+            kept.append(criterion(student, *batch, **more).loss)
+        else:
+            criterion.backward(student, *batch, backward=kept.append, **more)
+        parameters = {n: p for n, p in student.named_parameters() if p.requires_grad}
+        if how == "one graph":
+            found = torch.autograd.grad(kept[0], list(parameters.values()), allow_unused=True)
+        else:
+            sum(kept).backward()
+            found = [p.grad for p in parameters.values()]
+        results.append({n: g for n, g in zip(parameters, found, strict=True) if g is not None})
+    assert results[0].keys() == results[1].keys()
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-5, atol=1e-9, msg=lambda t, n=name: f"{n}: {t}")
+
+
 def test_the_condition_of_each_row_counts():
     """SD3's embedding has the pooled prompt in it, so that times alone would not do."""
     student = student_of("sd3")
