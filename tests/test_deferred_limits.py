@@ -185,19 +185,36 @@ def test_a_teacher_made_before_is_refused():
         TwinFlowLoss().backward(student, *make_batch("qwen_image", student, 4), teacher=teacher)
 
 
-def test_calls_beside_the_plan_are_refused():
+@pytest.mark.parametrize(
+    "rows, message",
+    [(1, "in order, got a call with 1 rows of other times where student with 2"), (2, "got a call with 2 rows"),
+     (0, "must make the calls of its plan, got one more")],
+)  # fmt: skip
+def test_calls_beside_the_plan_are_refused(rows, message):
     student = student_of("qwen_image")
     defer_modulation(student)
     x, cond, _ = make_batch("qwen_image", student, 2)
-    t = torch.tensor([0.5, 0.5])
-    extra = student.network.transformer_blocks[0].register_forward_pre_hook(lambda *_: extra.remove() or call())
 
-    def call():
-        student(x[:1], t[:1], t[:1], {name: value[:1] for name, value in cond.items()})
+    def call(rows):
+        t = torch.full((rows,), 0.01)
+        student(x[:rows], t, t, {name: value[:rows] for name, value in cond.items()})
 
-    with pytest.raises(RuntimeError, match="must make the calls of its plan"):
-        backward_once(student)
-    call()
+    blocks = student.network.transformer_blocks
+    # Before the planned call has its embedding, or in the middle of the last planned call.
+    place = student.network.img_in if rows else blocks[1]
+    extra = place.register_forward_pre_hook(lambda *_: beside())
+    waiting = [False, True] if rows else [True]  # the rehearsal passes the first place too, and not the blocks
+
+    def beside():
+        if waiting and waiting.pop(0):
+            call(rows or 2)
+
+    config = TwinFlowConfig(enhanced_ratio=0, estimate_order=0, adversarial=False, shares={"mul": 1.0})
+    with pytest.raises(RuntimeError, match=message):
+        TwinFlowLoss(config)(student, x, cond)
+    extra.remove()
+    with torch.no_grad():
+        call(2)
 
 
 def test_too_little_host_memory(monkeypatch):
