@@ -4,8 +4,10 @@ import pytest
 import torch
 from deferred_cases import FAMILIES, assert_equal, student_of, trained
 from family_batches import make_student
+from safetensors.torch import load_file
 from torch import nn
 
+from twinflow.export import export
 from twinflow.memory import PRESETS, MemoryPreset, apply_memory, quantise_base, quantised_form
 from twinflow.memory.quantised_linear import PackedWeight, dequantised
 
@@ -84,6 +86,24 @@ def test_adamw_is_what_the_preset_counts_on():
             moments = {str(v.dtype) for v in tensors if v.numel() == 8192}
             assert moments == ({"torch.uint8"} if preset.optimizer else {"torch.float32"}), name
             assert optimizer.param_groups[0]["lr"] == 1e-2 and optimizer.param_groups[0]["weight_decay"] == 0.0
+
+
+def test_export_of_a_packed_base(tmp_path):
+    """A LoRA is the same file; a model that is trained without one would be written as codes."""
+    for name in ("plain", "packed"):
+        student = student_of("sd3")
+        if name == "packed":
+            apply_memory(student, "24gb")
+        export(student, tmp_path / name)
+    files = [load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("plain", "packed")]
+    assert_equal(*files)
+    student = make_student("sd3", "dual")
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_("ff" in name or "_2." in name)
+    quantise_base(student)
+    with pytest.raises(ValueError, match="must hold whole weights, got a base in nf4; train a LoRA, which is exported"):
+        export(student, tmp_path / "whole")
+    assert not (tmp_path / "whole").exists()
 
 
 def test_memory_where_the_model_is_on_the_cpu():

@@ -28,6 +28,7 @@ from twinflow.manifest import (
     conditioning_tensors,
     write_conditioning,
 )
+from twinflow.memory.quantised_base import quantised_form
 from twinflow.models.base import FlowModel
 from twinflow.teacher import EMATeacher
 
@@ -100,6 +101,12 @@ def _checked(student: Student, teacher: EMATeacher | None) -> tuple[FlowModel, F
         )
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ValueError("export: student must hold whole weights, got sharded ones; gather them first")
+    form = None if adapter_layers(model) else quantised_form(model)
+    if form is not None:
+        raise ValueError(
+            f"export: student must hold whole weights, got a base in {form}; train a LoRA, which is exported alone, or "
+            "load in bf16"
+        )
     if teacher is None:
         return model, None
     if not isinstance(teacher, EMATeacher):

@@ -129,7 +129,6 @@ class _Gathered:
             return [None]
         embeddings = [embedding for held in self._embeddings for embedding in held]
         carriers = [gradient for held in self._gradients for gradient in held]
-        self._gradients = [[None] * len(held) for held in self._gradients]
         assert self._autocast is not None
         with self._autocast.again():
             found = iter(self._table.gradients(embeddings, carriers))
