@@ -159,9 +159,29 @@ def test_moving_and_casting_are_refused(move):
     student = student_of("sd3")
     plain = trained(student_of("sd3"), 1)
     with defer_modulation(student):
-        with pytest.raises(RuntimeError, match=r"must stay on cpu and in its dtype .* remove\(\) the deferral, move"):
+        with pytest.raises(
+            RuntimeError, match=r"must stay on cpu and in its dtype .* got a change to .*; remove\(\) the"
+        ):
             move(student)
+        assert student.to("cpu") is student and student.network.float() is student.network  # as accelerate prepares
         assert_equal(trained(student, 1), plain)
+
+
+def test_a_change_that_adapters_alone_would_feel_is_refused():
+    student = student_of("sd3", dtype=torch.bfloat16)
+    with defer_modulation(student), pytest.raises(RuntimeError, match=r"got a change to torch\.bfloat16 on cpu"):
+        student.to(torch.bfloat16)
+
+
+def test_ddp_passes_over_the_weights():
+    """They are on another device than the rest, which its wrapper would refuse."""
+    student = student_of("sd3")
+    names = {
+        n for n in dict(student.named_parameters()) if "norm1.linear" in n or "norm1_context" in n or "norm_out" in n
+    }
+    with defer_modulation(student):
+        assert set(student._ddp_params_and_buffers_to_ignore) == names and len(names) == 10
+    assert not hasattr(student, "_ddp_params_and_buffers_to_ignore")
 
 
 def test_a_later_lora_on_the_modulation_is_refused():

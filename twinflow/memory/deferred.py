@@ -11,7 +11,7 @@ from twinflow.interface import unwrap
 from twinflow.memory.deferrable import activation_before, deferrable_layers
 from twinflow.memory.deferred_step import DeferredStep, Entry, connect
 from twinflow.memory.modulation_table import ModulationTable, Slot
-from twinflow.memory.replaced_forward import refuse_moves, replace_forward
+from twinflow.memory.replaced_forward import hide_from_ddp, refuse_moves, replace_forward
 from twinflow.memory.streamed_weights import StreamedWeights
 from twinflow.models import FlowModel
 from twinflow.passes import Pass, Plan
@@ -55,8 +55,10 @@ class DeferredModulation:
         for silu in silus:
             if silu is not None:
                 self._removals.append(replace_forward(silu, _passed_on))
+        dtypes = {parameter.dtype for parameter in student.parameters()}
         for module in {id(m): m for m in (student, student.transformer, network, *layers.values())}.values():
-            self._removals.append(refuse_moves(module, f"{device}"))
+            self._removals.append(refuse_moves(module, device, dtypes))
+        self._removals.append(hide_from_ddp(student, [p for layer in layers.values() for p in layer.parameters()]))
         student.deferral = self
         self._removals.append(self._forget_me)
 
