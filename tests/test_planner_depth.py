@@ -1,5 +1,6 @@
 """The planner's three blocks stand for all: the same bytes as every block run."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -37,6 +38,22 @@ def both(workload: Workload, preset: MemoryPreset, schedule: str = "planned") ->
     assert few.bytes == every.bytes
     assert few.cost.flops == pytest.approx(every.cost.flops, rel=1e-9)
     assert few.cost.moved == pytest.approx(every.cost.moved, rel=1e-9)
+
+
+DEFERRED = ("qwen-image", "sd3.5-medium", "flux.1", "z-image")
+QUICK_DEFERRED = {("qwen-image", "24gb", "partition"), ("sd3.5-medium", "40gb", "all_terms"),
+                  ("flux.1", "40gb", "partition"), ("z-image", "16gb", "partition")}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, preset, recipe",
+    [
+        pytest.param(*case, marks=[] if case in QUICK_DEFERRED else pytest.mark.slow)
+        for case in itertools.product(DEFERRED, ("40gb", "24gb", "16gb"), ("partition", "all_terms"))
+    ],
+)
+def test_deferred_modulation(name, preset, recipe):
+    both(Workload(architecture=shorter(name), batch=2, lora_rank=8, recipe=recipe), PRESETS[preset])
 
 
 QUICK = {("qwen-image", "80gb"), ("sd3.5-medium", "rows"), ("sana-1.6b", "checkpoint"), ("flux.1", "80gb"),

@@ -11,6 +11,7 @@ from twinflow.memory.planner.reduction import Reduction, reduce
 from twinflow.memory.planner.workload import Workload
 from twinflow.memory.presets import PRESETS, MemoryPreset
 from twinflow.models import FlowModel
+from twinflow.passes import Pass
 
 SWEEP = "modulation"  # name of the regions in which the weights pass
 
@@ -56,17 +57,25 @@ class SimulatedDeferral:
         student: with as many blocks as `reduction` says.
         reduction: which blocks stand for several.
         mark: begins a region of the timeline: its name, and the block it belongs to.
+        live: bytes now.
 
     Attributes:
         rehearsing: whether the student is run up to its time embedding only.
+        sweeps: how often the weights have passed.
     """
 
     def __init__(
-        self, stack: ExitStack, student: FlowModel, reduction: Reduction, mark: Callable[[str, str | None], None]
+        self,
+        stack: ExitStack,
+        student: FlowModel,
+        reduction: Reduction,
+        mark: Callable[[str, str | None], None],
+        live: Callable[[], int],
     ) -> None:
         from twinflow.memory.deferred import defer_modulation
 
-        self.rehearsing, self._sweeps, self._mark = False, 0, mark
+        self.rehearsing, self.sweeps, self._mark, self._live = False, 0, mark, live
+        self._rows, self._graphs = 0, 0  # of calls from the first with a graph on; bytes of embeddings and their graphs
         handle = defer_modulation(student, device=META)
         stack.callback(handle.remove)
         more = [
@@ -78,20 +87,25 @@ class SimulatedDeferral:
         self._rehearsal, self._sweep = handle.rehearsal, handle._weights.sweep
         handle.rehearsal, handle._weights.sweep = self._rehearsed, self._marked  # type: ignore[method-assign]
 
-    def counted(self) -> tuple[int, int]:
-        """How often the weights have passed, and bytes of one row's vectors."""
-        return self._sweeps, self._row_bytes
+    def waiting(self) -> int:
+        """Bytes that the step's rows hold while one is differentiated, at most: vectors or their gradients, graphs."""
+        return self._rows * self._row_bytes + self._graphs
 
     @contextmanager
-    def _rehearsed(self, by_pieces: bool) -> Iterator[Callable[..., None]]:
-        self.rehearsing = True
+    def _rehearsed(self, by_pieces: bool) -> Iterator[Callable[[Pass], None]]:
+        before, self.rehearsing = self._live(), True
         with self._rehearsal(by_pieces) as announce:
-            yield announce
-            self.rehearsing = False
+
+            def told(call: Pass) -> None:
+                self._rows += len(call.rows) if self._rows or call.gradient else 0
+                announce(call)
+
+            yield told
+            self.rehearsing, self._graphs = False, self._live() - before
 
     def _marked(self, reverse: bool = False) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
         """Each layer's turn is its block's, so that it is repeated as often."""
-        self._sweeps += 1
+        self.sweeps += 1
         for number, *parameters in self._sweep(reverse):
             self._mark(SWEEP, self._blocks[number])
             yield number, *parameters  # type: ignore[misc]

@@ -91,8 +91,8 @@ class Planner:
         peak, costs = splice(simulation.regions, model.reduction.repeats)
         held = standing(model.student, model.teacher, workload.optimizer, model.reduction, model.deferred.values())
         resident = self._resident(workload.batch, preset) - self._resident(rows, preset) if rows < workload.batch else 0
-        sweeps, row_bytes = (0, 0) if simulation.deferral is None else simulation.deferral.counted()
-        resident += (workload.batch - rows) * row_bytes  # gradients of their vectors wait for the last row
+        sweeps, waiting = (d.sweeps, d.waiting()) if (d := simulation.deferral) is not None else (0, 0)
+        resident += waiting * (workload.batch - rows) // rows
         host = peak.most_notes.get("host", 0)
         where = peak.name + (f", {peak.block}" if peak.block else "")
         total = None

@@ -11,7 +11,7 @@ _COLOURS = {
     "step": "#b8b8b8", "saved": "#f2a541", "transient": "#f6d186", "workspace": "#8a8a8a", "encoders": "#7aa874",
     "context": "#444444",
 }  # fmt: skip
-_CARDS = ("rtx-4090", "a100-40gb", "a100-80gb", "h200")
+_CARDS = ("rtx-5080", "rtx-4090", "a100-40gb", "a100-80gb", "h200")
 
 
 def picture(groups: list[list[Forecast]], path: Path) -> None:

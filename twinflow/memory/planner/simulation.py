@@ -121,7 +121,7 @@ class StepSimulation:
     def _attach(self, stack: ExitStack) -> None:
         """The preset's mechanisms, and marks around networks and blocks."""
         if self.preset.defer:
-            self.deferral = SimulatedDeferral(stack, self.student, self._reduction, self._mark)
+            self.deferral = SimulatedDeferral(stack, self.student, self._reduction, self._mark, lambda: self._live.live)
         blocks = repeated_blocks(self.student.network)
         levels = [self._reduction.levels.get(name, "input") for name in blocks]
         if set(levels) != {"all"}:
