@@ -10,7 +10,8 @@ from deferred_cases import FAMILIES, assert_equal, student_of, trained
 from family_batches import make_batch, make_student
 from safetensors.torch import load_file
 from test_memory_together import fail_once, live_storages
-from torch import nn
+from tiny_pipelines import tiny_transformer
+from torch import distributed, nn
 
 from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss
 from twinflow.export import export
@@ -18,6 +19,7 @@ from twinflow.lora import add_lora
 from twinflow.memory import streamed_weights
 from twinflow.memory.deferred import defer_modulation
 from twinflow.memory.streamed_weights import GRAIN, StreamedWeights, slabs
+from twinflow.models import load
 
 
 def backward_once(student, **options) -> None:
@@ -143,6 +145,25 @@ def test_students_that_cannot_be_deferred(make, error, message):
     student = make()
     with pytest.raises(error, match=message):
         defer_modulation(student)
+
+
+def test_two_embeddings_a_row_are_refused():
+    student = load(tiny_transformer("qwen_image", zero_cond_t=True).requires_grad_(False))
+    with pytest.raises(ValueError, match="must have one time embedding a row, got an edit model with two"):
+        defer_modulation(student)
+
+
+def test_sharded_models_are_refused(tmp_path):
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        student = student_of("sd3")
+        layer = student.network.proj_out
+        mesh = distributed.init_device_mesh("cpu", (1,))
+        layer.weight = nn.Parameter(distributed.tensor.distribute_tensor(layer.weight.data, mesh), requires_grad=False)
+        with pytest.raises(ValueError, match="must be whole on its device, got a sharded model"):
+            defer_modulation(student)
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_other_devices_are_refused():
@@ -314,8 +335,6 @@ def test_slabs_of_qwen_image_waste_little():
 def test_sizes_are_those_of_qwen_image():
     """13.6 GB in host memory, 4.4 MB a row: two six-fold layers of each of 60 blocks, and the last norm's."""
     import diffusers
-
-    from twinflow.models import load
 
     with torch.device("meta"):
         network = diffusers.QwenImageTransformer2DModel().to(torch.bfloat16).requires_grad_(False)
