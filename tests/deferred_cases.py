@@ -46,6 +46,12 @@ def trained(student, steps=2, micro_batch=1, config=None, teacher=None, rows=4, 
     return found | {n: p.detach().clone() for n, p in parameters.items()}
 
 
+def backward_once(student, **options) -> None:
+    torch.manual_seed(1)
+    criterion = TwinFlowLoss(TwinFlowConfig(enhanced_ratio=0, estimate_order=0))
+    criterion.backward(student, *make_batch(student.family, student, 2), **options)
+
+
 def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert a.keys() == b.keys()
     different = [name for name in a if not torch.equal(a[name], b[name])]

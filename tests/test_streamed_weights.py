@@ -1,0 +1,84 @@
+"""Weights that stay in host memory: the slabs they lie in, and how they visit a device."""
+
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from twinflow.memory import streamed_weights
+from twinflow.memory.streamed_weights import GRAIN, StreamedWeights, slabs
+
+
+def test_too_little_host_memory(monkeypatch):
+    layers = [nn.Linear(32, 64)]
+    weights = StreamedWeights(layers, torch.device("cpu"))
+    monkeypatch.setattr(streamed_weights, "available_host_bytes", lambda: 100)
+    message = r"host must have 0\.0 GB of memory available for the modulation weights, got 0\.0 GB"
+    with pytest.raises(ValueError, match=message):
+        weights._take_memory()
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_memory_refused_by_the_system(pinned, monkeypatch):
+    layers = [nn.Linear(32, 64) for _ in range(9)]
+    before = [layer.weight.detach().clone() for layer in layers]
+    weights = StreamedWeights(layers, torch.device("cpu"), pinned)
+    empty = torch.empty
+
+    def refusing(*size, **options):
+        if options.get("dtype") is torch.uint8 and size[0] < 1 << 15:  # the second slab
+            raise RuntimeError("CUDA error: out of memory")
+        return empty(*size, **{name: value for name, value in options.items() if name != "pin_memory"})
+
+    monkeypatch.setattr(torch, "empty", refusing)
+    instead = "pass pin_memory=False, which takes pageable memory: copies are then synchronous" if pinned else ""
+    with pytest.raises(RuntimeError, match=rf"host memory must be {'pinned' if pinned else 'allocated'}.*{instead}"):
+        weights._take_memory()
+    assert all(torch.equal(layer.weight, value) for layer, value in zip(layers, before, strict=True))
+    assert not weights._slabs and not weights._places
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("reverse", [True, False])
+def test_weights_visit_in_order_through_two_buffers(bias, reverse, monkeypatch):
+    """The path of a CUDA device, with the CPU's own copies."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(8 + i, 16 + i, bias=bias, dtype=torch.bfloat16) for i in range(5)]
+    before = [[p.detach().clone() for p in layer.parameters()] for layer in layers]
+    weights = StreamedWeights(layers, torch.device("cpu"))
+    monkeypatch.setattr(torch, "empty", lambda *a, empty=torch.empty, **k: empty(*a, **{**k, "pin_memory": False}))
+    weights._take_memory()
+    weights._device = types.SimpleNamespace(type="cuda")  # what decides that weights are copied
+    monkeypatch.setattr(torch, "empty", lambda *a, empty=torch.empty, **k: empty(*a, **{**k, "device": "cpu"}))
+    seen, memory = [], set()
+    for number, weight, added in weights.sweep(reverse):
+        found = [weight] if added is None else [weight, added]
+        assert all(map(torch.equal, found, before[number])) and len(found) == 1 + bias
+        seen.append(number)
+        memory.add(weight.untyped_storage().data_ptr())
+    assert seen == (list(range(5))[::-1] if reverse else list(range(5)))
+    assert len(memory) == 2 and not memory & {p.untyped_storage().data_ptr() for x in layers for p in x.parameters()}
+    for layer, values in zip(layers, before, strict=True):
+        assert all(map(torch.equal, layer.parameters(), values))
+        assert all(p.storage_offset() * p.element_size() % GRAIN == 0 for p in layer.parameters())
+
+
+@pytest.mark.parametrize(
+    "sizes, largest, expected",
+    [
+        ([64], 1 << 32, [(64, [0])]),
+        ([65], 1 << 32, [(128, [0])]),
+        ([48, 48, 48], 128, [(128, [0, 1]), (64, [2])]),
+        ([300, 10], 128, [(512, [0, 1])]),
+    ],
+)
+def test_slabs(sizes, largest, expected):
+    assert slabs(sizes, largest) == expected
+
+
+def test_slabs_of_qwen_image_waste_little():
+    sizes = [(3072 * 18432 + 18432) * 2] * 120 + [(3072 * 6144 + 6144) * 2]
+    found = slabs(sizes)
+    assert sorted(n for _, numbers in found for n in numbers) == list(range(121))
+    assert sum(size for size, _ in found) < 1.05 * sum(sizes)
