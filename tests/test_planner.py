@@ -20,6 +20,7 @@ from twinflow.memory.planner.gpus import GPUS, gpu_of
 from twinflow.memory.planner.live import LiveStorages
 from twinflow.memory.planner.own import own_workload
 from twinflow.memory.planner.report import headline
+from twinflow.memory.planner.standing import standing
 from twinflow.memory.planner.workload import Workload, workload_of
 from twinflow.memory.presets import PRESETS, preset_of
 from twinflow.models import load
@@ -223,7 +224,8 @@ def test_every_model_has_its_published_size():
              "flux.1": 11.9, "z-image": 6.15}  # fmt: skip
     assert set(sizes) == set(architectures())
     for model, billions in sizes.items():
-        held = Planner(workload_of(model, lora_rank=1, batch=1))._model(PRESETS["rows"]).standing
+        made = Planner(workload_of(model, lora_rank=1, batch=1))._model(PRESETS["rows"])
+        held = standing(made.student, made.teacher, "adamw", made.reduction)
         assert held.weights / 2e9 == pytest.approx(billions, rel=0.03), model
 
 

@@ -221,5 +221,5 @@ def test_where_deferring_pays(qwen):
     assert "Modulation is 13.6 of 40.9 GB of weights (33%); deferring it saves 13.6 GB for 0." in gain(found)
     assert gain(found[:1]) == ""
     said = " ".join(notes(found, 42.0, "a card"))
-    assert "24gb: modulation weights in pinned host memory, nf4 base, counts on adamw8bit" in said
+    assert "modulation weights in pinned host memory: 40gb, 24gb, 16gb; nf4 base: 24gb, 16gb; counts on" in said
     assert "as if nothing ran meanwhile" in said

@@ -82,7 +82,8 @@ def overview(groups: list[list[Forecast]], gpu: str, width: int = WIDE) -> Itera
             continue
         for i, (card, cell) in enumerate(zip(names[3:], lines, strict=True)):
             preset, _, peak = cell.partition(" ")
-            shown.add_row(*(_workload(found)[:2] if i == 0 else ("", "")), card, preset, peak, end_section=i == 5)
+            named = _workload(found)[:2] if i == 0 else ["", ""]
+            shown.add_row(*named, card, preset.replace("no:", "none; needs"), peak, end_section=card == names[-1])
     yield shown
     if deferral_rows(groups):
         pays = _table(f"where deferring the modulation of a LoRA's base pays; least s/step on {gpu}")

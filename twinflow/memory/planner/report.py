@@ -64,7 +64,10 @@ def table(found: list[Forecast], usable_gb: float, best: Forecast | None, width:
 def notes(found: list[Forecast], usable_gb: float, where: str, width: int = WIDE) -> list[str]:
     """What the table's numbers are, and what its presets change beside activations."""
     host, deferred = (any(getattr(f, f"{name}_bytes") for f in found) for name in ("host", "deferred"))
-    changed = {forecast.name: forecast.preset.changes() for forecast in found if forecast.preset.changes()}
+    changed: dict[str, list[str]] = {}
+    for forecast in found:
+        for change in forecast.preset.changes():
+            changed.setdefault(change, []).append(forecast.name)
     return [
         f"GB = 1e9 bytes. Peak: torch.cuda.max_memory_allocated; {where} hands out about {usable_gb:g} GB beside "
         f"{CONTEXT_BYTES / 1e9:g} GB of CUDA context, of which a step leaves {SPARE:.0%} free.",
@@ -72,7 +75,7 @@ def notes(found: list[Forecast], usable_gb: float, where: str, width: int = WIDE
         "line, under other); AdamW with fused=True; attention without a matrix of scores.",
         *(["Train: adapters, optimizer states, EMA and gradients."] if width < WIDE else []),
         *(["Host: pinned memory, for activations and deferred weights."] if host else []),
-        *(["; ".join(f"{name}: {', '.join(changes)}" for name, changes in changed.items()) + "."] if changed else []),
+        *(["; ".join(f"{change}: {', '.join(names)}" for change, names in changed.items()) + "."] if changed else []),
         "s/step: at least; every operation at the card's data sheet speed, nothing fused; real steps are slower."
         + (" Passes of deferred weights from the host are added, as if nothing ran meanwhile." if deferred else ""),
         *([gain(found)] if gain(found) else []),
