@@ -1,4 +1,4 @@
-"""Writes the README's tables from benchmarks/results/: `python benchmarks/readme_tables.py [--check]`."""
+"""Writes the tables of README and docs from benchmarks/results/: `python benchmarks/readme_tables.py [--check]`."""
 
 import argparse
 import json
@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fit_tables import batch_table, fit_table
+from fit_tables import batch_table, deferral_table, fit_table
 from report import kernels_table, table, training_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ("README.md", "docs/memory.md")
 DEMOS = {
     "digits_cpu.json": "make demo",
     "digits_all_terms_cpu.json": "examples/digits.py --recipe all_terms",
@@ -87,6 +88,13 @@ def fit() -> str:
     return "\n\n".join(parts)
 
 
+def deferral() -> str:
+    """What deferring the modulation saves and costs, by model."""
+    report = json.loads((RESULTS / "will_it_fit.json").read_text())
+    caption = "Where it pays, by the planner (`python benchmarks/will_it_fit.py`); s/step at least, on an A100:"
+    return f"{caption}\n\n{table(*deferral_table(report))}"
+
+
 def study(name: str) -> str:
     """A study's table as it was written beside its results, and what it ran on."""
     machine = json.loads((RESULTS / f"{name}_cpu.json").read_text())["machine"]
@@ -95,13 +103,14 @@ def study(name: str) -> str:
 
 
 def render(text: str) -> str:
-    """The README with its generated parts made anew."""
+    """A page with its generated parts made anew."""
     parts = {
         "digits": digits,
         "stability": lambda: study("stability"),
         "step_focus": lambda: study("step_focus"),
         "conditioning": lambda: study("conditioning"),
         "fit": fit,
+        "deferral": deferral,
         "kernels": kernels,
         "training": training,
     }
@@ -113,13 +122,15 @@ def render(text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="fail where the README is not what the results give")
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    rendered = render(text)
-    if parser.parse_args().check:
-        sys.exit(0 if rendered == text else "README.md: its tables are not what benchmarks/results/ gives")
-    readme.write_text(rendered)
+    parser.add_argument("--check", action="store_true", help="fail where a page is not what the results give")
+    check = parser.parse_args().check
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        rendered = render(text)
+        if check and rendered != text:
+            sys.exit(f"{page}: its tables are not what benchmarks/results/ gives")
+        if not check:
+            (ROOT / page).write_text(rendered)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,13 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny_pipelines import saved_pipeline
+from family_batches import make_batch
+from tiny_pipelines import saved_pipeline, tiny_transformer
+
+from twinflow import EMATeacher, TwinFlowLoss
+from twinflow.lora import add_lora
+from twinflow.memory import apply_memory
+from twinflow.models import load
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -42,6 +48,23 @@ def test_the_pipeline_example_runs_as_printed(tmp_path):
     scope: dict = {}
     exec(compile(code, "README.md", "exec"), scope)
     assert scope["image"].size == (24, 16) and (tmp_path / "few-step" / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_the_memory_example_runs_as_printed():
+    """On a tiny model and the CPU, whose memory must be said."""
+    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[2]
+    changes = {'device="cuda", resolution=1024': 'device="cpu", memory_gb=1.0, resolution=256'}
+    for printed, tiny in changes.items():
+        assert printed in code
+        code = code.replace(printed, tiny)
+    torch.manual_seed(0)
+    transformer = tiny_transformer("sd3").to(torch.bfloat16)
+    scope = {"transformer": transformer, "add_lora": add_lora, "load": load, "EMATeacher": EMATeacher}
+    scope |= {"apply_memory": apply_memory, "criterion": TwinFlowLoss()}
+    scope |= zip(("latents", "cond", "uncond"), make_batch("sd3", load(transformer), 2, torch.bfloat16), strict=True)
+    exec(compile(code, "README.md", "exec"), scope)
+    found = {n: p.grad for n, p in scope["student"].named_parameters() if p.grad is not None}
+    assert found["transformer.transformer_blocks.0.attn.to_q.lora_B.default.weight"].any()
 
 
 def test_tables_come_from_the_results():

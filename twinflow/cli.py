@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _plan_parser(commands)
     options = parser.parse_args(arguments)
+    if not options.debug:
+        _quiet_libraries()
     try:
         return options.run(options)
     except (ValueError, OSError) as error:
@@ -39,6 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wanted = "pip install 'twinflow[plan]'"
         print(f"twinflow {options.command}: {error.name} must be installed ({wanted})", file=sys.stderr)
         return 2
+
+
+def _quiet_libraries() -> None:
+    """Keeps other libraries from reporting, when they are imported, which of their optional parts are missing."""
+    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _complain(command: str, error: object) -> None:
