@@ -1,0 +1,138 @@
+"""`Batches`: an endless, reproducible order of a cache's entries, dealt to ranks."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from twinflow.train.buckets import Size
+from twinflow.train.cache_index import Cache, Entry
+from twinflow.train.encoding import Condition
+
+Group = list[Entry]  # a batch of every rank, in rank order
+
+
+class Batches:
+    """Batches (latents, condition) without an end; all rows of a batch, and of a step on all ranks, have one size.
+
+    Each size's entries are shuffled anew in each epoch and follow each other epoch by epoch: such a stream is cut into
+    groups of batch x world entries, and an epoch's groups of all sizes are shuffled. What is left of an epoch begins
+    the next one's first group, so nothing is ever dropped: after any number of whole epochs each entry was drawn once
+    per epoch, but for those waiting, fewer than batch x world of each size. No entry is twice in a group unless there
+    are fewer of its size than a group takes: then they repeat in turn, when the epochs have gathered enough for one.
+
+    Args:
+        cache: of `build_cache`.
+        entries: of the cache; None: all.
+        batch: rows of a batch, on one rank.
+        seed: of the order, the same on every rank.
+        rank, world: this process, of how many.
+        names: yield (latents, condition, names of the entries).
+
+    Raises:
+        ValueError: nothing to draw, or numbers that do not fit.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        entries: Sequence[Entry] | None = None,
+        *,
+        batch: int,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        names: bool = False,
+    ) -> None:
+        for name, value, least in (("batch", batch, 1), ("world", world, 1), ("rank", rank, 0), ("seed", seed, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"Batches: {name} must be an integer >= {least}, got {value!r}")
+        if rank >= world:
+            raise ValueError(f"Batches: rank must be below world={world}, got {rank}")
+        entries = cache.entries if entries is None else entries
+        if not entries:
+            raise ValueError("Batches: entries must hold something to draw, got none")
+        self._cache, self._seed, self._batch, self._rank, self._world = cache, seed, batch, rank, world
+        self._with_names = names
+        self._by_size: dict[Size, Group] = {}
+        for entry in sorted(entries, key=lambda e: (e.size, e.name)):
+            self._by_size.setdefault(entry.size, []).append(entry)
+        told = "\n".join(f"{e.name} {e.size} {e.latents} {e.condition}" for of in self._by_size.values() for e in of)
+        self._data = hashlib.sha256(told.encode()).hexdigest()
+        self._begin()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next batch belongs to, unless it is at an end."""
+        return self._epoch
+
+    def __iter__(self) -> Iterator[tuple]:
+        return self
+
+    def __next__(self) -> tuple[torch.Tensor, Condition] | tuple[torch.Tensor, Condition, list[str]]:
+        while self._position >= len(self._groups):
+            self._next_epoch()
+        group = self._groups[self._position]
+        mine = group[self._rank * self._batch : (self._rank + 1) * self._batch]
+        found = self._cache.latents(mine), self._cache.condition(mine)
+        self._position += 1
+        return (*found, [e.name for e in mine]) if self._with_names else found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch is, and of which order: numbers and a hash, the same on every rank."""
+        return {"epoch": self._epoch, "position": self._position, **self._order()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on with the batch that would have been next.
+
+        Raises:
+            ValueError: a state of other data, another seed, batch or number of ranks; nothing is then changed.
+        """
+        for name, mine in self._order().items():
+            if state.get(name) != mine:
+                what = "the same images, captions and sizes" if name == "data" else f"{name}={mine}"
+                raise ValueError(
+                    f"Batches: state must be of {what}, got {state.get(name)!r}; begin a new order instead"
+                )
+        for name in ("epoch", "position"):
+            value = state.get(name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"Batches: state must have {name} as an integer >= 0, got {value!r}")
+        if state["epoch"] < self._epoch:
+            self._begin()
+        while self._epoch < state["epoch"]:
+            self._next_epoch()
+        self._position = state["position"]
+
+    def _order(self) -> dict[str, Any]:
+        return {"seed": self._seed, "batch": self._batch, "world": self._world, "data": self._data}
+
+    def _begin(self) -> None:
+        self._epoch, self._waiting = -1, {size: Group() for size in self._by_size}
+        self._next_epoch()
+
+    def _next_epoch(self) -> None:
+        """Shuffles each size's entries, joins them to those waiting, and cuts whole groups off."""
+        self._epoch, self._position = self._epoch + 1, 0
+        length, groups = self._batch * self._world, []
+        for size, entries in self._by_size.items():
+            waiting = self._waiting[size]
+            stream = waiting + self._shuffled(entries, waiting, length)
+            whole = len(stream) // length * length
+            groups += [stream[first : first + length] for first in range(0, whole, length)]
+            self._waiting[size] = stream[whole:]
+        keyed = [(self._rank_of(f"{k} {group[0].size}"), group) for k, group in enumerate(groups)]
+        self._groups = [group for _, group in sorted(keyed, key=lambda pair: pair[0])]
+
+    def _shuffled(self, entries: Group, waiting: Group, length: int) -> Group:
+        """The entries in this epoch's order, but first those that do not wait: as many as the begun group takes."""
+        order = sorted(entries, key=lambda e: self._rank_of(e.name))
+        held = {e.name for e in waiting}
+        first = [e for e in order if e.name not in held][: length - len(waiting)]
+        taken = {e.name for e in first}
+        return first + [e for e in order if e.name not in taken]
+
+    def _rank_of(self, name: str) -> bytes:
+        """A hash to sort by: the same shuffle on every machine and version, whatever else is in the data."""
+        return hashlib.sha256(f"{self._seed} {self._epoch} {name}".encode()).digest()

@@ -1,0 +1,231 @@
+"""`build_cache()`: encodes what is not encoded yet, so that training needs neither encoders nor images."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from twinflow.train.buckets import (
+    MAX_UPSCALE,
+    RESIZE,
+    ImageError,
+    Size,
+    as_model_input,
+    look,
+    nearest,
+    read_pixels,
+    upscale,
+)
+from twinflow.train.cache_index import Cache, Entry, Index, held_out, open_cache, write_index
+from twinflow.train.cache_keys import check_request, entry_name, hashed, request_of, text_key
+from twinflow.train.cache_shards import Shards, ShardWriter, clear, locked
+from twinflow.train.encoding import Encoders
+from twinflow.train.images import Item
+
+__all__ = ["Cache", "CacheOptions", "Entry", "build_cache", "held_out", "open_cache"]
+Progress = Callable[[str, int, int], None]  # what, done, of
+Part = TypeVar("Part")
+_READERS = 4  # threads that read and resize images
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """How a cache is built.
+
+    Args:
+        uncond: the unconditional prompt.
+        vae_batch, text_batch: images and prompts encoded at once.
+        skip_bad: leave out images that cannot be read; they are listed in any case.
+        max_upscale: enlarging an image more than this, along an edge, is warned about.
+        shard_bytes: of encodings kept back before a file is written: what a kill loses at most.
+    """
+
+    uncond: str = ""
+    vae_batch: int = 4
+    text_batch: int = 16
+    skip_bad: bool = False
+    max_upscale: float = MAX_UPSCALE
+    shard_bytes: int = 128_000_000
+
+    def __post_init__(self) -> None:
+        for name in ("vae_batch", "text_batch", "shard_bytes"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"CacheOptions: {name} must be an integer >= 1, got {value!r}")
+        if not isinstance(self.uncond, str):
+            raise TypeError(f"CacheOptions: uncond must be a prompt, got {type(self.uncond).__name__}")
+
+
+@dataclass
+class _Work:
+    """What a build has found so far."""
+
+    entries: list[Entry] = field(default_factory=list)
+    paths: dict[str, Path] = field(default_factory=dict)  # name -> file
+    bad: dict[str, str] = field(default_factory=dict)  # name -> why
+    enlarged: dict[str, float] = field(default_factory=dict)  # name -> times
+    warnings: list[str] = field(default_factory=list)
+
+
+def build_cache(
+    folder: str | Path,
+    items: Sequence[Item] | Sequence[str],
+    encoders: Encoders,
+    sizes: Sequence[Size],
+    *,
+    options: CacheOptions | None = None,
+    progress: Progress = lambda what, done, of: None,
+    main_process: bool = True,
+    wait: Callable[[], None] = lambda: None,
+) -> Cache:
+    """Encodes images and captions, or prompts, and the unconditional prompt, unless they are there already.
+
+    Latents are kept by the image's bytes, size, resize rule and autoencoder; conditions by the words and the text
+    encoders. A build that was ended in whatever way goes on where its last file was written. Encodings that no item
+    needs any more stay.
+
+    Args:
+        folder: of the cache; others may use and build it at the same time.
+        items: of `read_folder`, or prompts for training without images.
+        encoders: loaded only if something is missing, and let go at the end.
+        sizes: of `buckets`; prompts take the one of the greatest area.
+        options: see `CacheOptions`.
+        progress: called with ("images" | "latents" | "prompts" | "waiting for process N", done, of).
+        main_process: whether this process encodes; others read what it has encoded.
+        wait: called by all, when the main process is done: a barrier.
+
+    Returns:
+        The cache.
+
+    Raises:
+        ValueError: no items, unfit sizes, or images that cannot be read, all of them listed, unless `skip_bad`.
+        OSError: no room; what was written before stays.
+    """
+    folder, options = Path(folder), options or CacheOptions()
+    check_request(items, encoders, sizes)
+    request = request_of(items, encoders, sizes, options.uncond, options.skip_bad)
+    if not main_process:
+        wait()
+        cache = open_cache(folder)
+        if cache.request != request:
+            raise ValueError(f"build_cache: {folder} must have been built by the main process, got one for other data")
+        return cache
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder, lambda holder: progress(f"waiting for process {holder}", 0, 0)):
+            cache = _build(folder, list(items), encoders, sizes, options, progress, request)
+    finally:
+        encoders.free()
+        wait()
+    return cache
+
+
+def _build(
+    folder: Path,
+    items: Sequence[Item | str],
+    encoders: Encoders,
+    sizes: Sequence[Size],
+    options: CacheOptions,
+    progress: Progress,
+    request: str,
+) -> Cache:
+    shards, work = Shards(folder, verify=True), _Work()
+    clear(folder, shards.damaged)
+    work.warnings += [f"{path.name} was damaged: what it held is encoded again" for path in shards.damaged]
+    for done, item in enumerate(items, 1):
+        _find(item, done, work, encoders, sizes)
+        progress("images" if isinstance(item, Item) else "prompts", done, len(items))
+    uncond = text_key(options.uncond, encoders)
+    words = {uncond: options.uncond} | {e.condition: e.caption for e in work.entries}
+    _encode_prompts(words, shards, encoders, options, progress)
+    _encode_images(work, shards, encoders, options, progress)
+    entries = [e for e in work.entries if e.name not in work.bad]
+    if work.bad and not (options.skip_bad and entries):
+        listed = "".join(f"\n  {name}: {why}" for name, why in sorted(work.bad.items()))
+        hint = "" if options.skip_bad else " (skip_bad leaves them out)"
+        raise ValueError(f"build_cache: images must be readable{hint}, got {len(work.bad)} that are not:{listed}")
+    large = {name: times for name, times in work.enlarged.items() if times > options.max_upscale}
+    if large:
+        most = max(large, key=lambda name: large[name])
+        work.warnings.append(
+            f"{len(large)} of {len(entries)} images are enlarged more than {options.max_upscale} times, the most is "
+            f"{most}, {large[most]:.1f} times: a smaller resolution would fit them"
+        )
+    shapes = {f"{height} {width}": list(encoders.latent_shape((height, width))) for height, width in sizes}
+    index = Index(request, encoders.family, uncond, shapes, entries, work.bad, work.warnings)
+    write_index(folder, index)
+    return Cache(folder, index, shards)
+
+
+def _find(item: Item | str, number: int, work: _Work, encoders: Encoders, sizes: Sequence[Size]) -> None:
+    """Notes what an item is and by which keys it is cached."""
+    if isinstance(item, str):
+        size = max(sizes, key=lambda at: (at[0] * at[1], -abs(at[0] - at[1])))
+        key = text_key(item, encoders)
+        work.entries.append(Entry(f"prompt {number}", item, hashed(item), size, None, key))
+        return
+    name = entry_name(item)
+    try:
+        picture = look(item.path.read_bytes())
+    except (ImageError, OSError) as error:
+        work.bad[name] = getattr(error, "strerror", None) or str(error)
+        return
+    bucket = nearest(sizes, picture.size)
+    work.paths[name] = item.path
+    work.enlarged[name] = upscale(picture.size, bucket)
+    latents = hashed(picture.sha256, bucket, RESIZE, encoders.vae_identity, encoders.family)
+    condition = text_key(item.caption, encoders)
+    work.entries.append(Entry(name, item.caption, picture.sha256, bucket, latents, condition))
+
+
+def _encode_prompts(
+    words: dict[str, str], shards: Shards, encoders: Encoders, options: CacheOptions, progress: Progress
+) -> None:
+    missing = [key for key in words if key not in shards]
+    with ShardWriter(shards, options.shard_bytes) as writer:
+        for done, keys in _parts(missing, options.text_batch):
+            found = encoders.prompts([words[key] for key in keys])
+            writer.add(dict(zip(keys, found, strict=True)))
+            progress("prompts", done, len(missing))
+
+
+def _encode_images(work: _Work, shards: Shards, encoders: Encoders, options: CacheOptions, progress: Progress) -> None:
+    """Encodes the images whose latents are missing, size by size; equal ones once."""
+    missing: dict[Size, dict[str, list[Entry]]] = {}
+    for entry in work.entries:
+        if entry.latents is not None and entry.latents not in shards:
+            missing.setdefault(entry.size, {}).setdefault(entry.latents, []).append(entry)
+    before, total = 0, sum(map(len, missing.values()))
+    with ShardWriter(shards, options.shard_bytes) as writer, ThreadPoolExecutor(_READERS) as readers:
+        for of_size in missing.values():
+            for done, keys in _parts(list(of_size), options.vae_batch):
+                firsts = [of_size[key][0] for key in keys]
+                read = list(readers.map(lambda e: _pixels(e, work.paths[e.name]), firsts))
+                good = {key: x for key, x in zip(keys, read, strict=True) if isinstance(x, torch.Tensor)}
+                for key, why in zip(keys, read, strict=True):
+                    work.bad |= {} if key in good else {e.name: str(why) for e in of_size[key]}
+                if good:
+                    found = encoders.images(as_model_input(torch.stack(list(good.values()))))
+                    writer.add({key: {"latents": x} for key, x in zip(good, found, strict=True)})
+                progress("latents", before + done, total)
+            before += len(of_size)
+
+
+def _pixels(entry: Entry, path: Path) -> torch.Tensor | str:
+    """An image's pixels, or why there are none."""
+    try:
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != entry.content:
+            return "it was changed while the cache was built"
+        return read_pixels(data, entry.size)
+    except (ImageError, OSError) as error:
+        return getattr(error, "strerror", None) or str(error)
+
+
+def _parts(of: list[Part], length: int) -> Iterator[tuple[int, list[Part]]]:
+    for first in range(0, len(of), length):
+        yield min(first + length, len(of)), of[first : first + length]

@@ -1,0 +1,155 @@
+"""`Cache`: what was encoded, read from its folder alone; `open_cache()`."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twinflow.train.cache_shards import Shards, write_whole
+from twinflow.train.encoding import Condition, at_size, together
+
+INDEX = "index.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An image with its caption, or a prompt without an image.
+
+    Args:
+        name: path of the image, or number of the prompt; no two are equal.
+        caption: the words.
+        content: sha256 of the image's bytes, or of the prompt.
+        size: height and width it is trained in, px.
+        latents: key of its latents; None: there is no image, they are zeros.
+        condition: key of its condition.
+    """
+
+    name: str
+    caption: str
+    content: str
+    size: tuple[int, int]
+    latents: str | None
+    condition: str
+
+
+@dataclass(frozen=True)
+class Index:
+    """The file that names what is cached; written when all of it is."""
+
+    request: str  # hash of what was asked for
+    family: str
+    uncond: str  # key of the unconditional condition
+    shapes: dict[str, list[int]]  # "height width" -> C, H, W
+    entries: list[Entry]
+    skipped: dict[str, str]  # images that cannot be read -> why
+    warnings: list[str]
+    format: int = FORMAT
+
+
+class Cache:
+    """Latents and conditions of a data set, mapped from the cache's files.
+
+    Attributes:
+        entries: what there is to train on.
+        family: whose encoders made it.
+        uncond: condition of the unconditional prompt, of one row, with all its entries.
+        skipped: name -> reason of images that were left out.
+        warnings: what the user should know of the data, in words.
+        request: hash of what the cache was built for.
+    """
+
+    def __init__(self, folder: Path, index: Index, shards: Shards) -> None:
+        self.folder, self.family, self.request = folder, index.family, index.request
+        self.entries = tuple(index.entries)
+        self.skipped, self.warnings = dict(index.skipped), tuple(index.warnings)
+        self._shapes = {tuple(map(int, size.split())): tuple(shape) for size, shape in index.shapes.items()}
+        self._shards = shards
+        keys = {index.uncond} | {e.condition for e in self.entries} | {e.latents for e in self.entries if e.latents}
+        lost = sum(key not in shards for key in keys)
+        if lost:
+            raise ValueError(
+                f"open_cache: {folder} must hold all that its index names, got {lost} missing; cache again"
+            )
+        self.uncond: Condition = together([shards.read(index.uncond)])
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def latents(self, entries: Sequence[Entry]) -> torch.Tensor:
+        """(B, C, H, W) of entries of one size, in the autoencoder's dtype; float32 zeros for prompts without images.
+
+        Raises:
+            ValueError: entries of several sizes, or latents of another shape than the cache says.
+        """
+        shapes = {self._shapes[e.size] for e in entries}
+        if len(shapes) != 1:
+            raise ValueError(f"Cache: entries must be of one size, got {sorted({e.size for e in entries})}")
+        shape = shapes.pop()
+        found = [torch.zeros(shape) if e.latents is None else self._shards.read(e.latents)["latents"] for e in entries]
+        if any(tuple(x.shape) != shape for x in found):
+            raise ValueError(f"Cache: latents must be of shape {shape}, got {tuple(found[0].shape)} in {self.folder}")
+        return torch.stack(found)
+
+    def condition(self, entries: Sequence[Entry]) -> Condition:
+        """The condition of entries of one size, with `prompt_lengths` where prompts are of their own length."""
+        return at_size(together([self._shards.read(e.condition) for e in entries]), entries[0].size)
+
+    def uncond_at(self, size: tuple[int, int]) -> Condition:
+        """`uncond` for images of a size, px: the same, but for models that are told it (SDXL)."""
+        return at_size(self.uncond, size)
+
+
+def held_out(entries: Sequence[Entry], share: float) -> tuple[list[Entry], list[Entry]]:
+    """Entries to train on, and those held out for a validation loss.
+
+    An entry's side is read from its content alone: it stays there when others come, go, or change their captions.
+
+    Args:
+        entries: of a cache.
+        share: of contents held out, 0 to below 1; few entries may have none.
+
+    Raises:
+        ValueError: another share, or nothing left to train on.
+    """
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
+        raise ValueError(f"held_out: share must be a number in 0 .. 1, below 1, got {share!r}")
+    out = [int(e.content[:13], 16) / 16**13 < share for e in entries]
+    if entries and all(out):
+        raise ValueError(f"held_out: share must leave something to train on, got {share} of {len(entries)} entries")
+    kept = [e for e, held in zip(entries, out, strict=True) if not held]
+    return kept, [e for e, held in zip(entries, out, strict=True) if held]
+
+
+def open_cache(folder: str | Path) -> Cache:
+    """The cache that `build_cache` last completed in a folder.
+
+    Raises:
+        ValueError: there is none, or its files are not as they were written.
+    """
+    path = Path(folder) / INDEX
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        index = _index(saved)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"open_cache: folder must hold a cache, got {path}: {error}") from None
+    return Cache(Path(folder), index, Shards(Path(folder)))
+
+
+def write_index(folder: Path, index: Index) -> None:
+    """Writes the index in one move."""
+    write_whole(folder / INDEX, json.dumps(asdict(index)).encode())
+
+
+def _index(saved: dict[str, Any]) -> Index:
+    if saved.get("format") != FORMAT:
+        raise ValueError(f"its format must be {FORMAT}, got {saved.get('format')!r}")
+    entries = [Entry(**entry | {"size": tuple(map(int, entry["size"]))}) for entry in saved["entries"]]
+    for entry in entries:
+        int(entry.content[:13], 16)
+        if f"{entry.size[0]} {entry.size[1]}" not in saved["shapes"]:
+            raise ValueError(f"no shape for the size of {entry.name!r}")
+    return Index(**saved | {"entries": entries})

@@ -1,0 +1,239 @@
+"""`Encoders`: one pipeline's images -> latents, prompts -> conditions; known before they are loaded."""
+
+import gc
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from twinflow.models import FlowModel
+from twinflow.models import load as load_student
+
+Condition = dict[str, torch.Tensor]
+_WINDOW = 1 << 16  # bytes of a weight file that are looked at in each of its sixteenths
+_EDGE_LEVELS = {
+    "AutoencoderKL": ("block_out_channels", 1), "AutoencoderDC": ("encoder_block_out_channels", 1),
+    "AutoencoderKLQwenImage": ("temperal_downsample", 0),
+}  # fmt: skip
+
+
+class Encoders:
+    """The autoencoder and the text encoders of a pipeline's folder, loaded when something must be encoded.
+
+    Args:
+        folder: the pipeline on disk; for a hub name, what `DiffusionPipeline.download(name)` returns.
+        dtype: of autoencoder and text encoders, and so of what is kept.
+        device: where they run.
+        load: returns the pipeline, its encoders on their device; None: the folder's own, without the transformer.
+        student: whose `encode_prompt` is used; None: the family's, without weights. A UNet must be given.
+
+    Raises:
+        ValueError: no pipeline there, or one whose autoencoder or model is not known.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        load: Callable[[], Any] | None = None,
+        student: FlowModel | None = None,
+    ) -> None:
+        self.folder, self.dtype, self.device = Path(folder), dtype, torch.device(device)
+        index = _config(self.folder / "model_index.json")
+        vae = _config(self.folder / "vae" / "config.json")
+        self.student = student or _without_weights(self.folder)
+        self.factor = latent_factor(vae)
+        texts = sorted(name for name in index if name.startswith(("text_encoder", "tokenizer")))
+        self.vae_identity = f"{identity(self.folder / 'vae')} {dtype}"
+        parts = [f"{name} {identity(self.folder / name)}" for name in texts if (self.folder / name).is_dir()]
+        self.text_identity = f"{hashlib.sha256(' '.join(parts).encode()).hexdigest()} {dtype}"
+        self._load = load or self._from_folder
+        self._pipe: Any = None
+
+    @property
+    def family(self) -> str:
+        """Of `twinflow.models.FAMILIES`."""
+        return self.student.family
+
+    @property
+    def multiple(self) -> int:
+        """What heights and widths of images must be multiples of, px."""
+        return self.factor * self.student.latent_multiple()
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """(C, H, W) of the latents of an image of a size in pixels."""
+        return self.student.latent_channels(), size[0] // self.factor, size[1] // self.factor
+
+    def images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, 3, height, width) in -1 .. 1 -> latents (B, C, H, W) on the CPU; see `encode_images`."""
+        return encode_images(self._loaded(), pixels)
+
+    def prompts(self, prompts: Sequence[str]) -> list[Condition]:
+        """The condition of each prompt, without padding, on the CPU; `together` makes batches of them."""
+        with torch.no_grad():
+            return apart(self.student.encode_prompt(self._loaded(), list(prompts)))
+
+    def free(self) -> None:
+        """Lets go of the pipeline; it is loaded again where needed."""
+        if self._pipe is not None:
+            self._pipe = None
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _loaded(self) -> Any:
+        if self._pipe is None:
+            self._pipe = self._load()
+        return self._pipe
+
+    def _from_folder(self) -> Any:
+        from diffusers import DiffusionPipeline
+
+        bare: dict[str, Any] = {self.student.component: None}
+        pipe = DiffusionPipeline.from_pretrained(self.folder, torch_dtype=self.dtype, **bare)
+        return pipe.to(self.device)
+
+
+@torch.no_grad()
+def encode_images(pipe: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Images as the latents that the pipeline's transformer expects: the mode of their distribution, scaled.
+
+    The autoencoder runs in its own dtype, in which the latents are returned; they are scaled in float32 or wider.
+
+    Args:
+        pipe: the diffusers pipeline.
+        pixels: (B, 3, height, width) in -1 .. 1.
+
+    Returns:
+        (B, C, H, W), on the CPU.
+
+    Raises:
+        ValueError: an autoencoder of another kind.
+        FloatingPointError: latents that are not finite.
+    """
+    vae = pipe.vae
+    kind, config = type(vae).__name__, vae.config
+    given = pixels.to(vae.device, vae.dtype)
+    wide = torch.promote_types(vae.dtype, torch.float32)
+    if kind == "AutoencoderKLQwenImage":
+        raw = vae.encode(given.unsqueeze(2)).latent_dist.mode().squeeze(2).to(wide)  # a frame axis
+        mean, std = (
+            torch.tensor(v, device=raw.device).view(-1, 1, 1) for v in (config.latents_mean, config.latents_std)
+        )
+        latents = (raw - mean) / std
+    elif kind == "AutoencoderDC":
+        latents = vae.encode(given).latent.to(wide) * config.scaling_factor
+    elif kind == "AutoencoderKL":
+        raw = vae.encode(given).latent_dist.mode().to(wide)
+        latents = (raw - (config.shift_factor or 0.0)) * config.scaling_factor
+    else:
+        raise ValueError(f"encode_images: pipe must have one of {', '.join(_EDGE_LEVELS)}, got {kind}")
+    latents = latents.to(vae.dtype).cpu()
+    if not latents.isfinite().all():
+        raise FloatingPointError(f"encode_images: latents must be finite, got others from a {kind} in {vae.dtype}")
+    return latents
+
+
+def latent_factor(config: dict[str, Any]) -> int:
+    """Pixels per latent along an edge, of an autoencoder's config.json.
+
+    Raises:
+        ValueError: an autoencoder of another kind.
+    """
+    kind = config.get("_class_name")
+    if kind not in _EDGE_LEVELS:
+        raise ValueError(f"Encoders: folder must have one of {', '.join(_EDGE_LEVELS)} as vae, got {kind}")
+    name, less = _EDGE_LEVELS[kind]
+    if not isinstance(config.get(name), list):
+        raise ValueError(f"Encoders: vae/config.json must list {name}, got {config.get(name)!r}")
+    return 2 ** (len(config[name]) - less)
+
+
+def apart(cond: Condition) -> list[Condition]:
+    """A batch's condition as one per row, on the CPU; prompts of their own length where `prompt_lengths` says it."""
+    rows = []
+    for k in range(len(cond["prompt_embeds"])):
+        row = {name: leaf[k].detach().cpu() for name, leaf in cond.items()}
+        if "prompt_lengths" in row:
+            row["prompt_embeds"] = row["prompt_embeds"][: int(row["prompt_lengths"])]
+        rows.append({name: leaf.clone().contiguous() for name, leaf in row.items()})
+    return rows
+
+
+def together(rows: Sequence[Condition]) -> Condition:
+    """The conditions of single prompts as a batch's: zeros after prompts that are shorter than the longest.
+
+    Raises:
+        ValueError: conditions with different entries, or of different models.
+    """
+    names = list(rows[0])
+    if any(list(row) != names for row in rows):
+        raise ValueError(f"together: rows must have the same entries, got {sorted({*map(tuple, rows)})}")
+    trimmed = "prompt_lengths" in names
+    try:
+        return {
+            name: pad_sequence([row[name] for row in rows], batch_first=True)
+            if trimmed and name == "prompt_embeds"
+            else torch.stack([row[name] for row in rows])
+            for name in names
+        }
+    except RuntimeError as error:
+        raise ValueError(f"together: rows must be of one model's prompts, got {error}") from None
+
+
+def at_size(cond: Condition, size: tuple[int, int]) -> Condition:
+    """The condition of images of a size, px, where the model is told it (SDXL's `time_ids`); else the same."""
+    if "time_ids" not in cond:
+        return cond
+    ids = torch.tensor([*size, 0, 0, *size]).to(cond["time_ids"])
+    return cond | {"time_ids": ids.expand_as(cond["time_ids"]).contiguous()}
+
+
+def identity(folder: Path) -> str:
+    """A hash of weights and settings: of small files the whole, of large ones the size and seventeen samples.
+
+    Raises:
+        ValueError: no such folder.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"Encoders: folder must have {folder.name}, got none in {folder.parent}")
+    found = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")):
+        size = path.stat().st_size
+        found.update(f"{path.relative_to(folder)} {size} ".encode())
+        with path.open("rb") as file:
+            if size <= 32 * _WINDOW:
+                found.update(file.read())
+                continue
+            for k in range(17):
+                file.seek((size - _WINDOW) * k // 16)
+                found.update(file.read(_WINDOW))
+    return found.hexdigest()
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"Encoders: folder must hold a diffusers pipeline, got {path}: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"Encoders: folder must hold a diffusers pipeline, got {path} without an object")
+    return found
+
+
+def _without_weights(folder: Path) -> FlowModel:
+    """The family's student with an empty transformer: it knows how prompts are encoded and what latents are like."""
+    import diffusers
+
+    config = _config(folder / "transformer" / "config.json")
+    cls = getattr(diffusers, str(config.get("_class_name")), None)
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
+        raise ValueError(f"Encoders: folder must have a transformer of diffusers, got {config.get('_class_name')!r}")
+    with torch.device("meta"):
+        return load_student(cls.from_config(config))
