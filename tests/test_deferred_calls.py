@@ -174,3 +174,53 @@ def test_pieces_that_are_differentiated_together(how):
     assert results[0].keys() == results[1].keys()
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, rtol=1e-5, atol=1e-9, msg=lambda t, n=name: f"{n}: {t}")
+
+
+def by_pieces(student, backward):
+    """Gradients of a step of four pieces, whose losses a caller differentiates as it likes."""
+    torch.manual_seed(1)
+    batch, teacher = make_batch("qwen_image", student, 4), EMATeacher(student, 0.9)
+    TwinFlowLoss().backward(
+        student, *batch, backward=backward, teacher=teacher, generator=torch.Generator().manual_seed(2)
+    )
+    return {n: p.grad for n, p in student.named_parameters() if p.requires_grad and p.grad is not None}
+
+
+@pytest.mark.parametrize("left_out", [0, 2, 3])
+def test_a_piece_that_is_not_differentiated(left_out):
+    results = []
+    for deferred in (False, True):
+        student, seen = student_of("qwen_image"), []
+        if deferred:
+            defer_modulation(student)
+
+        def backward(loss, seen=seen):
+            seen.append(loss)
+            if len(seen) != left_out + 1:
+                loss.backward()
+
+        results.append(by_pieces(student, backward))
+    assert_equal(*results)
+
+
+def test_pieces_in_another_order_are_refused():
+    student, kept = student_of("qwen_image"), []
+    defer_modulation(student)
+    by_pieces(student, kept.append)
+    kept[-1].backward()
+    with pytest.raises(RuntimeError, match="differentiated in order or together, got the last one before others"):
+        kept[0].backward()
+
+
+def test_kept_pieces_may_be_differentiated_twice():
+    results = []
+    for deferred in (False, True):
+        student, kept = student_of("qwen_image"), []
+        if deferred:
+            defer_modulation(student)
+        by_pieces(student, kept.append)
+        sum(kept).backward(retain_graph=True)
+        sum(kept).backward()
+        results.append({n: p.grad for n, p in student.named_parameters() if p.requires_grad and p.grad is not None})
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-5, atol=1e-8, msg=lambda t, n=name: f"{n}: {t}")

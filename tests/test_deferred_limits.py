@@ -123,6 +123,40 @@ def test_sizes_are_those_of_qwen_image():
     assert str(deferred) == "modulation deferred: 121 layers, 13.63 GB in host memory, 4.44 MB a row on meta"
 
 
+def test_a_copy_is_moved_itself_and_outlives_the_deferral():
+    student = student_of("sd3")
+    deferred = defer_modulation(student)
+    other = copy.deepcopy(student)
+    assert other.to("cpu") is other and other.network.float() is other.network
+    x, cond, _ = make_batch("sd3", student, 2)
+    t = torch.tensor([0.2, 0.8])
+    with torch.no_grad():
+        expected = student(x, t, t, cond)
+        deferred.remove()
+        assert torch.equal(other(x, t, t, cond), expected) and torch.equal(student(x, t, t, cond), expected)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.zero_()
+        assert torch.equal(other(x, t, t, cond), expected), "it has weights of its own"
+    assert other.to(torch.float64).dtype is torch.float64
+
+
+def test_a_teacher_made_meanwhile_goes_on_after_removal():
+    results = []
+    for removed in (False, True):
+        student = make_student("qwen_image", "dual")
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_("attn" in name or "_2." in name)
+        handle = defer_modulation(student)
+        torch.manual_seed(1)
+        teacher, batch = EMATeacher(student, 0.9), make_batch("qwen_image", student, 4)
+        if removed:
+            handle.remove()
+        TwinFlowLoss().backward(student, *batch, teacher=teacher, generator=torch.Generator().manual_seed(2))
+        results.append({n: p.grad for n, p in student.named_parameters() if p.grad is not None})
+    assert_equal(*results)
+
+
 def test_a_copy_of_the_model_shares_the_weights():
     student = student_of("sd3")
     deferred = defer_modulation(student)

@@ -9,6 +9,7 @@ from torch import distributed, nn
 
 from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss
 from twinflow.lora import add_lora
+from twinflow.memory import quantise_base
 from twinflow.memory.deferred import defer_modulation
 from twinflow.models import load
 
@@ -37,14 +38,22 @@ def as_quantised(student):
         (lambda: with_lora_on("txt_mod.1", "to_q"), ValueError,
          r"must be frozen, got training of transformer_blocks\.0\.txt_mod\.1 and 1 more; leave .* or do without"),
         (lambda: with_lora_on("norm_out.linear").requires_grad_(False), ValueError,
-         r"plain linear layers, got Linear at norm_out\.linear; quantise after deferring, and merge an adapter"),
-        (lambda: changed(as_quantised), ValueError, r"plain linear layers, got Linear at norm_out\.linear"),
+         r"plain linear layers, got Linear with torch.float32 at norm_out\.linear; .* merge an adapter"),
+        (lambda: changed(as_quantised), ValueError, r"plain linear layers, got Linear with torch\.uint8 at norm_out"),
         (lambda: changed(defer_modulation), ValueError, "must not be deferred yet, got one that is"),
     ],
 )  # fmt: skip
 def test_students_that_cannot_be_deferred(make, error, message):
     student = make()
     with pytest.raises(error, match=message):
+        defer_modulation(student)
+
+
+def test_packed_modulation_is_refused():
+    student = student_of("qwen_image")
+    quantise_base(student, "int8")
+    message = r"must be whole weights, got int8 at transformer_blocks\.0\.img_mod\.1 and 3 more; .* skip=student\.modul"
+    with pytest.raises(ValueError, match=message):
         defer_modulation(student)
 
 

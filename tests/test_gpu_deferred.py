@@ -13,6 +13,7 @@ from batches import gradients  # noqa: E402
 from family_batches import make_student  # noqa: E402
 from test_gpu_families import student_and_batch  # noqa: E402
 from test_gpu_offload import delayed, time_ms  # noqa: E402
+from tiny_pipelines import latent_shape  # noqa: E402
 from torch import nn  # noqa: E402
 
 from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss  # noqa: E402
@@ -110,7 +111,34 @@ def test_a_model_on_the_host_moves_without_its_modulation():
     with defer_modulation(student, device="cuda"):
         assert all(p.is_cuda != (name in names) for name, p in student.network.named_parameters())
         assert {name: id(p) for name, p in student.network.named_parameters()} == identities
-    assert all(p.is_cuda for p in student.parameters())
+    assert all(p.is_cuda != (name in names) for name, p in student.network.named_parameters()), "where they came from"
+    assert all(p.is_cuda for p in student.to("cuda").parameters())
+
+
+def test_a_pass_that_ends_early_leaves_others_memory_alone(monkeypatch):
+    layers = [nn.Linear(1024, 6144, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    weights = StreamedWeights(layers, torch.device("cuda", torch.cuda.current_device()))
+    monkeypatch.setattr(CudaTransfers, "load", delayed(CudaTransfers.load, "_in"))
+    for _ in weights.sweep():
+        break
+    others = [torch.zeros(1024 * 6144, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    torch.cuda.synchronize()
+    assert not any(x.any() for x in others)
+
+
+def test_a_teacher_made_meanwhile_goes_on_after_removal():
+    student = make_student("qwen_image", "dual", torch.bfloat16).to("cuda")
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_("attn" in name or "_2." in name)
+    handle = defer_modulation(student)
+    teacher = EMATeacher(student, 0.9)
+    x = torch.randn(latent_shape("qwen_image", 2), device="cuda", dtype=torch.bfloat16)
+    cond = {"prompt_embeds": torch.randn(2, 7, student.condition_widths()["prompt_embeds"], device="cuda")}
+    t = torch.tensor([0.2, 0.8], device="cuda")
+    with torch.no_grad():
+        before = teacher.module(x, t, t, cond)
+        handle.remove()
+        close({"v": teacher.module(x, t, t, cond)}, {"v": before}, torch.bfloat16)
 
 
 def test_the_speed_of_a_pass():

@@ -1,5 +1,6 @@
 """Weights that stay in host memory: the slabs they lie in, and how they visit a device."""
 
+import io
 import types
 
 import pytest
@@ -82,3 +83,46 @@ def test_slabs_of_qwen_image_waste_little():
     found = slabs(sizes)
     assert sorted(n for _, numbers in found for n in numbers) == list(range(121))
     assert sum(size for size, _ in found) < 1.05 * sum(sizes)
+
+
+def taken(layers, monkeypatch) -> StreamedWeights:
+    """In slabs as for a CUDA device, without pinning."""
+    weights = StreamedWeights(layers, torch.device("cpu"))
+    monkeypatch.setattr(torch, "empty", lambda *a, empty=torch.empty, **k: empty(*a, **{**k, "pin_memory": False}))
+    weights._take_memory()
+    return weights
+
+
+def test_saved_parameters_are_no_slabs(monkeypatch):
+    layers = nn.ModuleList(nn.Linear(8, 16, dtype=torch.bfloat16) for _ in range(5))
+    size = len(saved(layers[2].state_dict()))
+    before = {name: value.clone() for name, value in layers.state_dict().items()}
+    weights = taken(layers, monkeypatch)
+    assert all(p.untyped_storage().nbytes() == p.numel() * 2 for p in layers.parameters())
+    assert len(saved(layers[2].state_dict())) == size
+    assert all(torch.equal(value, before[name]) for name, value in layers.state_dict().items())
+    places = [p.data_ptr() for p in layers.parameters()]
+    weights.bring_back()
+    weights.bring_back()
+    assert all(torch.equal(value, before[name]) for name, value in layers.state_dict().items())
+    assert not set(places) & {p.data_ptr() for p in layers.parameters()} and not weights._slabs
+
+
+def saved(state) -> bytes:
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
+
+
+def test_a_pass_that_ends_early_waits_for_its_copy(monkeypatch):
+    """Else the buffers would go to others while a copy into them is under way."""
+    weights = taken([nn.Linear(8, 16) for _ in range(4)], monkeypatch)
+    waited = []
+    monkeypatch.setattr(weights._transfers, "load", lambda buffer, parts, saved: parts[0])
+    monkeypatch.setattr(weights._transfers, "ready", waited.append)
+    weights._device = types.SimpleNamespace(type="cuda")
+    monkeypatch.setattr(torch, "empty", lambda *a, empty=torch.empty, **k: empty(*a, **{**k, "device": "cpu"}))
+    with pytest.raises(ZeroDivisionError):
+        for _ in weights.sweep():
+            1 / 0  # noqa: B018
+    assert waited[-1] is weights._places[1][-1], "the second layer's copy was under way"

@@ -97,6 +97,11 @@ def apply_memory(
         given = ", ".join([*workload, *(["memory_gb"] if memory_gb is not None else [])])
         raise ValueError(f"apply_memory: {given} must be left out where preset is not 'auto', got preset {preset!r}")
     chosen = preset_of(preset) if isinstance(preset, str) else preset
+    if (chosen.defer or chosen.base) and not isinstance(module, FlowModel):
+        raise TypeError(
+            f"apply_memory: student must be from twinflow.models.load for preset {chosen.name!r}, got "
+            f"{type(module).__name__}"
+        )
     removals: list[Callable[[], None]] = []
     try:
         _activations(module, chosen, pin_memory, removals)
@@ -121,17 +126,14 @@ def _weights(
     module: nn.Module, chosen: MemoryPreset, device: torch.device | None, pin_memory: bool, removals: list[Callable]
 ) -> None:
     """Packs, defers and moves; packing cannot be undone, so that a model is looked at for deferring before."""
-    if (chosen.defer or chosen.base) and not isinstance(module, FlowModel):
-        raise TypeError(
-            f"apply_memory: student must be from twinflow.models.load for preset {chosen.name!r}, got "
-            f"{type(module).__name__}"
-        )
     skipped = list(deferrable_layers(module)) if chosen.defer else []  # type: ignore[arg-type]
     form = quantised_form(module)
     if chosen.base and form not in (None, chosen.base):
         raise ValueError(f"apply_memory: base must be {chosen.base} for preset {chosen.name!r}, got one in {form}")
     if chosen.base and form is None:
         print(quantise_base(module.network, chosen.base, device=device, skip=skipped))  # type: ignore[arg-type]
+    elif form is not None:
+        print(f"the base is in {form} already")
     if chosen.defer:
         deferred = defer_modulation(module, device=device, pin_memory=pin_memory)
         removals.append(deferred.remove)

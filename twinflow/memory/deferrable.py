@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from twinflow.memory.quantised_linear import PackedWeight
 from twinflow.models import FlowModel
 
 
@@ -34,9 +35,15 @@ def deferrable_layers(model: FlowModel) -> dict[str, nn.Linear]:
         )
     other = [n for n, layer in layers.items() if type(layer) is not nn.Linear or not _floating(layer.weight)]
     if other:
+        layer = layers[other[0]]
+        if isinstance(layer.weight, PackedWeight):
+            raise ValueError(
+                f"defer_modulation: modulation must be whole weights, got {layer.weight.packing.form} at "
+                f"{_named(other)}; load again, and quantise with skip=student.modulation_layers(), as presets do"
+            )
         raise ValueError(
-            f"defer_modulation: modulation must be plain linear layers, got {type(layers[other[0]]).__name__} at "
-            f"{_named(other)}; quantise after deferring, and merge an adapter into the base"
+            f"defer_modulation: modulation must be plain linear layers, got {type(layer).__name__} with "
+            f"{layer.weight.dtype} at {_named(other)}; load it in bf16, and merge an adapter into the base"
         )
     return layers
 

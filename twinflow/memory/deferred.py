@@ -1,5 +1,6 @@
 """`defer_modulation()`: a step's modulation vectors all at its beginning, from weights that stay in host memory."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,8 +11,8 @@ from torch import nn
 from twinflow.interface import unwrap
 from twinflow.memory.deferrable import activation_before, deferrable_layers
 from twinflow.memory.deferred_step import DeferredStep, Entry, connect
-from twinflow.memory.modulation_table import ModulationTable, Slot
-from twinflow.memory.replaced_forward import hide_from_ddp, refuse_moves, replace_forward
+from twinflow.memory.modulation_table import ModulationTable
+from twinflow.memory.replaced_forward import hide_from_ddp, passed_on, refuse_moves, replace_forward, sliced
 from twinflow.memory.streamed_weights import StreamedWeights
 from twinflow.models import FlowModel
 from twinflow.passes import Pass, Plan
@@ -28,6 +29,7 @@ class DeferredModulation:
         device: where they are computed.
         host_bytes: of their parameters.
         row_bytes: of the vectors of one row of one call, on the device.
+        active: until it is removed.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class DeferredModulation:
         self._weights = weights
         self.host_bytes = weights.nbytes
         self.table = ModulationTable(list(layers.values()), applied, weights)
+        self.active = True
         self._step: DeferredStep | None = None
         self._announced: Pass | None = None
         self._captured = 0
@@ -51,13 +54,13 @@ class DeferredModulation:
         self._removals.append(source.register_forward_hook(torch.compiler.disable(self._embedded)).remove)
         for layer, slot in zip(layers.values(), self.table.slots, strict=True):
             units = torch.arange(slot.first, slot.first + slot.count, device=device)
-            self._removals.append(replace_forward(layer, _sliced(slot, units)))
+            self._removals.append(replace_forward(layer, sliced(slot, units, self._is_active)))
         for silu in silus:
             if silu is not None:
-                self._removals.append(replace_forward(silu, _passed_on))
+                self._removals.append(replace_forward(silu, passed_on(self._is_active)))
         dtypes = {parameter.dtype for parameter in student.parameters()}
         for module in {id(m): m for m in (student, student.transformer, network, *layers.values())}.values():
-            self._removals.append(refuse_moves(module, device, dtypes))
+            self._removals.append(refuse_moves(module, device, dtypes, self._is_active))
         self._removals.append(hide_from_ddp(student, [p for layer in layers.values() for p in layer.parameters()]))
         student.deferral = self
         self._removals.append(self._forget_me)
@@ -71,12 +74,14 @@ class DeferredModulation:
         return self.table.units * self.table.unit * next(iter(self.layers.values())).weight.element_size()
 
     def remove(self) -> None:
-        """Brings the weights back to the device, and leaves the model as it was; a second call does nothing."""
-        if not self._removals:
-            return
+        """Leaves the model as it was, weights where they were, copies of it too; a second call does nothing.
+
+        A model that came from the CPU has its modulation there again: move it as a whole.
+        """
+        self._weights.bring_back()
+        self.active = False
         while self._removals:
             self._removals.pop()()
-        self._weights.bring_back()
 
     def __enter__(self) -> "DeferredModulation":
         return self
@@ -129,8 +134,10 @@ class DeferredModulation:
             return torch.zeros_like(like)
 
     def end_step(self) -> None:
-        """Forgets the step."""
-        self._step = None
+        """Ends the step."""
+        step, self._step = self._step, None
+        if step is not None and sys.exc_info()[0] is None:
+            step.settle()
 
     def _announce(self, call: Pass | None) -> None:
         if self._announced is not None and not self._captured:
@@ -143,6 +150,8 @@ class DeferredModulation:
     def _embedded(self, source: nn.Module, args: Any, embedding: torch.Tensor) -> torch.Tensor:
         """Hook of the time embedding: its modulation in its place."""
         step = self._step
+        if not self.active:  # of a copy that outlived it
+            return embedding
         if self._announced is not None:
             assert step is not None
             step.entries.append(Entry(self._announced, embedding))
@@ -155,6 +164,9 @@ class DeferredModulation:
             connect(self.table, [[entry]])
         assert entry.carrier is not None
         return entry.carrier
+
+    def _is_active(self) -> bool:
+        return self.active
 
     def _forget_me(self) -> None:
         self._student.deferral = None
@@ -228,22 +240,6 @@ def _bring_rest(model: nn.Module, deferred: set[nn.Linear], device: torch.device
         for held in [*module._parameters.values(), *module._buffers.values()]:
             if held is not None and held.device != device and held.device.type != "meta":
                 held.data = held.data.to(device)
-
-
-def _sliced(slot: Slot, units: torch.Tensor) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
-    """A layer's forward: its part of the carrier that comes in the embedding's place."""
-
-    def forward(module: nn.Module, carrier: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling():  # places as data: blocks that are alike are compiled once
-            return carrier.index_select(1, units).flatten(1)
-        return carrier.narrow(1, slot.first, slot.count).flatten(1)
-
-    return forward
-
-
-def _passed_on(module: nn.Module, carrier: torch.Tensor) -> torch.Tensor:
-    """An activation's forward: the table has applied it."""
-    return carrier
 
 
 def _same(embedding: torch.Tensor) -> torch.Tensor:

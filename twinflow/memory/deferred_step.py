@@ -10,6 +10,9 @@ import torch
 from twinflow.memory.modulation_table import Autocast, ModulationTable
 from twinflow.passes import Pass, Plan
 
+# Whether the backward that runs now was asked to keep its graph; True where torch does not say: it is freed with it.
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
 
 @dataclass
 class Entry:
@@ -43,6 +46,7 @@ class DeferredStep:
         self._table, self.plan = table, plan
         self.entries: deque[Entry] = deque()
         self.ready = False
+        self._gathered: _Gathered | None = None
 
     def compute(self, by_pieces: bool) -> None:
         """Computes the vectors of all entries in one pass over the weights.
@@ -55,8 +59,13 @@ class DeferredStep:
             entry.carrier = carrier
         wanted = [entry for entry in entries if entry.differentiable]
         pieces = [[e for e in wanted if e.call.piece == n] for n in sorted({e.call.piece for e in wanted})]
-        connect(self._table, pieces if by_pieces else [wanted] if wanted else [])
+        self._gathered = connect(self._table, pieces if by_pieces else [wanted] if wanted else [])
         self.ready = True
+
+    def settle(self) -> None:
+        """Passes on the gradients of pieces whose last one was not differentiated."""
+        if self._gathered is not None:
+            self._gathered.settle()
 
     def take(self, embedding: torch.Tensor) -> torch.Tensor:
         """The carrier of the next entry.
@@ -91,7 +100,7 @@ def _alike(planned: torch.Tensor, given: torch.Tensor) -> bool:
     return bool((planned - given).abs().max() <= 0.02 * planned.abs().max())
 
 
-def connect(table: ModulationTable, pieces: Sequence[Sequence[Entry]]) -> None:
+def connect(table: ModulationTable, pieces: Sequence[Sequence[Entry]]) -> "_Gathered":
     """Makes carriers differentiable: the weights are passed once, when the last piece is differentiated.
 
     Args:
@@ -105,6 +114,7 @@ def connect(table: ModulationTable, pieces: Sequence[Sequence[Entry]]) -> None:
         carriers = [entry.carrier for entry in pieces[number]]
         for entry, carrier in zip(pieces[number], _Modulated.apply(gathered, number, carriers, *inputs), strict=True):
             entry.carrier = carrier
+    return gathered
 
 
 def _anchor() -> torch.Tensor:
@@ -119,23 +129,45 @@ class _Gathered:
         self._table = table
         self._embeddings = [[entry.embedding for entry in piece] for piece in pieces]
         self._gradients: list[list[torch.Tensor | None]] = [[None] * len(piece) for piece in pieces]
+        self._complete = False
         first = next((e for piece in self._embeddings for e in piece), None)
         self._autocast = None if first is None else Autocast(first.device)
 
     def add(self, piece: int, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """Takes a piece's gradients; of the last piece gives those of its embeddings."""
+        """Takes a piece's gradients; of the last piece gives those of its embeddings.
+
+        Raises:
+            RuntimeError: the last piece has come already.
+        """
+        last = piece + 1 == len(self._gradients)
+        if self._complete and not last:
+            raise RuntimeError(
+                "defer_modulation: the pieces of a step must be differentiated in order or together, got the last "
+                "one before others"
+            )
         self._gradients[piece] = list(gradients)
-        if piece + 1 < len(self._gradients):
+        if not last:
             return [None]
+        self._complete = not _keeps_graph()  # a kept graph may be passed again
+        return self._pass_on(_keeps_graph())[-1]
+
+    def settle(self) -> None:
+        """Passes on what has come, where the last piece has not."""
+        if not self._complete and any(g is not None for held in self._gradients for g in held):
+            _accumulate(self._embeddings[-1], self._pass_on(True)[-1], True)
+
+    def _pass_on(self, keep: bool) -> list[list[torch.Tensor | None]]:
+        """Gradients of all embeddings, those of all pieces but the last added to what lies upstream."""
         embeddings = [embedding for held in self._embeddings for embedding in held]
         carriers = [gradient for held in self._gradients for gradient in held]
+        self._gradients = [[None] * len(held) for held in self._gradients]
         assert self._autocast is not None
-        with self._autocast.again():
+        with torch.no_grad(), self._autocast.again():
             found = iter(self._table.gradients(embeddings, carriers))
         by_piece = [[next(found) for _ in held] for held in self._embeddings]
         for held, theirs in zip(self._embeddings[:-1], by_piece[:-1], strict=True):
-            _accumulate(held, theirs)
-        return by_piece[-1]
+            _accumulate(held, theirs, keep)
+        return by_piece
 
 
 class _Modulated(torch.autograd.Function):
@@ -155,7 +187,7 @@ class _Modulated(torch.autograd.Function):
         return None, None, None, *ctx.gathered.add(ctx.piece, gradients)
 
 
-def _accumulate(embeddings: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
+def _accumulate(embeddings: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None], keep: bool) -> None:
     """Adds to `.grad` what lies upstream of some embeddings.
 
     The hooks of parameters do not run: under DDP they wait for the last piece, which synchronises all.
@@ -165,10 +197,12 @@ def _accumulate(embeddings: Sequence[torch.Tensor], gradients: Sequence[torch.Te
         return
     leaves = list(_leaves([embedding for embedding, _ in known]))
     outputs, grads = zip(*known, strict=True)
-    found = torch.autograd.grad(outputs, leaves, grads, allow_unused=True)
+    found = torch.autograd.grad(outputs, leaves, grads, retain_graph=keep, allow_unused=True)
     for leaf, gradient in zip(leaves, found, strict=True):
-        if gradient is not None:
-            leaf.grad = torch.empty_like(leaf).copy_(gradient) if leaf.grad is None else leaf.grad.add_(gradient)
+        if gradient is not None and leaf.grad is not None:
+            leaf.grad.detach().add_(gradient)
+        elif gradient is not None:
+            leaf.grad = torch.empty_like(leaf, requires_grad=False).copy_(gradient)
 
 
 def _leaves(tensors: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:

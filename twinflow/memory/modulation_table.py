@@ -110,12 +110,12 @@ class Autocast:
     """
 
     def __init__(self, device: torch.device) -> None:
-        kind = device.type if torch.amp.is_autocast_available(device.type) else None
-        self._kind = kind if kind is not None and torch.is_autocast_enabled(kind) else None
-        self._dtype = None if self._kind is None else torch.get_autocast_dtype(self._kind)
+        self._kind = device.type if torch.amp.is_autocast_available(device.type) else None
+        self._enabled = self._kind is not None and torch.is_autocast_enabled(self._kind)
+        self._dtype = torch.get_autocast_dtype(self._kind) if self._enabled and self._kind else None
 
     def again(self) -> Any:
-        """A context with that autocast, and without its cache of weights, or with none at all."""
+        """A context with autocast as it was, off included, and without its cache of weights."""
         if self._kind is None:
             return nullcontext()
-        return torch.autocast(self._kind, dtype=self._dtype, cache_enabled=False)
+        return torch.autocast(self._kind, dtype=self._dtype, enabled=self._enabled, cache_enabled=False)

@@ -18,7 +18,7 @@ from torch import nn
 LIBRARIES = {"nf4": "bitsandbytes", "int8": "torchao"}
 _NOISY = ("bitsandbytes", "torchao", "torch.utils._pytree")  # warn of optional kernels while they are imported
 _NF4_BLOCK, _NESTED_BLOCK = 64, 256  # values per scale, scales per scale of scales
-_ALIGNED = 16  # bytes; kernels load as many at once
+ALIGNED = 16  # bytes; kernels load as many at once
 
 _operations = torch.library.Library("twinflow", "FRAGMENT")
 
@@ -89,7 +89,7 @@ def pack(weight: torch.Tensor, form: str, device: torch.device | str | None = No
     packing = Packing(form, rows, columns, weight.dtype)
     parts = _PACK[form](weight.detach().to(device).contiguous())
     flat = [part.reshape(-1).view(torch.uint8) for part in parts]
-    weight.data = torch.cat([F.pad(part, (0, -len(part) % _ALIGNED)) for part in flat])
+    weight.data = torch.cat([F.pad(part, (0, -len(part) % ALIGNED)) for part in flat])
     _as_packed(weight, packing)
 
 
@@ -161,7 +161,7 @@ _PACK = {"nf4": _pack_nf4, "int8": _pack_int8}
 _UNPACK = {"nf4": _unpack_nf4, "int8": _unpack_int8}
 
 
-def _sizes(form: str, count: int, rows: int) -> tuple[int, ...]:
+def part_sizes(form: str, count: int, rows: int) -> tuple[int, ...]:
     """Bytes of each part, as `_PACK` returns them."""
     if form == "int8":
         return count, 4 * rows
@@ -171,9 +171,9 @@ def _sizes(form: str, count: int, rows: int) -> tuple[int, ...]:
 
 def _unpacked(packed: torch.Tensor, form: str, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
     parts, start = [], 0
-    for size in _sizes(form, rows * columns, rows):
+    for size in part_sizes(form, rows * columns, rows):
         parts.append(packed[start : start + size])
-        start += size + -size % _ALIGNED
+        start += size + -size % ALIGNED
     return _UNPACK[form](parts, Packing(form, rows, columns, dtype))
 
 
@@ -198,7 +198,7 @@ def _(packed: torch.Tensor, like: torch.Tensor, form: str, rows: int, columns: i
     return like.new_empty(rows, columns)
 
 
-class _Product(torch.autograd.Function):
+class PackedProduct(torch.autograd.Function):
     """Keeps the packed weight alone, and makes the whole one again for the gradient of x."""
 
     @staticmethod
@@ -227,4 +227,4 @@ def _linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = N
     # Before the weight is made, which else would be made in a float32 input's dtype and then cast.
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
-    return _Product.apply(x, weight, bias, weight.packing)
+    return PackedProduct.apply(x, weight, bias, weight.packing)

@@ -35,7 +35,8 @@ class StreamedWeights:
         self.nbytes = sum(p.numel() * p.element_size() for layer in layers for p in layer.parameters())
         self._transfers = transfers_for(device, pin_memory)
         self._slabs: list[torch.Tensor] = []
-        self._places: list[torch.Tensor] = []  # of each layer, uint8
+        self._places: list[list[torch.Tensor]] = []  # of each layer's parameters, uint8
+        self._homes: list[tuple[torch.Tensor, torch.device]] = []  # parameters that moved, and where they were
         if device.type == "cuda":
             self._take_memory()
 
@@ -56,23 +57,29 @@ class StreamedWeights:
         buffers = [torch.empty(max(self._sizes), dtype=torch.uint8, device=self._device) for _ in range(_BUFFERS)]
         following: list[int | None] = [*order[1:], None]
         ticket = self._load(buffers[0], order[0])
-        for turn, (number, after) in enumerate(zip(order, following, strict=True)):
-            buffer, arrived = buffers[turn % _BUFFERS], ticket
-            if after is not None:  # enqueued before this layer's use, so that it waits for the one before only
-                ticket = self._load(buffers[(turn + 1) % _BUFFERS], after)
-            self._transfers.ready(arrived)
-            yield number, *_views(buffer, self._layers[number])
+        try:
+            for turn, (number, after) in enumerate(zip(order, following, strict=True)):
+                buffer, arrived = buffers[turn % _BUFFERS], ticket
+                if after is not None:  # enqueued before this layer's use, so that it waits for the one before only
+                    ticket = self._load(buffers[(turn + 1) % _BUFFERS], after)
+                self._transfers.ready(arrived)
+                yield number, *_views(buffer, self._layers[number])
+        finally:
+            self._transfers.ready(ticket)  # where it ends early too: a copy under way would land in others' memory
 
     def bring_back(self) -> None:
-        """Gives the layers their parameters on the device, and the host its memory."""
-        for layer in self._layers:
-            for parameter in layer.parameters():
-                parameter.data = parameter.data.to(self._device)
-        self._slabs, self._places = [], []
+        """Gives the layers their parameters back where they were, and the host its memory; may be called again."""
+        for parameter, device in self._homes:
+            parameter.data = parameter.data.to(device, copy=True)
+        self._slabs, self._places, self._homes = [], [], []
 
     def _load(self, buffer: torch.Tensor, number: int) -> Ticket | None:
-        parts = [self._places[number]] if self._places else []
-        return self._transfers.load(buffer[: self._sizes[number]], parts, None)
+        if self._device.type == "meta":
+            return None
+        ticket = None
+        for view, place in zip(_stretches(buffer, self._layers[number]), self._places[number], strict=True):
+            ticket = self._transfers.load(view, [place], None)
+        return ticket
 
     def _take_memory(self) -> None:
         """Moves the parameters into slabs of host memory, slab by slab."""
@@ -86,14 +93,18 @@ class StreamedWeights:
                 raise RuntimeError(self._refusal(error)) from error
             start = 0
             for number in numbers:
-                place = slab[start : start + self._sizes[number]]
+                self._places.append([])
+                stretch = slab[start : start + self._sizes[number]]
                 start += self._sizes[number]
-                layer = self._layers[number]
-                for parameter, view in zip(_parameters(layer), _views(place, layer), strict=False):
-                    assert view is not None
+                for parameter, inside in zip(
+                    _held(layer := self._layers[number]), _stretches(stretch, layer), strict=True
+                ):
+                    place = torch.from_numpy(inside.numpy())  # a storage of its own size: what is saved is no slab
+                    view = place.view(parameter.dtype).view(parameter.shape)
                     view.copy_(parameter.data)
+                    self._homes.append((parameter, parameter.device))
                     parameter.data = view
-                self._places.append(place)
+                    self._places[-1].append(place)
             self._slabs.append(slab)
 
     def _check_host(self, largest: int) -> None:
@@ -141,26 +152,31 @@ def slabs(sizes: Sequence[int], largest: int = LARGEST_SLAB) -> list[tuple[int, 
     return found
 
 
-def _parameters(layer: nn.Linear) -> list[torch.Tensor]:
+def _held(layer: nn.Linear) -> list[torch.Tensor]:
     return [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
 
 
 def _layer_bytes(layer: nn.Linear) -> int:
-    return sum(_padded(p.numel() * p.element_size()) for p in _parameters(layer))
+    return sum(_padded(p.numel() * p.element_size()) for p in _held(layer))
 
 
 def _padded(nbytes: int) -> int:
     return -(-nbytes // GRAIN) * GRAIN
 
 
-def _views(memory: torch.Tensor, layer: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A layer's weight and bias in a stretch of memory (uint8)."""
-    views: list[torch.Tensor | None] = []
-    start = 0
-    for parameter in _parameters(layer):
+def _stretches(memory: torch.Tensor, layer: nn.Linear) -> list[torch.Tensor]:
+    """Where a layer's parameters lie in memory for both (uint8)."""
+    found, start = [], 0
+    for parameter in _held(layer):
         nbytes = parameter.numel() * parameter.element_size()
-        views.append(memory[start : start + nbytes].view(parameter.dtype).view(parameter.shape))
+        found.append(memory[start : start + nbytes])
         start += _padded(nbytes)
-    weight, bias = [*views, None][:2]
+    return found
+
+
+def _views(memory: torch.Tensor, layer: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A layer's weight and bias in memory."""
+    parts = zip(_stretches(memory, layer), _held(layer), strict=True)
+    weight, bias = [*(part.view(p.dtype).view(p.shape) for part, p in parts), None][:2]
     assert weight is not None
     return weight, bias

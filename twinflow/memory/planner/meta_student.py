@@ -11,7 +11,7 @@ from twinflow.lora import add_lora
 from twinflow.memory.blocks import repeated_blocks
 from twinflow.memory.planner.architectures import Architecture
 from twinflow.memory.planner.workload import Workload
-from twinflow.memory.quantised_linear import _ALIGNED, LIBRARIES, PackedWeight, Packing, _Product, _sizes
+from twinflow.memory.quantised_linear import ALIGNED, LIBRARIES, PackedProduct, PackedWeight, Packing, part_sizes
 from twinflow.models import FlowModel, load
 from twinflow.teacher import EMATeacher
 
@@ -25,7 +25,7 @@ class _Packed(PackedWeight):
     def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function is F.linear:
             x, weight, bias = args
-            return _Product.apply(x, weight, bias, weight.packing)
+            return PackedProduct.apply(x, weight, bias, weight.packing)
         return super().__torch_function__(function, types, args, kwargs)
 
 
@@ -88,7 +88,7 @@ def quantise(network: FlowModel, base: str, but: Collection[nn.Module] = ()) -> 
             if type(layer) is nn.Linear and not layer.weight.requires_grad and layer not in but:
                 packing = Packing(base, layer.out_features, layer.in_features, layer.weight.dtype)
                 count = sum(
-                    -(-size // _ALIGNED) * _ALIGNED for size in _sizes(base, layer.weight.numel(), packing.rows)
+                    -(-size // ALIGNED) * ALIGNED for size in part_sizes(base, layer.weight.numel(), packing.rows)
                 )
                 layer.weight.data = torch.empty(count, dtype=torch.uint8, device=META)
                 layer.weight.__class__ = _Packed
