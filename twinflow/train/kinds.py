@@ -118,6 +118,10 @@ def _size(value: Any) -> tuple[int, int]:
     return width, height
 
 
+def _path(value: Any) -> Path:
+    return Path(_text(str(value) if isinstance(value, Path) else value))
+
+
 def _raw(value: Any) -> Any:
     return value
 
@@ -126,6 +130,6 @@ PIXELS = whole(16, 65536)
 BOOL = Kind("true or false", _bool)
 TEXT = Kind("a string", _text)
 TEXTS = Kind("a string or a list of strings", _texts)
-PATH = Kind("a path", lambda value: Path(_text(value)))
+PATH = Kind("a path", _path)
 SIZE = Kind("pixels as 1024 or 1024x768", _size)
 RAW = Kind("", _raw)  # read elsewhere

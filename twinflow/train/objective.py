@@ -10,6 +10,7 @@ from twinflow.train.options import OPTIONS
 from twinflow.train.recipes import Recipe
 
 _SETTINGS = tuple(field.name for field in fields(TwinFlowConfig))
+_MOST_STEPS = 1000
 _BY_RECIPE = ("loss", "rectify_loss", "time_weight")  # None: resolved by TwinFlowConfig's recipe
 _FLAGS = tuple(
     name for name in OPTIONS if name.startswith(("twinflow_", "diff2flow_")) and name != "twinflow_step_focus"
@@ -47,6 +48,8 @@ def objective(
             config = _overridden(config, flags, own, recipe)
         config = replace(config, step_focus=given.get("twinflow_step_focus", config.step_focus))
         config = replace(config, target_clamp=None) if config.clamp == float("inf") else config
+        if config.target_step_count > _MOST_STEPS:
+            raise ValueError(f"twinflow_target_step_count must be <= {_MOST_STEPS}, got {config.target_step_count}")
         config = replace(config, data_free=config.data_free or data_free)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(_message(error)) from None

@@ -85,4 +85,4 @@ def recipe_of(name: str) -> Recipe:
     """
     if name in _LEFT_OUT:
         raise ValueError(f"train: preset must be one of {', '.join(RECIPES)}, got {name!r}: {_LEFT_OUT[name]}")
-    return lookup(RECIPES, name, "train: preset")
+    return lookup(RECIPES, name[:60], "train: preset")  # on one line, whatever it is

@@ -122,7 +122,7 @@ def _steps(found: dict[str, Any], warnings: list[str]) -> None:
         return
     from twinflow.memory.presets import PRESETS  # diffusers comes with it, which other commands need not wait for
 
-    preset = lookup(PRESETS, name, "train: memory_preset", also="auto or ")
+    preset = lookup(PRESETS, name[:60], "train: memory_preset", also="auto or ")
     if found["model_type"] == "full" and (preset.base or preset.defer):
         moved = " and ".join(preset.changes()[:2])
         wanted = "one that leaves the weights as they are where model_type is full"
