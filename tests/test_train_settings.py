@@ -91,7 +91,7 @@ def test_help_has_units_and_defaults():
 
 def test_a_flag_is_never_taken_for_another():
     with pytest.raises(SystemExit):
-        parsed("--learning", "1")
+        parsed("--skip_b", "1")  # of skip_bad alone
     parser = argparse.ArgumentParser()
     add_options(parser)
     with pytest.raises(ValueError, match=r"^train: unknown option '--lerning_rate'; did you mean 'learning_rate'"):
