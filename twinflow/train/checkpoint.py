@@ -1,0 +1,216 @@
+"""`write_checkpoint()`, `latest_checkpoint()`, `read_checkpoint()`: folders `checkpoint-000123`, whole or absent.
+
+A checkpoint is filled under a hidden name and renamed once all of it is on the disk; one that goes is renamed to a
+hidden name first. A process that is killed at any moment leaves whole checkpoints and hidden leftovers, which nobody
+reads and the next write removes.
+"""
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from twinflow.train.checkpoint_files import check_files, read_files, read_summary, sync, write_files
+from twinflow.train.folder_lock import lock_folder
+from twinflow.train.gathering import on_rank_zero
+from twinflow.train.state_tree import encode
+
+# `.replaced`: a checkpoint that made room for another of its step, until that is there.
+_NAME = re.compile(r"checkpoint-(\d{6,18})(\.replaced)?")
+_PARTIAL = re.compile(r"\.checkpoint-\d+(\.replaced)?\.partial")
+_SPARE_BYTES = 1 << 16  # headers, and what a file system takes for itself
+
+
+def write_checkpoint(
+    folder: Path, step: int, tree: Any, *, keep: int | None = None, metadata: Mapping[str, Any] | None = None
+) -> Path:
+    """Writes a checkpoint, all or nothing; then removes the oldest ones.
+
+    The first write takes the folder for this process (`lock_folder`), until it ends. Under torch.distributed every rank
+    calls it, rank 0 writes its tree, and all go on when it is done, or raise when it fails.
+
+    Args:
+        folder: of all checkpoints of a run; made where it is missing.
+        step: number of optimizer steps taken; a checkpoint of the same step is replaced.
+        tree: what `encode` takes.
+        keep: how many of the newest complete ones stay, this one among them; None: all.
+        metadata: what JSON holds, for readers of `checkpoint.json`.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong, or another process has the folder.
+        OSError: the disk is full or does not take it; earlier checkpoints are as they were.
+        RuntimeError: on other ranks, where rank 0 fails for another reason.
+    """
+    return Path(on_rank_zero("write_checkpoint", lambda: str(_write(Path(folder), step, tree, keep, metadata or {}))))
+
+
+def latest_checkpoint(folder: Path, complaints: list[str] | None = None) -> Path | None:
+    """The newest checkpoint whose files are whole, by their sizes and digests; changes nothing.
+
+    Under torch.distributed every rank calls it, and all get what rank 0 finds.
+
+    Args:
+        folder: of all checkpoints of a run.
+        complaints: gets a line for each newer one that is passed over, and why.
+
+    Returns:
+        Its folder; None: there is none.
+    """
+    found, passed = json.loads(on_rank_zero("latest_checkpoint", lambda: json.dumps(_latest(Path(folder)))))
+    if complaints is not None:
+        complaints += passed
+    return None if found is None else Path(found)
+
+
+def read_checkpoint(path: Path) -> Any:
+    """The tree of a checkpoint; its tensors are on the CPU, mapped from the file and read when they are used.
+
+    Args:
+        path: a folder that `write_checkpoint` wrote.
+
+    Raises:
+        ValueError: it is damaged, incomplete, or none of ours.
+    """
+    check_files(Path(path))
+    return read_files(Path(path))
+
+
+def _latest(folder: Path) -> tuple[str | None, list[str]]:
+    complaints: list[str] = []
+    for path in _checkpoints(folder):
+        try:
+            check_files(path)
+            if read_summary(path)["step"] != _step(path):
+                raise ValueError(f"{path} must be of step {_step(path)}, got another in it")
+        except ValueError as error:
+            complaints.append(f"{path.name} is passed over: {error}")
+        else:
+            return str(path), complaints
+    return None, complaints
+
+
+def _write(folder: Path, step: int, tree: Any, keep: int | None, metadata: Mapping[str, Any]) -> Path:
+    _check(step, keep, metadata)
+    tensors, text = encode(tree)
+    place = folder / f"checkpoint-{step:06d}"
+    needed = sum(tensor.nbytes for tensor in tensors.values()) + len(text) + _SPARE_BYTES
+    try:
+        lock_folder(folder)
+        _sweep(folder)
+        if needed > shutil.disk_usage(folder).free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise _refusal(folder, needed, error) from error
+    partial = _partial(place)
+    try:
+        partial.mkdir()
+        write_files(partial, step, tensors, text, metadata)
+        _publish(partial, place)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)  # first, so that its bytes count as free
+        raise _refusal(folder, needed, error) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if keep is not None:
+        _retire(folder, keep, place)
+    return place
+
+
+def _check(step: int, keep: int | None, metadata: Mapping[str, Any]) -> None:
+    if type(step) is not int or not 0 <= step < 10**18:
+        raise ValueError(f"write_checkpoint: step must be a whole number >= 0, got {step!r}")
+    if keep is not None and (type(keep) is not int or keep < 1):
+        raise ValueError(f"write_checkpoint: keep must be a whole number >= 1 or None, got {keep!r}")
+    try:
+        json.dumps(dict(metadata), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TypeError(f"write_checkpoint: metadata must be a mapping of what JSON holds, got {error}") from None
+
+
+def _refusal(folder: Path, needed: int, error: Exception) -> OSError:
+    code = error.errno if isinstance(error, OSError) else None
+    try:
+        free = f"{shutil.disk_usage(folder).free} bytes free"
+    except OSError:
+        free = "no such folder"
+    message = f"write_checkpoint: folder must take {needed} bytes, got {folder} with {free} ({error})"
+    return OSError(message) if code is None else OSError(code, message)
+
+
+def _publish(partial: Path, place: Path) -> None:
+    """Gives a filled folder its name; another of that name stays until then."""
+    replaced = place.with_name(f"{place.name}.replaced")
+    if place.exists():
+        os.rename(place, replaced)
+    try:
+        os.rename(partial, place)
+    except OSError:
+        if replaced.exists():
+            os.rename(replaced, place)
+        raise
+    sync(place.parent)
+    if replaced.exists():
+        _remove(replaced)
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what killed processes left; the folder is this one's, so that all of it is."""
+    for path in sorted(folder.iterdir()):
+        found = _NAME.fullmatch(path.name)
+        if _PARTIAL.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+        elif found and found[2]:
+            place = path.with_name(path.name.removesuffix(".replaced"))
+            if place.exists():
+                _remove(path)
+            else:
+                os.rename(path, place)
+
+
+def _retire(folder: Path, keep: int, written: Path) -> None:
+    """Removes complete checkpoints but the newest; damaged ones stay for whoever wants to look at them."""
+    complete = [path for path in _checkpoints(folder) if path == written or _is_complete(path)]
+    kept = complete[:keep] if written in complete[:keep] else [*complete[: keep - 1], written]
+    for path in complete:
+        if path not in kept:
+            _remove(path)
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        read_summary(path)
+    except ValueError:
+        return False
+    return True
+
+
+def _remove(path: Path) -> None:
+    partial = _partial(path)
+    os.rename(path, partial)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _step(path: Path) -> int:
+    found = _NAME.fullmatch(path.name)
+    assert found is not None
+    return int(found[1])
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The newest first; one that is about to be replaced after what replaces it."""
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda path: (-_step(path), path.suffix))
