@@ -193,8 +193,8 @@ def test_any_part_may_be_anything(data):
 
 def killed_again_and_again(folder, steps: int, kills: int, seed: int):
     """The final state of a run that writes after every step, killed at random moments and started anew."""
-    moments = random.Random(seed)
-    for attempt in range(10 * kills + 100):
+    moments, hits = random.Random(seed), 0
+    for attempt in range(kills + 1):
         child = os.fork()
         if child == 0:
             status = 1
@@ -210,20 +210,21 @@ def killed_again_and_again(folder, steps: int, kills: int, seed: int):
                 status = 0
             finally:
                 os._exit(status)
-        if kills:
-            time.sleep(moments.uniform(0.02, 0.3))
+        if hits < kills:
+            time.sleep(moments.uniform(0.02, 0.2))
             os.kill(child, signal.SIGKILL)
-            kills -= 1
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         assert status in (0, -9)
-        if status == 0 and not kills:
+        hits += status == -9
+        if status == 0:
+            assert hits == kills, "the run was too short to be killed"
             return read_checkpoint(latest_checkpoint(folder))
     raise AssertionError("the run does not come to its end")
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path, kills):
-    expected = toy_run().advance(20 + 5 * kills).state.collect()
-    found = killed_again_and_again(tmp_path, 20 + 5 * kills, kills, seed=kills)
+    expected = toy_run().advance(30 * kills).state.collect()
+    found = killed_again_and_again(tmp_path, 30 * kills, kills, seed=kills)
     assert same(found, expected)
     assert len([path for path in tmp_path.iterdir() if path.name.startswith("checkpoint-")]) == 2

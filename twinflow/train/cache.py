@@ -92,7 +92,7 @@ def build_cache(
         folder: of the cache; others may use and build it at the same time.
         items: of `read_folder`, or prompts for training without images.
         encoders: loaded only if something is missing, and let go at the end.
-        sizes: of `buckets`; prompts take the one of the greatest area.
+        sizes: of `buckets`; prompts take the one most like a square.
         options: see `CacheOptions`.
         progress: called with ("images" | "latents" | "prompts" | "waiting for process N", done, of).
         main_process: whether this process encodes; others read what it has encoded.
@@ -164,7 +164,7 @@ def _build(
 def _find(item: Item | str, number: int, work: _Work, encoders: Encoders, sizes: Sequence[Size]) -> None:
     """Notes what an item is and by which keys it is cached."""
     if isinstance(item, str):
-        size = max(sizes, key=lambda at: (at[0] * at[1], -abs(at[0] - at[1])))
+        size = nearest(sizes, (1, 1))
         key = text_key(item, encoders)
         work.entries.append(Entry(f"prompt {number}", item, hashed(item), size, None, key))
         return

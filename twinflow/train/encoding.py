@@ -96,7 +96,7 @@ class Encoders:
         from diffusers import DiffusionPipeline
 
         bare: dict[str, Any] = {self.student.component: None}
-        pipe = DiffusionPipeline.from_pretrained(self.folder, torch_dtype=self.dtype, **bare)
+        pipe = DiffusionPipeline.from_pretrained(self.folder, dtype=self.dtype, **bare)
         return pipe.to(self.device)
 
 

@@ -83,7 +83,7 @@ def read_folder(
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a .txt file, one a line, or of a .jsonl file: strings, or objects with `prompt`, `text`, `caption`.
+    """The prompts of a .txt file, one a line, or of a .jsonl file: texts, or objects with `prompt`, `text`, `caption`.
 
     Raises:
         ValueError: no such file, another kind of file, or nothing in it.

@@ -1,0 +1,367 @@
+"""Encodings and their cache: what pipelines compute, once, whatever ends the process meanwhile."""
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from sklearn.datasets import load_digits, load_sample_images
+from tiny_pipelines import saved_pipeline
+
+from twinflow.train import cache_shards
+from twinflow.train.buckets import buckets
+from twinflow.train.cache import CacheOptions, build_cache, held_out, open_cache
+from twinflow.train.cache_shards import Shards, locked
+from twinflow.train.encoding import Encoders, apart, encode_images, together
+from twinflow.train.images import read_folder
+
+FAMILIES = ("sd3", "qwen_image", "flux", "z_image", "sana")
+PROMPTS = ["a cat", "a small dog in front of a house", ""]
+IMG2IMG = {
+    "sd3": "StableDiffusion3Img2ImgPipeline", "flux": "FluxImg2ImgPipeline", "z_image": "ZImageImg2ImgPipeline",
+    "qwen_image": "QwenImageImg2ImgPipeline",
+}  # fmt: skip
+SMALL = CacheOptions(vae_batch=2, text_batch=2, shard_bytes=20_000)
+
+
+def digits(folder: Path, count: int = 6) -> Path:
+    folder.mkdir(exist_ok=True)
+    data = load_digits()
+    for k in range(count):
+        image = Image.fromarray((data.images[k] * 15).astype(np.uint8)).resize((32, 32 if k % 2 else 48))
+        image.save(folder / f"{k}.png")
+        (folder / f"{k}.txt").write_text(f"the digit {data.target[k]}, number {k}")
+    return folder
+
+
+class Counted(Encoders):
+    """Encoders that note what they encode."""
+
+    def __init__(self, family: str = "sd3", **options) -> None:
+        super().__init__(saved_pipeline(family), **options)
+        self.encoded = {"images": 0, "prompts": []}
+
+    def images(self, pixels):
+        self.encoded["images"] += len(pixels)
+        return super().images(pixels)
+
+    def prompts(self, prompts):
+        self.encoded["prompts"] += prompts
+        return super().prompts(prompts)
+
+
+def build(folder: Path, data: Path, encoders: Encoders | None = None, **options):
+    encoders = encoders or Counted()
+    sizes = buckets(32, encoders.multiple)
+    return build_cache(folder, read_folder(data), encoders, sizes, **{"options": SMALL, **options})
+
+
+def contents(cache) -> dict:
+    return {e.name: (cache.latents([e]), cache.condition([e])) for e in cache.entries}
+
+
+def same(a, b) -> bool:
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k][0], b[k][0]) and all(torch.equal(x, b[k][1][name]) for name, x in a[k][1].items()) for k in a
+    )
+
+
+def near(a, b) -> bool:
+    """Equal but for rounding, which depends on what else is in an encoder's batch."""
+    return a.keys() == b.keys() and all(
+        torch.allclose(x, y, rtol=1e-4, atol=1e-5)
+        for k in a
+        for x, y in [(a[k][0], b[k][0]), *((x, b[k][1][name]) for name, x in a[k][1].items())]
+    )
+
+
+def unloadable() -> None:
+    raise AssertionError("nothing was to be encoded")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_latents_are_the_stock_pipelines(family):
+    """Against `prepare_latents` of img2img with no noise, and for SANA, which has none, the inverse of its decoding."""
+    pipe = DiffusionPipeline.from_pretrained(saved_pipeline(family))
+    pixels = torch.from_numpy(load_sample_images().images[0][:32, :48].copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    found = encode_images(pipe, pixels)
+    encoders = Encoders(saved_pipeline(family))
+    assert encoders.factor == pipe.vae_scale_factor and tuple(found.shape[1:]) == encoders.latent_shape((32, 48))
+    if family == "sana":
+        expected = pipe.vae.encode(pixels).latent * 0.41407
+    else:
+        stock = getattr(diffusers, IMG2IMG[family]).from_pipe(pipe)
+        stock.vae.encode = _mode_only(stock.vae.encode)
+        stock.scheduler.scale_noise = lambda latents, *_: latents
+        where = dict(dtype=torch.float32, device="cpu", generator=torch.Generator())
+        if family == "sd3":
+            expected = stock.prepare_latents(pixels, torch.tensor([1.0]), 1, 1, **where)
+        else:
+            expected = stock.prepare_latents(pixels, torch.tensor([1.0]), 1, 16, 32, 48, **where)
+        expected = expected[0] if isinstance(expected, tuple) else expected
+        if family in ("flux", "qwen_image"):
+            expected = stock._unpack_latents(expected, 32, 48, 2).reshape(found.shape)
+    assert found.std() > 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def _mode_only(encode):
+    def encoded(pixels):
+        out = encode(pixels)
+        out.latent_dist.sample = lambda generator=None: out.latent_dist.mode()
+        return out
+
+    return encoded
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_conditions_put_together_are_the_batchs_own(family):
+    encoders = Encoders(saved_pipeline(family))
+    expected = encoders.student.encode_prompt(encoders._loaded(), list(PROMPTS))
+    found = together(apart(expected))
+    assert found.keys() == expected.keys()
+    longest = found["prompt_embeds"].shape[1]
+    for name, leaf in expected.items():
+        if name != "prompt_embeds" or "prompt_lengths" not in expected:
+            assert torch.equal(found[name], leaf), name
+            continue
+        assert longest == max(expected["prompt_lengths"])
+        for mine, theirs, length in zip(found[name], leaf, expected["prompt_lengths"].tolist(), strict=True):
+            assert torch.equal(mine[:length], theirs[:length]) and not mine[length:].any()
+    alone = together([encoders.prompts([prompt])[0] for prompt in PROMPTS])
+    for name, leaf in alone.items():
+        torch.testing.assert_close(leaf, found[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cache_is_what_the_encoders_give_and_a_second_run_encodes_nothing(tmp_path, family):
+    data = digits(tmp_path / "data", 3)
+    encoders = Counted(family)
+    sizes = buckets(32, encoders.multiple)
+    first = build_cache(tmp_path / "cache", read_folder(data), encoders, sizes, options=CacheOptions(uncond="bad"))
+    again = Counted(family, load=unloadable)
+    second = build_cache(tmp_path / "cache", read_folder(data), again, sizes, options=CacheOptions(uncond="bad"))
+    assert second.entries == first.entries and second.entries == open_cache(tmp_path / "cache").entries
+    assert same(contents(first), contents(second)) and same(contents(first), contents(open_cache(tmp_path / "cache")))
+    assert encoders._pipe is None, "encoders are freed"
+    own = Encoders(saved_pipeline(family))
+    for entry in first.entries:
+        assert tuple(first.latents([entry]).shape) == (1, *own.latent_shape(entry.size))
+        expected = together(own.prompts([entry.caption]))
+        for name, leaf in first.condition([entry]).items():
+            torch.testing.assert_close(leaf, expected[name], rtol=1e-4, atol=1e-4)
+    expected = together(own.prompts(["bad"]))
+    assert first.uncond.keys() == expected.keys()
+    for name, leaf in first.uncond.items():
+        torch.testing.assert_close(leaf, expected[name], rtol=1e-4, atol=1e-4)
+
+
+def test_only_what_changed_is_encoded(tmp_path):
+    data, cache = digits(tmp_path / "data"), tmp_path / "cache"
+    build(cache, data)
+    (data / "0.txt").write_text("another caption")
+    Image.fromarray(load_sample_images().images[0][:40, :40]).save(data / "1.png")
+    (data / "2.png").unlink()
+    shutil.copy(data / "3.png", data / "9.png")  # the same bytes
+    (data / "9.txt").write_text("the digit 3, number 3")
+    encoders = Counted()
+    found = build(cache, data, encoders)
+    assert encoders.encoded == {"images": 1, "prompts": ["another caption"]}
+    assert [e.name for e in found.entries] == ["0.png", "1.png", "3.png", "4.png", "5.png", "9.png"]
+    assert torch.equal(found.latents([found.entries[2]]), found.latents([found.entries[5]]))
+    assert near(contents(found), contents(build(tmp_path / "fresh", data)))
+    other = Counted(dtype=torch.bfloat16)
+    build(cache, data, other)
+    assert other.encoded["images"] == 5 and len(other.encoded["prompts"]) == 6, "other encoders' encodings are others"
+
+
+@pytest.mark.parametrize("harm", ["truncate", "flip", "empty", "header"])
+def test_a_damaged_shard_is_encoded_again(tmp_path, harm):
+    data, cache = digits(tmp_path / "data"), tmp_path / "cache"
+    expected = contents(build(cache, data))
+    shards = sorted(cache.glob("shard-*"))
+    assert len(shards) > 2
+    for path in (shards[0], shards[-1]):
+        whole = bytearray(path.read_bytes())
+        if harm == "flip":
+            whole[-5] ^= 1
+        whole = {"truncate": whole[:-7], "empty": b"", "header": b"\xff" * 100}.get(harm, whole)
+        path.write_bytes(whole)
+    encoders = Counted()
+    found = build(cache, data, encoders)
+    assert same(contents(found), expected) and len(found.warnings) == 2
+    assert 0 < encoders.encoded["images"] + len(encoders.encoded["prompts"]) < 13
+    build(cache, data, Counted(load=unloadable))
+
+
+def test_bad_images_are_all_listed(tmp_path):
+    data = digits(tmp_path / "data")
+    (data / "1.png").write_bytes(b"no image")
+    (data / "4.png").write_bytes((data / "4.png").read_bytes()[:-40])
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"(?s)skip_bad.*got 2 that are not:\n  1.png: not an image.*\n  4.png: ."):
+            build(tmp_path / "cache", data)
+    found = build(tmp_path / "cache", data, Counted(load=unloadable), options=CacheOptions(skip_bad=True))
+    assert [e.name for e in found.entries] == ["0.png", "2.png", "3.png", "5.png"] and [*found.skipped] == [
+        "1.png",
+        "4.png",
+    ]
+    for path in data.glob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match="got 6 that are not"):
+        build(tmp_path / "cache", data, options=CacheOptions(skip_bad=True))
+
+
+def test_enlarged_images_are_warned_of(tmp_path):
+    data = digits(tmp_path / "data", 2)
+    encoders = Counted()
+    found = build_cache(tmp_path / "cache", read_folder(data), encoders, buckets(64, encoders.multiple))
+    assert found.warnings == (
+        "2 of 2 images are enlarged more than 1.25 times, the most is 1.png, 2.0 times: a smaller resolution would fit "
+        "them",
+    )
+
+
+def test_prompts_without_images(tmp_path):
+    encoders = Counted("qwen_image")
+    found = build_cache(tmp_path / "cache", PROMPTS[:2] * 2, encoders, buckets(32, encoders.multiple))
+    assert encoders.encoded == {"images": 0, "prompts": ["", *PROMPTS[:2]]}
+    latents = found.latents(found.entries[:3])
+    assert latents.shape == (3, 16, 16, 16) and not latents.any() and latents.dtype == torch.float32
+    assert found.condition(found.entries[:2])["prompt_lengths"].tolist()[0] < 23
+
+
+def test_a_full_disk_leaves_a_cache_that_goes_on(tmp_path, monkeypatch):
+    data, cache = digits(tmp_path / "data"), tmp_path / "cache"
+    real, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    monkeypatch.setattr(cache_shards.os, "fsync", full)
+    with pytest.raises(
+        OSError, match=r"must have room for \d+ bytes more, got No space left on device: .*cache"
+    ) as seen:
+        build(cache, data)
+    assert seen.value.errno == errno.ENOSPC
+    monkeypatch.undo()
+    assert not list(cache.glob(".writing-*")) and not Shards(cache, verify=True).damaged
+    encoders = Counted()
+    build(cache, data, encoders)
+    assert encoders.encoded["images"] + len(encoders.encoded["prompts"]) < 13
+
+
+def test_another_process_waits_and_ranks_read(tmp_path):
+    data, cache = digits(tmp_path / "data", 2), tmp_path / "cache"
+    cache.mkdir()
+    said, done = [], threading.Event()
+
+    def other():
+        build(cache, data, progress=lambda what, *_: said.append(what))
+        done.set()
+
+    with locked(cache):
+        thread = threading.Thread(target=other)
+        thread.start()
+        time.sleep(0.4)
+        assert not done.is_set() and said == [f"waiting for process {os.getpid()}"]
+    thread.join(30)
+    assert done.is_set()
+    waited = []
+    rank = build(cache, data, Counted(load=unloadable), main_process=False, wait=lambda: waited.append(1))
+    assert waited == [1] and len(rank) == 2
+    (data / "0.txt").write_text("what the main process has not seen")
+    with pytest.raises(ValueError, match="must have been built by the main process"):
+        build(cache, data, main_process=False)
+
+
+KILLED = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from twinflow.train.buckets import buckets
+from twinflow.train.cache import CacheOptions, build_cache
+from twinflow.train.encoding import Encoders
+from twinflow.train.images import read_folder
+encoders = Encoders(Path({pipeline!r}))
+print("ready", flush=True)
+options = CacheOptions(vae_batch=1, text_batch=1, shard_bytes=1)
+build_cache({cache!r}, read_folder({data!r}), encoders, buckets(32, 4), options=options)
+print("done", flush=True)
+"""
+
+
+def test_kills_at_random_moments(tmp_path):
+    data, cache = digits(tmp_path / "data", 12), tmp_path / "cache"
+    sizes = dict(
+        tests=str(Path(__file__).parent), pipeline=str(saved_pipeline("sd3")), cache=str(cache), data=str(data)
+    )
+    waits, held = torch.rand(3).tolist(), [0]
+    for wait in waits:
+        process = subprocess.Popen([sys.executable, "-c", KILLED.format(**sizes)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.5 * wait)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not Shards(cache, verify=True).damaged
+        held.append(len(list(cache.glob("shard-*"))))
+    assert held == sorted(held), "what was written stays"
+    encoders = Counted()
+    found = build(cache, data, encoders)
+    assert encoders.encoded["images"] + len(encoders.encoded["prompts"]) == 25 - held[-1]
+    assert not list(cache.glob(".writing-*"))
+    fresh = contents(build(tmp_path / "fresh", data))
+    for name, (latents, cond) in contents(found).items():
+        torch.testing.assert_close(latents, fresh[name][0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(cond, fresh[name][1], rtol=1e-4, atol=1e-4)
+
+
+def test_held_out_entries_stay_when_others_come(tmp_path):
+    data, cache = digits(tmp_path / "data", 40), tmp_path / "cache"
+    train, out = held_out(build(cache, data).entries, 0.2)
+    assert 2 <= len(out) <= 16 and len(train) + len(out) == 40
+    shutil.copy(data / "0.png", data / "a.png")
+    (data / "a.txt").write_text("new")
+    (data / f"{Path(out[0].name).stem}.txt").write_text("another caption")
+    more = held_out(build(cache, data).entries, 0.2)[1]
+    assert {e.name for e in more} - {"a.png"} == {e.name for e in out}
+    assert ("a.png" in {e.name for e in more}) == ("0.png" in {e.name for e in out})
+    assert held_out(train, 0)[1] == []
+    with pytest.raises(ValueError, match="share must be a number"):
+        held_out(train, 1)
+
+
+def test_what_cannot_be_built_or_opened(tmp_path):
+    encoders = Counted()
+    for items, sizes, match in (
+        ([], [(32, 32)], "items must be images or prompts, got none"),
+        (["x"], [(32, 34)], r"multiples of 4 px, got \(32, 34\)"),
+        (["x"], [], "got none"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            build_cache(tmp_path, items, encoders, sizes)
+    for text in (None, "[1]", "{}", '{"format": 1}', '{"format": 1, "entries": [{"x": 1}], "shapes": {}}', "{"):
+        if text is not None:
+            (tmp_path / "index.json").write_text(text)
+        with pytest.raises(ValueError, match="open_cache: folder must hold a cache"):
+            open_cache(tmp_path)
+    with pytest.raises(ValueError, match="Encoders: folder must hold a diffusers pipeline"):
+        Encoders(tmp_path)
+    with pytest.raises(ValueError, match="vae_batch must be an integer >= 1"):
+        CacheOptions(vae_batch=0)
