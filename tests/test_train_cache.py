@@ -1,149 +1,26 @@
-"""Encodings and their cache: what pipelines compute, once, whatever ends the process meanwhile."""
+"""The cache: everything is encoded once, whatever ends the process meanwhile."""
 
 import errno
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
-import diffusers
-import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from cache_cases import FAMILIES, PROMPTS, Counted, assert_close, build, contents, digits, same, unloadable
 from PIL import Image
-from sklearn.datasets import load_digits, load_sample_images
+from sklearn.datasets import load_sample_images
 from tiny_pipelines import saved_pipeline
 
 from twinflow.train import cache_shards
 from twinflow.train.buckets import buckets
 from twinflow.train.cache import CacheOptions, build_cache, held_out, open_cache
 from twinflow.train.cache_shards import Shards, locked
-from twinflow.train.encoding import Encoders, apart, encode_images, together
+from twinflow.train.encoding import Encoders, together
 from twinflow.train.images import read_folder
-
-FAMILIES = ("sd3", "qwen_image", "flux", "z_image", "sana")
-PROMPTS = ["a cat", "a small dog in front of a house", ""]
-IMG2IMG = {
-    "sd3": "StableDiffusion3Img2ImgPipeline", "flux": "FluxImg2ImgPipeline", "z_image": "ZImageImg2ImgPipeline",
-    "qwen_image": "QwenImageImg2ImgPipeline",
-}  # fmt: skip
-SMALL = CacheOptions(vae_batch=2, text_batch=2, shard_bytes=20_000)
-
-
-def digits(folder: Path, count: int = 6) -> Path:
-    folder.mkdir(exist_ok=True)
-    data = load_digits()
-    for k in range(count):
-        image = Image.fromarray((data.images[k] * 15).astype(np.uint8)).resize((32, 32 if k % 2 else 48))
-        image.save(folder / f"{k}.png")
-        (folder / f"{k}.txt").write_text(f"the digit {data.target[k]}, number {k}")
-    return folder
-
-
-class Counted(Encoders):
-    """Encoders that note what they encode."""
-
-    def __init__(self, family: str = "sd3", **options) -> None:
-        super().__init__(saved_pipeline(family), **options)
-        self.encoded = {"images": 0, "prompts": []}
-
-    def images(self, pixels):
-        self.encoded["images"] += len(pixels)
-        return super().images(pixels)
-
-    def prompts(self, prompts):
-        self.encoded["prompts"] += prompts
-        return super().prompts(prompts)
-
-
-def build(folder: Path, data: Path, encoders: Encoders | None = None, **options):
-    encoders = encoders or Counted()
-    sizes = buckets(32, encoders.multiple)
-    return build_cache(folder, read_folder(data), encoders, sizes, **{"options": SMALL, **options})
-
-
-def contents(cache) -> dict:
-    return {e.name: (cache.latents([e]), cache.condition([e])) for e in cache.entries}
-
-
-def same(a, b) -> bool:
-    return a.keys() == b.keys() and all(
-        torch.equal(a[k][0], b[k][0]) and all(torch.equal(x, b[k][1][name]) for name, x in a[k][1].items()) for k in a
-    )
-
-
-def near(a, b) -> bool:
-    """Equal but for rounding, which depends on what else is in an encoder's batch."""
-    return a.keys() == b.keys() and all(
-        torch.allclose(x, y, rtol=1e-4, atol=1e-5)
-        for k in a
-        for x, y in [(a[k][0], b[k][0]), *((x, b[k][1][name]) for name, x in a[k][1].items())]
-    )
-
-
-def unloadable() -> None:
-    raise AssertionError("nothing was to be encoded")
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
-def test_latents_are_the_stock_pipelines(family):
-    """Against `prepare_latents` of img2img with no noise, and for SANA, which has none, the inverse of its decoding."""
-    pipe = DiffusionPipeline.from_pretrained(saved_pipeline(family))
-    pixels = torch.from_numpy(load_sample_images().images[0][:32, :48].copy()).permute(2, 0, 1)[None] / 127.5 - 1
-    found = encode_images(pipe, pixels)
-    encoders = Encoders(saved_pipeline(family))
-    assert encoders.factor == pipe.vae_scale_factor and tuple(found.shape[1:]) == encoders.latent_shape((32, 48))
-    if family == "sana":
-        expected = pipe.vae.encode(pixels).latent * 0.41407
-    else:
-        stock = getattr(diffusers, IMG2IMG[family]).from_pipe(pipe)
-        stock.vae.encode = _mode_only(stock.vae.encode)
-        stock.scheduler.scale_noise = lambda latents, *_: latents
-        where = dict(dtype=torch.float32, device="cpu", generator=torch.Generator())
-        if family == "sd3":
-            expected = stock.prepare_latents(pixels, torch.tensor([1.0]), 1, 1, **where)
-        else:
-            expected = stock.prepare_latents(pixels, torch.tensor([1.0]), 1, 16, 32, 48, **where)
-        expected = expected[0] if isinstance(expected, tuple) else expected
-        if family in ("flux", "qwen_image"):
-            expected = stock._unpack_latents(expected, 32, 48, 2).reshape(found.shape)
-    assert found.std() > 0.1
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-
-
-def _mode_only(encode):
-    def encoded(pixels):
-        out = encode(pixels)
-        out.latent_dist.sample = lambda generator=None: out.latent_dist.mode()
-        return out
-
-    return encoded
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
-def test_conditions_put_together_are_the_batchs_own(family):
-    encoders = Encoders(saved_pipeline(family))
-    expected = encoders.student.encode_prompt(encoders._loaded(), list(PROMPTS))
-    found = together(apart(expected))
-    assert found.keys() == expected.keys()
-    longest = found["prompt_embeds"].shape[1]
-    for name, leaf in expected.items():
-        if name != "prompt_embeds" or "prompt_lengths" not in expected:
-            assert torch.equal(found[name], leaf), name
-            continue
-        assert longest == max(expected["prompt_lengths"])
-        for mine, theirs, length in zip(found[name], leaf, expected["prompt_lengths"].tolist(), strict=True):
-            assert torch.equal(mine[:length], theirs[:length]) and not mine[length:].any()
-    alone = together([encoders.prompts([prompt])[0] for prompt in PROMPTS])
-    for name, leaf in alone.items():
-        torch.testing.assert_close(leaf, found[name], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -182,7 +59,7 @@ def test_only_what_changed_is_encoded(tmp_path):
     assert encoders.encoded == {"images": 1, "prompts": ["another caption"]}
     assert [e.name for e in found.entries] == ["0.png", "1.png", "3.png", "4.png", "5.png", "9.png"]
     assert torch.equal(found.latents([found.entries[2]]), found.latents([found.entries[5]]))
-    assert near(contents(found), contents(build(tmp_path / "fresh", data)))
+    assert_close(contents(found), contents(build(tmp_path / "fresh", data)))
     other = Counted(dtype=torch.bfloat16)
     build(cache, data, other)
     assert other.encoded["images"] == 5 and len(other.encoded["prompts"]) == 6, "other encoders' encodings are others"
@@ -291,34 +168,20 @@ def test_another_process_waits_and_ranks_read(tmp_path):
         build(cache, data, main_process=False)
 
 
-KILLED = """
-import sys, time
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-from twinflow.train.buckets import buckets
-from twinflow.train.cache import CacheOptions, build_cache
-from twinflow.train.encoding import Encoders
-from twinflow.train.images import read_folder
-encoders = Encoders(Path({pipeline!r}))
-print("ready", flush=True)
-options = CacheOptions(vae_batch=1, text_batch=1, shard_bytes=1)
-build_cache({cache!r}, read_folder({data!r}), encoders, buckets(32, 4), options=options)
-print("done", flush=True)
-"""
-
-
 def test_kills_at_random_moments(tmp_path):
     data, cache = digits(tmp_path / "data", 12), tmp_path / "cache"
-    sizes = dict(
-        tests=str(Path(__file__).parent), pipeline=str(saved_pipeline("sd3")), cache=str(cache), data=str(data)
-    )
+    options = CacheOptions(vae_batch=1, text_batch=1, shard_bytes=1)
     waits, held = torch.rand(3).tolist(), [0]
+    saved_pipeline("sd3")
     for wait in waits:
-        process = subprocess.Popen([sys.executable, "-c", KILLED.format(**sizes)], stdout=subprocess.PIPE, text=True)
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(0.5 * wait)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process = os.fork()
+        if process == 0:
+            torch.set_num_threads(1)
+            build(cache, data, options=options)
+            os._exit(0)
+        time.sleep(0.1 + 0.5 * wait)
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
         assert not Shards(cache, verify=True).damaged
         held.append(len(list(cache.glob("shard-*"))))
     assert held == sorted(held), "what was written stays"
@@ -326,10 +189,7 @@ def test_kills_at_random_moments(tmp_path):
     found = build(cache, data, encoders)
     assert encoders.encoded["images"] + len(encoders.encoded["prompts"]) == 25 - held[-1]
     assert not list(cache.glob(".writing-*"))
-    fresh = contents(build(tmp_path / "fresh", data))
-    for name, (latents, cond) in contents(found).items():
-        torch.testing.assert_close(latents, fresh[name][0], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(cond, fresh[name][1], rtol=1e-4, atol=1e-4)
+    assert_close(contents(found), contents(build(tmp_path / "fresh", data)))
 
 
 def test_held_out_entries_stay_when_others_come(tmp_path):

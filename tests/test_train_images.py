@@ -1,20 +1,16 @@
-"""Images and captions from files that anyone may have written, and the sizes they are trained in."""
+"""Images and captions from files that anyone may have written."""
 
-import io
 import json
 import sys
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import torch
 from PIL import Image
-from sklearn.datasets import load_digits, load_sample_images
+from sklearn.datasets import load_sample_images
 
-from twinflow.train.buckets import ImageError, as_model_input, buckets, look, nearest, read_pixels, upscale
 from twinflow.train.images import read_folder, read_prompts
 
-CHINA, FLOWER = map(np.copy, load_sample_images().images)
+FLOWER = load_sample_images().images[1]
 
 
 def save(path, pixels=FLOWER[:20, :30], text=None, **options):
@@ -22,12 +18,6 @@ def save(path, pixels=FLOWER[:20, :30], text=None, **options):
     Image.fromarray(pixels).save(path, **options)
     if text is not None:
         path.with_suffix(".txt").write_text(text)
-
-
-def encoded(image, kind="png", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def test_images_of_every_kind_in_nested_folders(tmp_path):
@@ -168,120 +158,3 @@ def test_prompts(tmp_path):
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=f"^read_prompts: .*{match}"):
             read_prompts(tmp_path / name)
-
-
-@pytest.mark.parametrize("resolution, multiple", [(1024, 64), (1024, 16), (512, 32), (64, 4), (768, 32), (64, 64)])
-def test_buckets(resolution, multiple):
-    sizes = buckets(resolution, multiple)
-    assert (resolution, resolution) in sizes and len({*sizes}) == len(sizes)
-    for height, width in sizes:
-        assert height % multiple == width % multiple == 0
-        assert (width, height) in sizes
-        assert abs(height * width / resolution**2 - 1) <= 0.12 and max(height, width) <= 2 * min(height, width)
-    assert buckets(resolution, multiple, aspect=False) == [(resolution, resolution)]
-    assert [h / w for h, w in sizes] == sorted(h / w for h, w in sizes)
-
-
-def test_buckets_refuse():
-    for arguments, match in (
-        ((1000, 64), r"a multiple of 64 \(such as 1024\), got 1000"),
-        ((0, 8), "resolution must be an integer >= 1"),
-        ((64, True), "multiple must be"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            buckets(*arguments)
-    with pytest.raises(ValueError, match="longest must be a ratio"):
-        buckets(64, 8, longest=0.5)
-
-
-def test_nearest_and_upscale():
-    sizes = buckets(1024, 64)
-    assert nearest(sizes, (500, 500)) == (1024, 1024)
-    assert nearest(sizes, (900, 1600)) == (768, 1344) and nearest(sizes, (1600, 900)) == (1344, 768)
-    assert nearest(sizes, (10, 4000)) == sizes[0] and nearest(sizes, (4000, 10)) == sizes[-1]
-    assert upscale((512, 512), (1024, 1024)) == 2 and upscale((2048, 4096), (1024, 1024)) == 0.5
-
-
-def test_pixels_are_the_whole_image_resized_where_the_ratio_is_the_buckets():
-    image = Image.fromarray(CHINA[:400, :600])
-    expected = np.array(image.resize((60, 40), Image.Resampling.LANCZOS))
-    found = read_pixels(encoded(image), (40, 60))
-    assert found.dtype == torch.uint8 and found.shape == (3, 40, 60)
-    assert torch.equal(found.permute(1, 2, 0), torch.from_numpy(expected))
-
-
-def test_pixels_are_cut_about_the_centre():
-    image = Image.fromarray(CHINA[:200, :300])
-    assert torch.equal(read_pixels(encoded(image), (200, 200)).permute(1, 2, 0), torch.from_numpy(CHINA[:200, 50:250]))
-    assert torch.equal(read_pixels(encoded(image), (100, 300)).permute(1, 2, 0), torch.from_numpy(CHINA[50:150, :300]))
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_pixels_are_upright(orientation):
-    """A file with an orientation is the image that viewers show, size and pixels."""
-    turn = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90",
-            7: "TRANSVERSE", 8: "ROTATE_270"}.get(orientation)  # fmt: skip
-    upright = Image.fromarray(FLOWER[:24, :40])
-    stored = upright if turn is None else upright.transpose(Image.Transpose[turn])
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    data = encoded(stored, exif=exif)
-    assert look(data).size == (24, 40)
-    assert torch.equal(read_pixels(data, (24, 40)).permute(1, 2, 0), torch.from_numpy(FLOWER[:24, :40]))
-
-
-def test_transparency_is_on_white():
-    rgba = np.zeros((8, 8, 4), np.uint8)
-    rgba[:, :4] = (255, 0, 0, 255)  # the other half: black, but clear
-    clear = Image.fromarray(rgba)
-    palette = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) // 32, "L").convert("P")
-    palette.putpalette([0, 0, 0, 255, 0, 0])
-    grey = Image.fromarray(np.stack([np.zeros((8, 8)), rgba[..., 3]], -1).astype(np.uint8))
-    for image, options, shown in (
-        (clear, {}, (255, 0, 0)),
-        (grey, {}, (0, 0, 0)),
-        (palette.transpose(Image.Transpose.ROTATE_270), {"transparency": 0}, None),
-    ):
-        found = read_pixels(encoded(image, **options), (8, 8)).permute(1, 2, 0)
-        white = (found == 255).all(-1)
-        assert white.sum() == 32, image.mode
-        if shown:
-            assert found[0, 0].tolist() == [*shown] and white[:, 4:].all()
-
-
-def test_other_modes():
-    digit = load_digits().images[0]  # 0 .. 16
-    wide = (digit * 4095).astype(np.uint16)
-    expected = torch.from_numpy(((wide.astype(np.int64) * 255 + 32767) // 65535).astype(np.uint8))
-    for kind in ("png", "tiff"):
-        found = read_pixels(encoded(Image.fromarray(wide), kind), (8, 8))
-        assert all(torch.equal(channel, expected) for channel in found), kind
-    colour = Image.fromarray(FLOWER[:16, :16])
-    for mode, kind in (("CMYK", "tiff"), ("L", "png"), ("1", "png"), ("P", "png"), ("YCbCr", "tiff"), ("LAB", "tiff")):
-        image = Image.fromarray(np.zeros((16, 16, 3), np.uint8) + 90, "RGB") if mode == "LAB" else colour
-        image = image.convert(mode) if mode != "LAB" else Image.frombytes("LAB", (16, 16), image.tobytes())
-        data = encoded(image, kind)
-        assert read_pixels(data, (16, 16)).shape == (3, 16, 16)
-        assert torch.equal(read_pixels(data, (16, 16)), read_pixels(data, (16, 16)))
-    black = read_pixels(encoded(Image.new("CMYK", (4, 4), (0, 0, 0, 255)), "tiff"), (4, 4))
-    assert not black.any()
-
-
-def test_what_cannot_be_read_is_one_kind_of_error():
-    whole = encoded(Image.fromarray(FLOWER))
-    flipped = bytearray(whole)
-    flipped[len(whole) // 2] ^= 0xFF
-    for data in (b"", b"no image", whole[:2000], whole[:-20000], bytes(flipped), whole[:40] + b"\0" * 500):
-        with pytest.raises(ImageError, match=r"."):
-            look(data)
-            read_pixels(data, (16, 16))
-    with pytest.raises(ImageError, match="floating-point"):
-        read_pixels(encoded(Image.fromarray(np.ones((4, 4), np.float32)), "tiff"), (4, 4))
-
-
-def test_model_input_is_the_image_processors():
-    from diffusers.image_processor import VaeImageProcessor
-
-    expected = VaeImageProcessor(vae_scale_factor=8).preprocess(Image.fromarray(CHINA[200:264, :64]))
-    found = as_model_input(read_pixels(encoded(Image.fromarray(CHINA[200:264, :64])), (64, 64))[None])
-    assert torch.equal(found, expected) and found.min() < -0.5 and found.max() > 0.5

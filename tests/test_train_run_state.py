@@ -206,6 +206,7 @@ def killed_again_and_again(folder, steps: int, kills: int, seed: int):
                 elif attempt:
                     run = toy_run()
                 while run.progress["step"] < steps:
+                    time.sleep(0.008)  # 30 steps a kill outlast it on any machine
                     write_checkpoint(folder, run.advance(1).progress["step"], run.state.collect(), keep=2)
                 status = 0
             finally:
