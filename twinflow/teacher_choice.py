@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from twinflow.flags import parse_flags
@@ -11,7 +12,12 @@ from twinflow.teacher import EMATeacher, StudentTeacher
 
 
 def teacher_from_options(
-    student: Student, options: Mapping[str, Any], *, use_ema: bool, decay: float = 0.99
+    student: Student,
+    options: Mapping[str, Any],
+    *,
+    use_ema: bool,
+    decay: float = 0.99,
+    device: torch.device | str | None = None,
 ) -> Teacher:
     """An EMA of the student where one is kept, else the student itself where the options permit that.
 
@@ -23,6 +29,7 @@ def teacher_from_options(
         options: what `TwinFlowConfig.from_flags` leaves, or the `twinflow_*` and `diff2flow_*` options themselves.
         use_ema: whether the training keeps an EMA.
         decay: the EMA's final decay, in (0, 1).
+        device: where the average lives; see `EMATeacher`.
 
     Raises:
         TypeError: use_ema is not a bool.
@@ -36,7 +43,7 @@ def teacher_from_options(
     if use_ema and isinstance(module, nn.Module):
         if not trained_parameters(module):
             raise ValueError("EMA teacher unavailable because no trainable component was found.")
-        return EMATeacher(student, decay)  # type: ignore[arg-type]  # what wraps a module is one
+        return EMATeacher(student, decay, device=device)  # type: ignore[arg-type]  # what wraps a module is one
     if itself_allowed:
         return StudentTeacher(student)
     if use_ema:

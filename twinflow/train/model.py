@@ -1,0 +1,129 @@
+"""`build_student()`, `build_teacher()`: what a run trains and what teaches it, as its settings describe them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twinflow.interface import Student, Teacher
+from twinflow.lora import add_lora
+from twinflow.models import FlowModel, load
+from twinflow.models.loading import FAMILIES
+from twinflow.teacher import EMATeacher
+from twinflow.teacher_choice import teacher_from_options
+from twinflow.train.families import BRIDGED
+from twinflow.train.settings import TrainSettings
+
+COMPONENTS = ("transformer", "unet")  # folders of a pipeline that may hold what is trained
+
+
+def build_student(settings: TrainSettings, folder: Path, *, weights: bool = True) -> FlowModel:
+    """The student on the CPU: a LoRA on a frozen base, or all weights trainable, with its conditioning.
+
+    A LoRA's base is in bfloat16 unless `mixed_precision` is `no`; whole weights are float32, autocast or not. Seeds
+    torch's global stream, so that new weights are the same in every process.
+
+    Args:
+        settings: of the run.
+        folder: of `pipeline_folder`.
+        weights: False: tensors on the meta device, for forecasts and plans.
+
+    Raises:
+        ValueError: no model of a known family there, or another family or mode than the settings say.
+    """
+    config = _config(folder)
+    family = _family(config)
+    if settings.model_family not in (None, family):
+        raise ValueError(
+            f"train: model_family must be {family} for the {config['_class_name']} in {folder}, got "
+            f"{settings.model_family!r}"
+        )
+    lora = settings.model_type == "lora"
+    options: dict[str, Any] = _bridge(settings, folder) if family == BRIDGED else {}
+    options["conditioning"] = None if lora else settings.conditioning
+    torch.manual_seed(settings.seed)
+    if weights:
+        dtype = torch.bfloat16 if lora and settings.mixed_precision == "bf16" else torch.float32
+        student = load(folder, torch_dtype=dtype, **options)
+    else:
+        with torch.device("meta"):
+            student = load(_network(config), **options)
+    if not lora:
+        return student.requires_grad_(True)
+    alpha = int(settings.lora_alpha) if settings.lora_alpha == int(settings.lora_alpha) else settings.lora_alpha
+    return add_lora(
+        student,
+        settings.lora_rank,
+        alpha=alpha,  # type: ignore[arg-type]  # peft takes fractions too
+        targets=settings.lora_layers or None,
+        base_lora=settings.base_lora,
+        conditioning=settings.conditioning,
+    )
+
+
+def build_teacher(settings: TrainSettings, student: Student) -> Teacher | None:
+    """The average of the student's weights, or the student itself; None: plain flow matching without an average."""
+    if settings.twinflow is None:
+        return EMATeacher(student, settings.ema_decay, device=_average_device(settings)) if settings.use_ema else None  # type: ignore[arg-type]
+    return teacher_from_options(
+        student,
+        settings.twinflow_options,
+        use_ema=settings.use_ema,
+        decay=settings.ema_decay,
+        device=_average_device(settings),
+    )
+
+
+def _average_device(settings: TrainSettings) -> str | None:
+    return "cpu" if settings.ema_device == "cpu" and settings.model_type == "full" else None
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The configuration of what is trained."""
+    for component in COMPONENTS:
+        path = folder / component / "config.json"
+        if path.is_file():
+            try:
+                found = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise ValueError(f"train: pretrained_model_name_or_path must hold JSON, got {path}: {error}") from None
+            if isinstance(found, dict):
+                return found
+    raise ValueError(
+        f"train: pretrained_model_name_or_path must hold a pipeline with {' or '.join(COMPONENTS)}, got {folder}"
+    )
+
+
+def _family(config: dict[str, Any]) -> str:
+    classes = {model.transformer_class: family for family, model in FAMILIES.items() if family != "generic"}
+    found = classes.get(str(config.get("_class_name")))
+    if found is None:
+        raise ValueError(
+            f"train: pretrained_model_name_or_path must hold one of {', '.join(classes)}, got "
+            f"{config.get('_class_name')!r}"
+        )
+    return found
+
+
+def _network(config: dict[str, Any]) -> Any:
+    import diffusers
+
+    return getattr(diffusers, config["_class_name"]).from_config(config)
+
+
+def _bridge(settings: TrainSettings, folder: Path) -> dict[str, Any]:
+    """What a UNet needs to be read as a flow; without TwinFlow one switch stands for both."""
+    import diffusers
+
+    name = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("scheduler", [None, None])[1]
+    scheduler = getattr(diffusers, str(name)).from_pretrained(folder / "scheduler")
+    flags = settings.twinflow_options
+    enabled = flags["diff2flow_enabled"]
+    options: dict[str, Any] = {
+        "diff2flow_enabled": enabled,
+        "twinflow_allow_diff2flow": enabled if settings.twinflow is None else flags["twinflow_allow_diff2flow"],
+    }
+    if settings.prediction_type is None:
+        return options | {"scheduler": scheduler}
+    return options | {"alphas_cumprod": scheduler.alphas_cumprod, "prediction_type": settings.prediction_type}

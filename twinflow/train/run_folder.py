@@ -1,0 +1,62 @@
+"""`RunFolder`: what a run keeps, and where: the one contract between the loop and whoever looks at its results."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of a run (`output_dir`).
+
+    `metrics.jsonl` has a JSON object a line, in order of `step`; floats that are not finite are null:
+
+    - `{"kind": "start", "step", "at"}`: the run begins or goes on after `step` steps; `at` is an ISO time.
+    - `{"kind": "step", "step", "seconds", "loss", "terms", "grad_norm", "learning_rate", "s_per_step",
+      "rows_per_s", "peak_gb", "trajectory"}`: an optimizer step, of all ranks together; `seconds` of training so far,
+      `terms` name -> value, `peak_gb` GB (1e9 bytes) or null without CUDA, `trajectory` the step's times as pairs
+      [t, r], signed, at most 64 of them, empty without TwinFlow.
+    - `{"kind": "evaluation", "step", "loss", "terms"}`: the held-out images at fixed draws.
+
+    `samples/step-000500/` and `samples/base/` have images and `samples.json`:
+    `{"step", "weights": "ema" | "student" | "base", "width", "height", "images": [{"file", "prompt", "steps", "style",
+    "guidance", "seed"}], "grid": "grid.png"}`, files beside it.
+
+    Args:
+        root: the folder.
+    """
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved settings, a config file again."""
+        return self.root / "config.json"
+
+    @property
+    def environment(self) -> Path:
+        """Versions and devices, a JSON object of texts and numbers."""
+        return self.root / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        """What was measured on the way."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """Images drawn on the way, a folder for each time."""
+        return self.root / "samples"
+
+    @property
+    def report(self) -> Path:
+        """The page of `twinflow report`."""
+        return self.root / "report.html"
+
+    @property
+    def logs(self) -> Path:
+        """Of TensorBoard."""
+        return self.root / "logs"
+
+    def samples_at(self, step: int | None) -> Path:
+        """The images after a number of steps; None: of the base model."""
+        return self.samples / ("base" if step is None else f"step-{step:06d}")
