@@ -71,13 +71,17 @@ class Batches:
         return self
 
     def __next__(self) -> tuple[torch.Tensor, Condition] | tuple[torch.Tensor, Condition, list[str]]:
+        mine = self.take()
+        found = self._cache.latents(mine), self._cache.condition(mine)
+        return (*found, [e.name for e in mine]) if self._with_names else found
+
+    def take(self) -> Group:
+        """The entries of this rank's next batch, which are not read; all of one size, the same on every rank."""
         while self._position >= len(self._groups):
             self._next_epoch()
         group = self._groups[self._position]
-        mine = group[self._rank * self._batch : (self._rank + 1) * self._batch]
-        found = self._cache.latents(mine), self._cache.condition(mine)
         self._position += 1
-        return (*found, [e.name for e in mine]) if self._with_names else found
+        return group[self._rank * self._batch : (self._rank + 1) * self._batch]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch is, and of which order: numbers and a hash, the same on every rank."""

@@ -11,6 +11,10 @@ from twinflow.train.recipes import Recipe
 
 _SETTINGS = tuple(field.name for field in fields(TwinFlowConfig))
 _MOST_STEPS = 1000
+# Plain flow matching, E |F(x_t, t, t) - (z - x)|^2, in the objective's terms.
+FLOW_MATCHING = TwinFlowConfig(
+    recipe="all_terms", estimate_order=0, enhanced_ratio=0.0, adversarial=False, loss="l2", time_weight=False
+)
 _BY_RECIPE = ("loss", "rectify_loss", "time_weight")  # None: resolved by TwinFlowConfig's recipe
 _FLAGS = tuple(
     name for name in OPTIONS if name.startswith(("twinflow_", "diff2flow_")) and name != "twinflow_step_focus"

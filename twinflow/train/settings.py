@@ -9,6 +9,7 @@ from typing import Any
 
 from twinflow.config import TwinFlowConfig
 from twinflow.train.command_line import given_options
+from twinflow.train.objective import FLOW_MATCHING
 from twinflow.train.options import OPTIONS, named
 from twinflow.train.reading import read_json
 from twinflow.train.rules import resolve
@@ -95,6 +96,11 @@ class TrainSettings:
     def step_rows(self) -> int:
         """Rows of an optimizer step on one process."""
         return self.train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def objective(self) -> TwinFlowConfig:
+        """The objective: TwinFlow's, or plain flow matching as one."""
+        return FLOW_MATCHING if self.twinflow is None else self.twinflow
 
     @property
     def data_free(self) -> bool:

@@ -1,0 +1,93 @@
+"""`prepare_data()`: what a run trains on, encoded."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twinflow.models import FlowModel
+from twinflow.train.buckets import buckets
+from twinflow.train.cache import Cache, CacheOptions, Progress, build_cache
+from twinflow.train.encoding import Encoders
+from twinflow.train.images import Item, read_folder, read_prompts
+from twinflow.train.settings import TrainSettings
+
+
+def items_of(settings: TrainSettings) -> list[Item] | list[str]:
+    """Images with their captions, or prompts.
+
+    Raises:
+        ValueError: neither is given, or what is there cannot be trained on.
+    """
+    settings.require_data()
+    if settings.prompts_file is not None:
+        return read_prompts(settings.prompts_file)
+    assert settings.instance_data_dir is not None
+    return read_folder(
+        settings.instance_data_dir,
+        settings.caption_column,
+        image_column=settings.image_column,
+        strategy=settings.caption_strategy,
+        metadata_file=settings.metadata_file,
+    )
+
+
+def encoders_of(settings: TrainSettings, folder: Path, device: torch.device, student: FlowModel | None) -> Encoders:
+    """The encoders of a pipeline, not loaded yet: in bfloat16 on a GPU, in float32 on a CPU or where that is asked."""
+    half = device.type != "cpu" and settings.mixed_precision == "bf16"
+    return Encoders(folder, dtype=torch.bfloat16 if half else torch.float32, device=device, student=student)
+
+
+def prepare_data(
+    settings: TrainSettings,
+    encoders: Encoders,
+    *,
+    progress: Progress,
+    main_process: bool = True,
+    wait: Callable[[], None] = lambda: None,
+    **more: Any,
+) -> Cache:
+    """The cache of a run's data; what is not in it yet is encoded.
+
+    Args:
+        settings: of the run.
+        encoders: of its pipeline.
+        progress: see `build_cache`.
+        main_process, wait: whether this one encodes, and how the others wait.
+        more: for `build_cache`.
+
+    Raises:
+        ValueError: no data, a resolution that the model does not take, or images that cannot be read.
+    """
+    multiple = encoders.multiple
+    if settings.resolution % multiple:
+        near = max(multiple, round(settings.resolution / multiple) * multiple)
+        raise ValueError(
+            f"train: resolution must be a multiple of {multiple} (such as {near}), got {settings.resolution}"
+        )
+    aligned = _aligned(settings.aspect_bucket_alignment, multiple)
+    coarse = settings.resolution % aligned == 0
+    sizes = buckets(settings.resolution, aligned if coarse else multiple, aspect=settings.aspect_buckets)
+    options = CacheOptions(
+        uncond=settings.unconditional_prompt,
+        vae_batch=settings.vae_batch_size,
+        text_batch=settings.text_batch_size,
+        skip_bad=settings.skip_bad,
+    )
+    return build_cache(
+        settings.cache_dir,
+        items_of(settings),
+        encoders,
+        sizes,
+        options=options,
+        progress=progress,
+        main_process=main_process,
+        wait=wait,
+        **more,
+    )
+
+
+def _aligned(alignment: int, multiple: int) -> int:
+    """The smallest multiple of both an alignment and of what the model takes that is not below either."""
+    return alignment if alignment % multiple == 0 else -(-alignment // multiple) * multiple

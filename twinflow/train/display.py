@@ -1,0 +1,110 @@
+"""`Display`: what a run says in the terminal: bars where someone watches, lines where it is written to a file."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+_EVERY_S = 5.0  # between lines of caching where nobody watches
+
+
+class Display:
+    """Speaks for the main process; on the others it is silent.
+
+    Args:
+        console: where to; None: standard output.
+        speaks: whether this is the main process.
+    """
+
+    def __init__(self, console: Console | None = None, speaks: bool = True) -> None:
+        self.console = console or Console(highlight=False, quiet=not speaks)
+        self._speaks = speaks
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._caching: tuple[str, float] | None = None
+
+    def say(self, text: str, style: str | None = None) -> None:
+        """A message of its own."""
+        if self._speaks:
+            self.console.print(text, style=style, markup=False, soft_wrap=True)
+
+    def caching(self, what: str, done: int, of: int) -> None:
+        """How far an encoding is: a `Progress` for `build_cache`; the bar ends with its last part."""
+        if not self._speaks or (of and not done):
+            return
+        if of == 0:
+            return self.say(what)
+        if not self.console.is_terminal:
+            before = self._caching
+            if done == of or before is None or before[0] != what or time.monotonic() - before[1] > _EVERY_S:
+                self._caching = (what, time.monotonic())
+                self.say(f"{what}: {done}/{of}")
+            return
+        if self._caching is None or self._caching[0] != what:
+            self._close()
+            self._open(what, of)
+            self._caching = (what, 0.0)
+        assert self._bar is not None and self._task is not None
+        self._bar.update(self._task, completed=done)
+        if done == of:
+            self._close()
+            self._caching = None
+
+    @contextmanager
+    def training(self, step: int, total: int) -> Iterator[None]:
+        """Shows a bar of steps inside."""
+        if self._speaks and self.console.is_terminal:
+            self._open("step", total, TextColumn("{task.fields[told]}"), completed=step)
+        try:
+            yield
+        finally:
+            self._close()
+
+    def advance(self, step: int) -> None:
+        """The number of steps done."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=step)
+
+    def steps(self, records: Sequence[dict[str, Any]], total: int) -> None:
+        """What the last steps gave, their means; `records` of `StepMetrics.flush`."""
+        if not records or not self._speaks:
+            return
+        text = told(records, total)
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, told=text, completed=records[-1]["step"])
+        else:
+            self.say(f"step {records[-1]['step']}/{total}  {text}")
+
+    def _open(self, what: str, total: int, *more: TextColumn, completed: int = 0) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bar = Progress(*columns, *more, console=self.console)
+        self._bar.start()
+        self._task = self._bar.add_task(what, total=total, completed=completed, told="")
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        self._bar = self._task = None
+
+
+def told(records: Sequence[dict[str, Any]], total: int) -> str:
+    """Mean loss, terms, time per step, peak memory and time left, on one line."""
+    last, count = records[-1], len(records)
+    names = dict.fromkeys(name for record in records for name in record["terms"])
+    parts = [f"loss {sum(r['loss'] for r in records) / count:.4g}"]
+    parts += [f"{name} {sum(r['terms'].get(name, 0.0) for r in records) / count:.3g}" for name in names]
+    seconds = sum(r["s_per_step"] for r in records) / count
+    parts.append(f"{seconds:.3g} s/step")
+    if last["peak_gb"] is not None:
+        parts.append(f"{last['peak_gb']:.1f} GB")
+    return "  ".join([*parts, f"{clock((total - last['step']) * seconds)} left"])
+
+
+def clock(seconds: float) -> str:
+    """A duration as 1:02:03, hours left out where there are none."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

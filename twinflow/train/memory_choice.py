@@ -1,0 +1,130 @@
+"""`put_memory()`: the memory preset of a run on its student; what was forecast, for whoever runs out of memory."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from twinflow.memory import PRESETS, AppliedMemory, MemoryPreset, apply_memory
+from twinflow.memory.apply import SPARE_BYTES
+from twinflow.models import FlowModel
+from twinflow.train.cache_index import Cache
+from twinflow.train.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from twinflow.memory.planner.forecast import Forecast
+    from twinflow.memory.planner.workload import Workload
+
+_LOOKED_AT = 256  # prompts whose length is read
+_TENSORS_OF_A_ROW = 12  # latents, noises and targets that a step holds of each row
+_OPTIMIZERS = {"radam": "adamw"}  # of the same size
+UNKNOWN = "rows"  # where no forecast can be made
+
+
+def put_memory(settings: TrainSettings, student: FlowModel, device: torch.device, cache: Cache) -> AppliedMemory:
+    """Applies the run's preset and moves the student to the device; `auto` is the fastest that fits a CUDA device.
+
+    Args:
+        settings: of the run.
+        student: on the CPU, with its LoRA.
+        device: where it trains.
+        cache: of the data, for the length of its prompts.
+
+    Raises:
+        ValueError: nothing fits, or the preset does not apply to this model.
+    """
+    name = settings.memory_preset
+    if name != "auto":
+        return apply_memory(student, name, device=device)
+    if device.type != "cuda":
+        return apply_memory(student, "batch", device=device)
+    try:
+        from twinflow.memory.planner.own import own_workload
+
+        workload = workload_of_run(settings, student, longest_prompt(cache))
+        own_workload(student)
+    except ValueError as error:
+        print(f"memory preset {UNKNOWN}, as no forecast can be made ({error})")
+        return apply_memory(student, UNKNOWN, device=device)
+    free, _ = torch.cuda.mem_get_info(device)
+    usable = free + torch.cuda.memory_reserved(device) - SPARE_BYTES - held_bytes(settings, workload)
+    from twinflow.memory.planner.choice import choose
+    from twinflow.memory.planner.forecasting import Planner
+
+    return apply_memory(student, choose(Planner(workload), usable / 1e9).preset, device=device)
+
+
+def workload_of_run(settings: TrainSettings, student: FlowModel, text_tokens: int | None = None) -> "Workload":
+    """What the planner is asked for a run's student: the rows of a micro-batch on one card.
+
+    Args:
+        settings: of the run.
+        student: on any device, the meta device among them.
+        text_tokens: length of the longest prompt; None: as usual for the model.
+
+    Raises:
+        ValueError: a family that the planner does not know.
+    """
+    from twinflow.memory.planner.own import own_workload
+
+    objective = settings.objective
+    return own_workload(
+        student,
+        resolution=settings.resolution,
+        batch=settings.train_batch_size,
+        recipe=objective.recipe,
+        order=objective.estimate_order,
+        text_tokens=text_tokens,
+        optimizer=_OPTIMIZERS.get(settings.optimizer, settings.optimizer),
+    )
+
+
+def held_bytes(settings: TrainSettings, workload: "Workload") -> int:
+    """Latents, noises and targets of the rows that wait in a step while others are computed."""
+    channels, height, width = workload.latent
+    return (settings.step_rows - settings.train_batch_size) * channels * height * width * 4 * _TENSORS_OF_A_ROW
+
+
+def longest_prompt(cache: Cache) -> int | None:
+    """Tokens of the longest prompt of a data set, of a few hundred prompts of it; None: not known."""
+    stride = max(1, len(cache.entries) // _LOOKED_AT)
+    lengths = [int(cache.condition([entry])["prompt_embeds"].shape[1]) for entry in cache.entries[::stride]]
+    return max(lengths, default=None)
+
+
+def smaller_preset(forecasts: "list[Forecast]", preset: MemoryPreset, peak_bytes: int) -> MemoryPreset | None:
+    """The fastest preset that is forecast to need less than a peak was; None: there is none.
+
+    Args:
+        forecasts: of all presets, the fastest first.
+        preset: that ran out of memory.
+        peak_bytes: what it had taken by then, or was forecast to.
+    """
+    mine = next((f.peak for f in forecasts if f.preset.name == preset.name), peak_bytes)
+    return next((f.preset for f in forecasts if f.peak < 0.97 * min(mine, peak_bytes)), None)
+
+
+def after_out_of_memory(
+    settings: TrainSettings, student: FlowModel, memory: AppliedMemory, device: torch.device
+) -> str:
+    """What to say when CUDA had no memory left: forecast, actual, and the next smaller preset."""
+    peak, name = torch.cuda.max_memory_allocated(device), memory.preset.name
+    _, total = torch.cuda.mem_get_info(device)
+    said = f"memory preset {name} took {peak / 1e9:.1f} GB of {total / 1e9:.1f} GB"
+    try:
+        from twinflow.memory.planner.choice import forecasts
+        from twinflow.memory.planner.forecasting import Planner
+
+        workload = workload_of_run(settings, student)
+        found = forecasts(Planner(workload))
+        mine = Planner(workload).forecast(memory.preset)
+    except ValueError:
+        order = list(PRESETS)
+        place = order.index(name) + 1 if name in order else len(order)
+        later = order[place] if place < len(order) else None
+        return f"{said}; " + (f"try --memory_preset {later}" if later else "no preset needs less")
+    smaller = smaller_preset(found, memory.preset, max(peak, mine.peak))
+    said += f", forecast {mine.peak / 1e9:.1f} GB"
+    if smaller is None:
+        return f"{said}; no preset needs less: lower train_batch_size, resolution or lora_rank"
+    least = next(f.peak for f in found if f.preset == smaller)
+    return f"{said}; try --memory_preset {smaller.name} (forecast {least / 1e9:.1f} GB)"
