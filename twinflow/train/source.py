@@ -1,22 +1,34 @@
-"""`pipeline_folder()`: the diffusers pipeline that a run starts from, on this machine."""
+"""`pipeline_folder()`, `configurations()`: the diffusers pipeline that a run starts from, on this machine."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 _WHERE = "train: pretrained_model_name_or_path must be"
 _PAGE = "https://huggingface.co/{}"
 
 
-def pipeline_folder(name: str, **download: Any) -> Path:
+def pipeline_folder(name: str) -> Path:
     """The folder of a pipeline: itself, or where a hub name was downloaded to.
 
     Args:
         name: a folder, or a name on the hub.
-        download: for `DiffusionPipeline.download`, such as `allow_patterns`.
 
     Raises:
         ValueError: no such folder or name, a gated model without access, or no network; the message says what to do.
     """
+    return _local(name) or _downloaded(name, _pipeline)
+
+
+def configurations(name: str) -> Path:
+    """A folder that has at least the pipeline's JSON files, without its weights where they are not here.
+
+    Raises:
+        ValueError: as for `pipeline_folder`.
+    """
+    return _local(name) or _downloaded(name, _json_files)
+
+
+def _local(name: str) -> Path | None:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "model_index.json").is_file():
@@ -26,11 +38,22 @@ def pipeline_folder(name: str, **download: Any) -> Path:
         raise ValueError(f"{_WHERE} a pipeline's folder or a hub name, got the file {path}")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ValueError(f"{_WHERE} a folder that exists or a hub name as owner/name, got {name!r}")
-    return _downloaded(name, download)
+    return None
 
 
-def _downloaded(name: str, download: dict[str, Any]) -> Path:
+def _pipeline(name: str) -> str:
     from diffusers import DiffusionPipeline
+
+    return str(DiffusionPipeline.download(name))
+
+
+def _json_files(name: str) -> str:
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(name, allow_patterns=["*.json"])
+
+
+def _downloaded(name: str, download: Callable[[str], str]) -> Path:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -40,7 +63,7 @@ def _downloaded(name: str, download: dict[str, Any]) -> Path:
 
     page = _PAGE.format(name)
     try:
-        return Path(DiffusionPipeline.download(name, **download))
+        return Path(download(name))
     except Exception as error:
         found = _cause(error, (GatedRepoError, RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError))
         if isinstance(found, GatedRepoError):

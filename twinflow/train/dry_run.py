@@ -1,0 +1,111 @@
+"""`dry_run()`: the resolved settings, the plan of a step and the forecast of its memory, before anything is loaded."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from twinflow.interface import Teacher
+from twinflow.loss import TwinFlowLoss
+from twinflow.memory.presets import MemoryPreset
+from twinflow.teacher import StudentTeacher
+from twinflow.train.data import items_of
+from twinflow.train.memory_choice import workload_of_run
+from twinflow.train.model import build_student
+from twinflow.train.settings import TrainSettings
+from twinflow.train.source import configurations
+
+_CALLS = 24  # of a plan that are shown
+
+
+def dry_run(settings: TrainSettings, console: Console) -> None:
+    """Prints what a run would do; loads no weights, encodes nothing and writes nothing.
+
+    Args:
+        settings: of the run.
+        console: where to.
+
+    Raises:
+        ValueError: data that cannot be trained on, or a model that does not go with the settings.
+    """
+    say = _sayer(console)
+    say(str(settings))
+    say("\ndata")
+    say(_data(settings))
+    say("\nplan of a step")
+    say(step_plan(settings))
+    say("\nmemory")
+    try:
+        folder = configurations(settings.pretrained_model_name_or_path)
+    except ValueError as error:
+        return say(f"  no forecast: {str(error).removeprefix('train: ')}")
+    _forecast(settings, folder, console)
+
+
+def _sayer(console: Console) -> Any:
+    return lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _data(settings: TrainSettings) -> str:
+    try:
+        settings.require_data()
+    except ValueError as error:
+        return f"  none yet: {str(error).removeprefix('train: ')}"
+    items = items_of(settings)
+    kind = "prompts without images" if settings.data_free else "images with captions"
+    rows = settings.step_rows
+    return (
+        f"  {len(items)} {kind}; {rows} rows a step on each process ({settings.train_batch_size} at a time), "
+        f"{settings.max_train_steps * rows / len(items):.3g} epochs in {settings.max_train_steps} steps on one process"
+    )
+
+
+def step_plan(settings: TrainSettings) -> str:
+    """The calls of the first step on one process, the first ones where there are many."""
+    criterion = TwinFlowLoss(settings.objective)
+    draws = criterion.draw(torch.zeros(settings.step_rows, 1, 1, 1), torch.Generator().manual_seed(settings.seed))
+    teacher: Teacher = Teacher() if settings.use_ema else StudentTeacher(lambda x_t, t, r, cond: x_t)
+    guided = settings.objective.enhanced_ratio > 0
+    plan = criterion.plan(draws, teacher=teacher, has_uncond=guided, micro_batch=settings.train_batch_size)
+    head, names, *calls, total = str(plan).split("\n")
+    shown = calls[:_CALLS] + ([f"... {len(calls) - _CALLS} more calls"] if len(calls) > _CALLS else [])
+    return "\n".join(f"  {line}" for line in (head, names, *shown, total))
+
+
+def _forecast(settings: TrainSettings, folder: Path, console: Console) -> None:
+    """The presets that apply and their peaks; of a named one, its own."""
+    from twinflow.memory.planner.forecasting import Planner
+
+    say = _sayer(console)
+    student = build_student(settings, folder, weights=False)
+    try:
+        planner = Planner(workload_of_run(settings, student))
+    except ValueError as error:
+        return say(f"  no forecast: {str(error).removeprefix('plan: ')}")
+    usable = torch.cuda.mem_get_info()[0] / 1e9 if torch.cuda.is_available() else None
+    named = settings.memory_preset
+    presets: list[MemoryPreset] = [p for p in planner.presets.values() if named in ("auto", p.name)]
+    if not presets:
+        return say(f"  no forecast: memory_preset {named} does not apply to this model")
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    shown.add_column("memory preset")
+    shown.add_column("peak GB", justify="right")
+    shown.add_column("host GB", justify="right")
+    shown.add_column("" if usable is None else f"within {usable:.1f} GB")
+    chosen = False
+    for preset in presets:
+        with console.status(f"forecast of {preset.name} ..."):
+            found = planner.forecast(preset)
+        fits = "" if usable is None else ("yes" if found.fits(usable) else "no")
+        first = fits == "yes" and not chosen and named == "auto"
+        chosen = chosen or fits == "yes"
+        shown.add_row(
+            ("> " if first else "  ") + preset.name, f"{found.peak / 1e9:.3g}",
+            f"{found.host_bytes / 1e9:.3g}" if found.host_bytes else "", fits, style="bold" if first else None,
+        )  # fmt: skip
+    console.print(shown)
+    if usable is None:
+        say("  no CUDA device here: on one, memory_preset auto takes the first of these that fits")
