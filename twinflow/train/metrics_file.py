@@ -1,0 +1,147 @@
+"""`MetricsFile`: a run's `metrics.jsonl`: written a line a record, read whatever a killed process left of it."""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from twinflow.train.checkpoint_files import sync
+
+_NUMBERS = ("seconds", "loss", "grad_norm", "learning_rate", "s_per_step", "rows_per_s", "peak_gb")
+KINDS = ("start", "step", "evaluation")
+
+
+class Metrics(NamedTuple):
+    """What a file holds: its records in order, and how many lines are damaged."""
+
+    records: list[dict[str, Any]]
+    damaged: int
+
+
+class MetricsFile:
+    """The records of a run as lines of strict JSON.
+
+    Args:
+        path: of the file; its folder is made with the first record.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, *records: Mapping[str, Any]) -> None:
+        """Adds records in one write; floats that are not finite become null.
+
+        A line that a killed process left unfinished is ended first: it stays one damaged line.
+
+        Raises:
+            OSError: no room for them.
+        """
+        if not records:
+            return
+        lines = [json.dumps(_strict(record), allow_nan=False, separators=(",", ":")) + "\n" for record in records]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a+b") as file:
+            torn = file.seek(0, os.SEEK_END) > 0
+            if torn:
+                file.seek(-1, os.SEEK_END)
+                torn = file.read(1) != b"\n"
+            file.write(("\n" * torn + "".join(lines)).encode())
+
+
+def read_metrics(path: Path) -> Metrics:
+    """All records of a `metrics.jsonl`; a file that is not there has none.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    read = list(each_line(path))
+    records = [record for _, record in read if record is not None]
+    return Metrics(records, len(read) - len(records))
+
+
+def each_line(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """The lines of a `metrics.jsonl` one after the other, and the record of each; None: the line is damaged.
+
+    A record has its kind and step; of what else `RunFolder` names, whatever is there has the right type.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            if line.strip():
+                yield line, _record(line)
+
+
+def keep_until(path: Path, step: int) -> int:
+    """Takes out what was measured after a step, and damaged lines; the file is whole at every moment.
+
+    Args:
+        path: of a `metrics.jsonl`; one that is not there stays so.
+        step: the last to keep: of the checkpoint that a run goes on from.
+
+    Returns:
+        Lines taken out.
+
+    Raises:
+        OSError: no room for the shorter file; the old one is as it was.
+    """
+    gone = sum(_goes(record, step) for _, record in each_line(path))
+    if not gone:
+        return 0
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            for line, record in each_line(path):
+                if not _goes(record, step):
+                    file.write(line.rstrip(b"\r\n") + b"\n")
+        sync(partial)
+        partial.replace(path)
+        sync(path.parent)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    return gone
+
+
+def _goes(record: dict[str, Any] | None, step: int) -> bool:
+    return record is None or record["step"] > step
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _strict(part) for name, part in value.items()}
+    return [_strict(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line.decode(), parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and _is_whole(found) else None
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(name)
+
+
+def _is_whole(record: dict[str, Any]) -> bool:
+    step, terms, pairs = record.get("step"), record.get("terms", {}), record.get("trajectory", [])
+    return (
+        record.get("kind") in KINDS
+        and type(step) is int
+        and 0 <= step < 2**53
+        and all(record.get(name) is None or _is_number(record[name]) for name in _NUMBERS)
+        and isinstance(terms, dict)
+        and all(value is None or _is_number(value) for value in terms.values())
+        and isinstance(pairs, list)
+        and all(isinstance(pair, list) and len(pair) == 2 and all(map(_is_number, pair)) for pair in pairs)
+    )
+
+
+def _is_number(value: object) -> bool:
+    return (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) < 2**53)
