@@ -1,15 +1,15 @@
 """Trains a flow-matching image model into a one-to-four-step generator with TwinFlow."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from twinflow.config import TwinFlowConfig
-from twinflow.draws import Draws
-from twinflow.loss import TwinFlowLoss, TwinFlowOutput
-from twinflow.passes import Plan
-from twinflow.teacher import EMATeacher, FrozenTeacher, StudentTeacher
-
 if TYPE_CHECKING:
+    from twinflow.config import TwinFlowConfig
+    from twinflow.draws import Draws
+    from twinflow.loss import TwinFlowLoss, TwinFlowOutput
+    from twinflow.passes import Plan
     from twinflow.pipeline import attach as attach
+    from twinflow.teacher import EMATeacher, FrozenTeacher, StudentTeacher
 
 __all__ = [
     "Draws",
@@ -22,10 +22,22 @@ __all__ = [
     "TwinFlowOutput",
 ]
 
+# Imported when asked for: the command line answers `--help` without torch, training a module of one's own needs neither
+# diffusers nor peft, which `attach` does.
+_HOMES = {
+    "Draws": "draws", "EMATeacher": "teacher", "FrozenTeacher": "teacher", "Plan": "passes",
+    "StudentTeacher": "teacher", "TwinFlowConfig": "config", "TwinFlowLoss": "loss", "TwinFlowOutput": "loss",
+    "attach": "pipeline",
+}  # fmt: skip
+
 
 def __getattr__(name: str) -> Any:
-    if name == "attach":  # needs diffusers and peft, which training a module of one's own does not
-        from twinflow.pipeline import attach
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = found
+    return found
 
-        return attach
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,17 +1,23 @@
 """The `twinflow` command line. Status: 0 done, 1 it cannot be done (nothing fits), 2 a mistake in what was asked."""
 
 import argparse
-import json
+import errno
 import logging
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from importlib import import_module
+from importlib.metadata import version
 
-if TYPE_CHECKING:
-    from twinflow.memory.planner.forecast import Forecast
-    from twinflow.memory.planner.workload import Workload
+from twinflow.commands.complaint import complain
+from twinflow.commands.parser import Parser, nearest
+
+# command -> what it is for; each is a file of twinflow/commands, imported when it is asked for
+COMMANDS = {
+    "plan": "what a training step will need, without a GPU and without weights",
+}
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,26 +29,62 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    parser = argparse.ArgumentParser(prog="twinflow", description="Few-step image generation.")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _plan_parser(commands)
-    options = parser.parse_args(arguments)
-    if not options.debug:
+    given = [*(sys.argv[1:] if arguments is None else arguments)]
+    name = next((argument for argument in given if not argument.startswith("-")), "")
+    debug = any(argument in ("--debug", "--debug=true") for argument in given)
+    if not debug:
         _quiet_libraries()
     try:
-        return options.run(options)
-    except (ValueError, OSError) as error:
-        if options.debug:
+        return _run(name, given)
+    except (Exception, KeyboardInterrupt) as error:
+        status = _status(error)
+        if debug or status is None:
             raise
-        _complain(options.command, error)
-        return 2
-    except ModuleNotFoundError as error:
-        if options.debug or (error.name or "").startswith("twinflow"):
-            raise
-        wanted = "pip install 'twinflow[plan]'"
-        print(f"twinflow {options.command}: {error.name} must be installed ({wanted})", file=sys.stderr)
-        return 2
+        if isinstance(error, BrokenPipeError):  # whoever read the output has gone, and there is nobody to tell
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        else:
+            complain(name, "stopped" if isinstance(error, KeyboardInterrupt) else error)
+        return status
+
+
+def _run(name: str, given: list[str]) -> int:
+    parser = Parser(prog="twinflow", description="Few-step image generation.")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    release = version("twinflow") if "--version" in given else ""
+    parser.add_argument("--version", action="version", version=f"twinflow {release}", help="show the version")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    module = None
+    for command, purpose in COMMANDS.items():
+        subparser = commands.add_parser(command, help=purpose)
+        if command == name:
+            module = import_module(f"twinflow.commands.{command}")
+            module.add_options(subparser)
+            chosen = subparser
+            with suppress(argparse.ArgumentError):  # the command has a --debug of its own
+                text = "show the traceback of an error"
+                subparser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=text)
+    if name and module is None:
+        parser.error(f"there is no command {name!r}{nearest(name, COMMANDS)}")
+    options, extra = parser.parse_known_args(given)
+    assert module is not None  # argparse requires a command
+    if extra and hasattr(module, "require_known"):
+        module.require_known(extra)
+    if extra:
+        chosen.refuse(extra[0])
+    return module.run(options)
+
+
+def _status(error: BaseException) -> int | None:
+    """The exit status that an error means; None: it is a bug of ours, to be shown whole."""
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("twinflow"):
+        return None
+    if isinstance(error, TypeError):
+        return 2 if " must be " in str(error) else None
+    if isinstance(error, OSError):
+        return 1 if error.errno in _NO_ROOM or isinstance(error, BrokenPipeError) else 2
+    if isinstance(error, (FloatingPointError, KeyboardInterrupt)) or type(error).__name__ == "OutOfMemoryError":
+        return 1
+    return 2 if isinstance(error, (ValueError, ImportError)) else None
 
 
 def _quiet_libraries() -> None:
@@ -51,150 +93,3 @@ def _quiet_libraries() -> None:
         os.environ.setdefault(name, "error")
     for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _complain(command: str, error: object) -> None:
-    """An error in a line, without the name of the function that found it."""
-    print(f"twinflow {command}: {str(error).removeprefix(f'{command}: ')}", file=sys.stderr)
-
-
-def _plan_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "plan",
-        help="what a training step will need, without a GPU and without weights",
-        description="Predicts the peak memory and the least time of a training step under every memory preset.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--model", required=True, help="its name, e.g. qwen-image; `all`: every model on every card")
-    parser.add_argument("--gpu", default="a100-80gb", help="the card, e.g. a100-40gb, h200, rtx-4090")
-    parser.add_argument(
-        "--memory-gb", type=float, help="GB (1e9 bytes) that the allocator may use, instead of a card's"
-    )
-    parser.add_argument("--resolution", default="1024", help="pixels: an edge, or WIDTHxHEIGHT")
-    parser.add_argument("--batch", type=int, default=4, help="rows of an optimizer step on this card")
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument("--lora-rank", type=int, help="rank of the LoRA (default: as usual for the model)")
-    group.add_argument("--full", action="store_true", help="train all weights")
-    parser.add_argument("--recipe", default="partition", help="partition or all_terms")
-    parser.add_argument("--order", type=int, default=2, help="teacher steps N of the rollout")
-    parser.add_argument("--conditioning", default="dual", help="how the model is told both times")
-    parser.add_argument("--text-tokens", type=int, help="length of the prompts (default: as usual for the model)")
-    parser.add_argument(
-        "--base", help="bfloat16, float32 (autocast), int8, nf4 (default: bfloat16, all weights float32)"
-    )
-    parser.add_argument("--optimizer", default="adamw", help="adamw, adamw8bit or sgd")
-    parser.add_argument(
-        "--no-peers", action="store_true", help="leave out DMD2, SANA-Sprint and the published schedule"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON; `-`: to the terminal")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="write the picture there")
-    parser.set_defaults(run=_plan)
-
-
-def _check_writable(*paths: Path | None) -> None:
-    """Raises before minutes are spent on what could not be written."""
-    for path in paths:
-        if path is not None and str(path) != "-" and not path.absolute().parent.is_dir():
-            raise ValueError(f"plan: files must go into a folder that exists, got {path}")
-
-
-def _plan(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from twinflow.memory.planner.choice import choose, forecasts
-    from twinflow.memory.planner.forecasting import Planner
-    from twinflow.memory.planner.gpus import gpu_of
-    from twinflow.memory.planner.report import as_json, notes, table
-
-    _check_writable(options.json, options.png)
-    if options.model == "all":
-        return _plan_all(options)
-    gpu, workload = gpu_of(options.gpu), _workload(options, options.model)
-    usable = gpu.usable_gb if options.memory_gb is None else options.memory_gb
-    if not usable > 0:
-        raise ValueError(f"plan: memory_gb must be > 0, got {usable}")
-    planner = Planner(workload, gpu)
-    found, best, refusal = forecasts(planner), None, None
-    try:
-        best = choose(planner, usable, found)
-        found = found if best in found else [best, *found]
-    except ValueError as error:
-        refusal = error
-    found = sorted(found, key=lambda f: (f is not best, not f.fits(usable)))
-    found += _peers(options, workload)
-    to_terminal = options.json is not None and str(options.json) == "-"
-    console = Console(stderr=to_terminal)
-    console.print(table(found, usable, best, console.width))
-    for line in notes(found, usable, gpu.name if options.memory_gb is None else "the budget", console.width):
-        console.print(line, style="dim", highlight=False)
-    _write(options, [found], [as_json(found, best)])
-    if best is None:
-        _complain("plan", refusal)
-        return 1
-    console.print(f"> {best.preset}", highlight=False)
-    return 0
-
-
-def _workload(options: argparse.Namespace, model: str) -> "Workload":
-    from twinflow.memory.planner.workload import workload_of
-
-    settings: dict[str, Any] = {
-        "batch": options.batch, "recipe": options.recipe, "order": options.order, "optimizer": options.optimizer,
-        "conditioning": options.conditioning, "text_tokens": options.text_tokens,
-        "resolution": _resolution(options.resolution),
-    }  # fmt: skip
-    if options.base is not None:
-        settings["base"] = options.base
-    if options.full or options.lora_rank is not None:
-        settings["lora_rank"] = options.lora_rank
-    return workload_of(model, **settings)
-
-
-def _resolution(text: str) -> int | tuple[int, int]:
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isdigit() for part in parts):
-        raise ValueError(f"plan: resolution must be pixels as 1024 or 1024x768, got {text!r}")
-    return int(parts[0]) if len(parts) == 1 else (int(parts[1]), int(parts[0]))
-
-
-def _peers(options: argparse.Namespace, workload: "Workload") -> list["Forecast"]:
-    if options.no_peers:
-        return []
-    from twinflow.memory.planner.gpus import gpu_of
-    from twinflow.memory.planner.peers import peer_forecasts
-
-    return peer_forecasts(workload, gpu_of(options.gpu))
-
-
-def _write(options: argparse.Namespace, groups: list[list["Forecast"]], reports: list[dict[str, Any]]) -> None:
-    from twinflow.memory.planner.picture import picture
-
-    if options.json is not None:
-        text = json.dumps(reports if len(reports) > 1 else reports[0], indent=1)
-        if str(options.json) == "-":
-            print(text)
-        else:
-            options.json.write_text(text + "\n")
-    if options.png is not None:
-        picture(groups, options.png)
-
-
-def _plan_all(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from twinflow.memory.planner.architectures import architectures
-    from twinflow.memory.planner.choice import forecasts
-    from twinflow.memory.planner.forecasting import Planner
-    from twinflow.memory.planner.gpus import gpu_of
-    from twinflow.memory.planner.overview import overview
-    from twinflow.memory.planner.report import as_json
-
-    console = Console(stderr=options.json is not None and str(options.json) == "-")
-    groups, gpu = [], gpu_of(options.gpu)
-    for model in architectures():
-        with console.status(f"{model} ..."):
-            groups.append(forecasts(Planner(_workload(options, model), gpu)))
-    for table in overview(groups, gpu.name, console.width):
-        console.print(table)
-    _write(options, groups, [as_json(found, None) for found in groups])
-    return 0
