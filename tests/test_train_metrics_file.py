@@ -32,14 +32,14 @@ def test_records_come_back_in_order(file):
     assert read_metrics(file.path) == ([], 0)
     records = [{"kind": "start", "step": 0, "at": "2025-01-01T00:00:00+00:00"}, step(1), step(2),
                {"kind": "evaluation", "step": 2, "loss": 0.5, "terms": {"velocity": 0.5}}]  # fmt: skip
-    file.append(records[0])
-    file.append(*records[1:])
+    file.append(records[:1])
+    file.append(records[1:])
     assert read_metrics(file.path) == (records, 0)
     assert file.path.read_bytes().count(b"\n") == 4
 
 
 def test_a_flush_is_one_write(file, monkeypatch):
-    file.append(step(1))
+    file.append([step(1)])
     sizes, opened = [], Path.open
 
     def unbuffered(path, mode):
@@ -50,27 +50,27 @@ def test_a_flush_is_one_write(file, monkeypatch):
         )
 
     monkeypatch.setattr(Path, "open", lambda path, mode: closing(unbuffered(path, mode)))
-    file.append(*(step(k) for k in range(2, 102)))
+    file.append([step(k) for k in range(2, 102)])
     monkeypatch.undo()
     assert len(sizes) == 1 and len(read_metrics(file.path).records) == 101
 
 
 def test_what_is_not_finite_is_null_in_strict_json(file):
     nan, inf = float("nan"), float("inf")
-    file.append({**STEP, "loss": nan, "terms": {"rcgm": inf, "velocity": 1.0}, "trajectory": [(0.5, 0.25)]})
+    file.append([{**STEP, "loss": nan, "terms": {"rcgm": inf, "velocity": 1.0}, "trajectory": [(0.5, 0.25)]}])
     line = json.loads(file.path.read_text(), parse_constant=lambda name: pytest.fail(name))
     assert line["loss"] is None and line["terms"] == {"rcgm": None, "velocity": 1.0}
     assert read_metrics(file.path).records == [line]
 
 
 def test_a_torn_line_is_left_out_and_the_next_record_is_not(file):
-    file.append(step(1), step(2))
+    file.append([step(1), step(2)])
     whole = file.path.read_bytes()
     for cut in range(1, len(whole) // 2):
         file.path.write_bytes(whole[:-cut])
         # The newline alone missing: the record is whole.
         assert read_metrics(file.path) == (([step(1), step(2)], 0) if cut == 1 else ([step(1)], 1)), cut
-        file.append(step(3))
+        file.append([step(3)])
         assert read_metrics(file.path).records[-1] == step(3), cut
 
 
@@ -87,10 +87,10 @@ BAD = (
 
 @pytest.mark.parametrize("line", BAD, ids=range(len(BAD)))
 def test_a_damaged_line_is_counted_and_left_out(file, line):
-    file.append(step(1))
+    file.append([step(1)])
     with file.path.open("ab") as opened:
         opened.write(line + b"\n")
-    file.append(step(2))
+    file.append([step(2)])
     assert read_metrics(file.path) == ([step(1), step(2)], 1)
 
 
@@ -105,7 +105,7 @@ def test_no_bytes_stop_the_reader(tmp_path_factory, data):
 def test_a_run_that_goes_on_takes_out_later_steps(file):
     start = {"kind": "start", "step": 0, "at": "2025-01-01T00:00:00+00:00"}
     evaluations = [{"kind": "evaluation", "step": k, "loss": 0.5, "terms": {}} for k in (2, 4)]
-    file.append(start, step(1), step(2), evaluations[0], step(3), step(4), evaluations[1])
+    file.append([start, step(1), step(2), evaluations[0], step(3), step(4), evaluations[1]])
     with file.path.open("ab") as opened:
         opened.write(b'{"kind": "step", "st')
     assert keep_until(file.path, 2) == 4
@@ -113,7 +113,7 @@ def test_a_run_that_goes_on_takes_out_later_steps(file):
     assert [path.name for path in file.path.parent.iterdir()] == ["metrics.jsonl"]
     unchanged = file.path.stat()
     assert keep_until(file.path, 2) == 0 and file.path.stat().st_ino == unchanged.st_ino
-    file.append(step(3))
+    file.append([step(3)])
     assert read_metrics(file.path).records[-1] == step(3)
 
 
@@ -122,7 +122,7 @@ def test_cutting_what_is_not_there_does_nothing(file):
 
 
 def test_a_cut_that_fails_leaves_the_old_file(file, monkeypatch):
-    file.append(step(1), step(2))
+    file.append([step(1), step(2)])
     before = file.path.read_bytes()
 
     def full(*_):

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,10 +30,13 @@ class MetricsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def append(self, *records: Mapping[str, Any]) -> None:
+    def append(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Adds records in one write; floats that are not finite become null.
 
         A line that a killed process left unfinished is ended first: it stays one damaged line.
+
+        Args:
+            records: in order, see `RunFolder`.
 
         Raises:
             OSError: no room for them.

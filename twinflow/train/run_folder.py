@@ -57,6 +57,11 @@ class RunFolder:
         """Of TensorBoard."""
         return self.root / "logs"
 
+    @property
+    def wandb_id(self) -> Path:
+        """The run's identity in wandb, a line of text."""
+        return self.root / "wandb-id.txt"
+
     def samples_at(self, step: int | None) -> Path:
         """The images after a number of steps; None: of the base model."""
         return self.samples / ("base" if step is None else f"step-{step:06d}")
