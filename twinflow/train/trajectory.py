@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 TITLE = "Trajectory: sigma against r (experimental/theory unverified)"
-SIGNS = {1: "t > 0: towards the data", -1: "t < 0: of the student's own samples"}
+SIGNS = {1: "t > 0, towards the data", -1: "t < 0, towards the student's own samples"}
 COLOURS = {1: "#3b6fd4", -1: "#e0633a"}
 
 
@@ -75,8 +75,9 @@ def figure(points: Iterable[Point]) -> np.ndarray:
     axis.plot([0, 1], [0, 1], color="#9aa1a9", lw=0.8, zorder=1)
     for sign, says in SIGNS.items():
         own = [point for point in points if point.time_sign == sign]
-        axis.scatter([p.sigma for p in own], [p.r for p in own], s=9, alpha=0.5, lw=0, color=COLOURS[sign],
-                     label=f"{says} ({len(own)})")  # fmt: skip
+        if own:
+            axis.scatter([p.sigma for p in own], [p.r for p in own], s=9, alpha=0.5, lw=0, color=COLOURS[sign],
+                         label=f"{says} ({len(own)})")  # fmt: skip
     axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="sigma = |t|", ylabel="|r|")
     axis.set_title(TITLE, fontsize=10, loc="left")
     axis.spines[["top", "right"]].set_visible(False)

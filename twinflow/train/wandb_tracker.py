@@ -37,7 +37,7 @@ class WandbTracker(Tracker):
         try:
             self._run = wandb.init(
                 project=project, name=name, config=dict(config), dir=str(folder), id=identity, resume="allow",
-                reinit="create_new", settings=wandb.Settings(console="off", silent=True),
+                settings=wandb.Settings(console="off", silent=True),
             )  # fmt: skip
         except wandb.errors.Error as error:
             raise ValueError(
