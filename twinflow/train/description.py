@@ -1,7 +1,7 @@
 """What a resolved config looks like, and what a resumed run may not change."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from twinflow.config import TwinFlowConfig
 from twinflow.train.options import OPTIONS
@@ -22,26 +22,41 @@ _FREE = ("check_finite",)  # of the objective
 _FIXED_FLAGS = ("twinflow_require_ema", "twinflow_allow_no_ema_teacher", "twinflow_allow_diff2flow")
 
 
+class Line(NamedTuple):
+    """A setting in words, and whether it is not the default; without a name it is a sentence."""
+
+    name: str
+    value: str
+    changed: bool = False
+
+    def __str__(self) -> str:
+        return f"{'* ' if self.changed else '  '}{self.name}{' = ' if self.name else ''}{self.value}"
+
+
+def described(settings: "TrainSettings") -> dict[str, list[Line]]:
+    """The settings by group; a mapping from each group to its lines."""
+    groups = dict.fromkeys(option.group for option in OPTIONS.values())
+    return {group: _objective(settings) if group == "TwinFlow" else _group(settings, group) for group in groups}
+
+
 def describe(settings: "TrainSettings") -> str:
     """The settings by group, a line each, those that are not the default marked with `*`; then the warnings."""
     lines: list[str] = []
-    for group in dict.fromkeys(option.group for option in OPTIONS.values()):
-        lines += ["", group]
-        lines += _objective(settings) if group == "TwinFlow" else _group(settings, group)
+    for group, own in described(settings).items():
+        lines += ["", group, *map(str, own)]
     if settings.warnings:
         lines += ["", "warnings", *(f"! {warning}" for warning in settings.warnings)]
     return "\n".join(lines[1:])
 
 
-def _line(name: str, value: object, default: object) -> str:
+def _line(name: str, value: object, default: object) -> Line:
     shown = ", ".join(map(str, value)) if isinstance(value, tuple) else value
     if isinstance(value, Mapping):
         shown = ", ".join(f"{key} {part:g}" for key, part in value.items())
-    shown = "-" if shown in (None, "") else shown
-    return f"{'  ' if value == default else '* '}{name} = {shown}"
+    return Line(name, "-" if shown in (None, "") else str(shown), value != default)
 
 
-def _group(settings: "TrainSettings", group: str) -> list[str]:
+def _group(settings: "TrainSettings", group: str) -> list[Line]:
     found = []
     for option in OPTIONS.values():
         if option.group == group:
@@ -51,16 +66,16 @@ def _group(settings: "TrainSettings", group: str) -> list[str]:
     return found
 
 
-def _objective(settings: "TrainSettings") -> list[str]:
+def _objective(settings: "TrainSettings") -> list[Line]:
     """The objective's settings beside those of no options at all, and what the step count does."""
     options, defaults = settings.twinflow_options, TwinFlowConfig.from_flags({})
     plain = [_line(name, value, defaults[1][name]) for name, value in options.items()]
     config = settings.twinflow
     if config is None:
-        return ["  plain flow matching", *[line for line in plain if line.startswith("*")]]
+        return [Line("", "plain flow matching"), *[line for line in plain if line.changed]]
     usual = defaults[0].to_dict()
     own = [_line(name, value, usual[name]) for name, value in config.to_dict().items() if name != "target_step_count"]
-    return [*plain, *own, f"  {step_guidance(config)}"]
+    return [*plain, *own, Line("", step_guidance(config))]
 
 
 def step_guidance(config: TwinFlowConfig) -> str:
