@@ -124,6 +124,11 @@ def held_out(entries: Sequence[Entry], share: float) -> tuple[list[Entry], list[
     return kept, [e for e, held in zip(entries, out, strict=True) if held]
 
 
+def on_device(cond: Condition, device: torch.device) -> Condition:
+    """A condition where a network computes; prompts' lengths stay on the host, which reads them."""
+    return {name: leaf if name == "prompt_lengths" else leaf.to(device) for name, leaf in cond.items()}
+
+
 def open_cache(folder: str | Path) -> Cache:
     """The cache that `build_cache` last completed in a folder.
 

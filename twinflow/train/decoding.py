@@ -52,8 +52,8 @@ class Decoder:
         """Lets go of the autoencoder; it is loaded again where needed."""
         if self._vae is not None:
             self._vae = None
-            gc.collect()
-            if torch.cuda.is_available():
+            if self.device.type == "cuda":
+                gc.collect()
                 torch.cuda.empty_cache()
 
     def _loaded(self) -> Any:

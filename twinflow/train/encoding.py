@@ -3,7 +3,8 @@
 import gc
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ class Encoders:
         self.vae_identity = f"{identity(self.folder / 'vae')} {dtype}"
         parts = [f"{name} {identity(self.folder / name)}" for name in texts if (self.folder / name).is_dir()]
         self.text_identity = f"{hashlib.sha256(' '.join(parts).encode()).hexdigest()} {dtype}"
-        self._load = load or self._from_folder
+        self._load, self._kept = load or self._from_folder, False
         self._pipe: Any = None
 
     @property
@@ -81,11 +82,21 @@ class Encoders:
 
     def free(self) -> None:
         """Lets go of the pipeline; it is loaded again where needed."""
-        if self._pipe is not None:
+        if self._pipe is not None and not self._kept:
             self._pipe = None
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Lets go of the pipeline at the end only: several caches are built with what is loaded once."""
+        self._kept = True
+        try:
+            yield
+        finally:
+            self._kept = False
+            self.free()
 
     def _loaded(self) -> Any:
         if self._pipe is None:

@@ -1,0 +1,172 @@
+"""`Sampler`: the images that a run draws on the way."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from twinflow.interface import Student, Teacher
+from twinflow.models.packing import pack, unpack
+from twinflow.scheduler import TwinFlowScheduler
+from twinflow.teacher import EMATeacher
+from twinflow.train.cache_index import on_device
+from twinflow.train.decoding import Decoder
+from twinflow.train.encoding import Condition
+from twinflow.train.gathering import on_rank_zero
+from twinflow.train.observation import observed
+from twinflow.train.pipeline_shift import pipeline_shift
+from twinflow.train.run_folder import RunFolder
+from twinflow.train.sample_folder import GRID, write_samples
+from twinflow.train.settings import TrainSettings
+from twinflow.train.validation_prompts import ValidationPrompts
+
+COMPARED = (1, 2, 4)  # numbers of steps that are drawn beside the one that is trained for
+BASE_STEPS, BASE_GUIDANCE = 30, 4.0
+_PACKED = ("qwen_image", "flux")  # whose pipelines walk in tokens, where fresh noise lies in another order
+_TWICE = ("sana",)  # whose pipelines draw fresh noise from the generator of the first noise
+_DISTILLED = ("flux",)  # whose guidance is in the weights already
+
+
+@dataclass(frozen=True)
+class Method:
+    """How an image is drawn.
+
+    Args:
+        steps: of the walk.
+        style: `few`, as TwinFlow samples; `mul`, Euler steps.
+        guidance: scale g of u + g (c - u), in effect above 1.
+        shift: of the times.
+    """
+
+    steps: int
+    style: str = "few"
+    guidance: float = 0.0
+    shift: float = 1.0
+
+    @property
+    def heading(self) -> str:
+        """In words."""
+        told = f"{self.steps} step{'s' if self.steps > 1 else ''}"
+        return f"{told}, guidance {self.guidance:g}" if self.guidance > 1 else told
+
+
+class Sampler:
+    """Draws the prompts of a run between its steps, with the same noise every time, and leaves no trace in the run.
+
+    Prompt k has the seed `validation_seed` + k: `attach(pipe, export, seed=that)` and the pipeline's
+    `generator=torch.Generator().manual_seed(that)` draw the same image. Under ranks every one makes the same calls;
+    rank 0 decodes and writes.
+
+    Args:
+        settings: of the run.
+        folder: of its pipeline.
+        prompts: of `validation_prompts`.
+        run: where images go.
+        device: where the student computes.
+        autocast: makes the context of the student's calls.
+    """
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        folder: Path,
+        prompts: ValidationPrompts,
+        run: RunFolder,
+        device: torch.device,
+        *,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> None:
+        self._settings, self._prompts, self._run, self._device = settings, prompts, run, device
+        self._autocast = autocast
+        self._shift = pipeline_shift(folder, prompts.latent_shape[1:])
+        half = device.type != "cpu" and settings.mixed_precision == "bf16"
+        self._decoder = Decoder(folder, device=device, dtype=torch.bfloat16 if half else torch.float32)
+
+    @property
+    def methods(self) -> list[Method]:
+        """How images are drawn during training."""
+        settings = self._settings
+        if settings.twinflow is None:
+            return [Method(settings.validation_num_inference_steps, "mul", settings.validation_guidance, self._shift)]
+        return [Method(steps) for steps in sorted({settings.validation_num_inference_steps, *COMPARED})]
+
+    def draw(self, step: int, student: Student, teacher: Teacher | None = None) -> str:
+        """Draws after some steps, with the teacher where it is an average of the weights, else with the student.
+
+        Args:
+            step: steps taken.
+            student: wrapped or not.
+            teacher: of the run.
+
+        Returns:
+            What was drawn, in words.
+
+        Raises:
+            FloatingPointError: images that are not finite.
+            OSError: no room for them.
+        """
+        average = isinstance(teacher, EMATeacher)
+        told = f"{'EMA' if average else 'student'} weights, step {step}"
+        network = teacher if isinstance(teacher, EMATeacher) else None
+        return self._drawn(student, network, self.methods, step, "ema" if average else "student", told)
+
+    def base(self, student: Student) -> str:
+        """Draws the untrained model as stock pipelines do: 30 Euler steps with guidance; for step 0 of a run.
+
+        Args and Returns as for `draw`.
+        """
+        given = 0.0 if self._prompts.family in _DISTILLED else BASE_GUIDANCE
+        method = Method(BASE_STEPS, "mul", self._settings.validation_guidance or given, self._shift)
+        return self._drawn(student, None, [method], 0, "base", "base model, before training")
+
+    def _drawn(
+        self, student: Student, average: Student | None, methods: Sequence[Method], step: int, weights: str, told: str
+    ) -> str:
+        prompts = self._prompts
+        latents = []
+        with observed(student, self._device) as plain, self._autocast():
+            for number, cond in enumerate(prompts.conditions):
+                seed = self._settings.validation_seed + number
+                conditions = [on_device(c, self._device) for c in (cond, prompts.negative)]
+                latents += [self._walk(average or plain, method, seed, *conditions).cpu() for method in methods]
+        height, width = prompts.size
+        folder = self._run.samples_at(None if weights == "base" else step)
+
+        def write() -> str:
+            images = []
+            try:
+                for number, found in enumerate(latents):
+                    row, method = number // len(methods), methods[number % len(methods)]
+                    seed = self._settings.validation_seed + row
+                    about = {"prompt": prompts.texts[row], "steps": method.steps, "style": method.style}
+                    about |= {"guidance": method.guidance, "seed": seed}
+                    images.append((about, self._decoder.decode(found)[0]))
+            finally:
+                self._decoder.free()
+            headings = [method.heading for method in methods]
+            write_samples(folder, told, headings, images, step=step, weights=weights, width=width, height=height)
+            return f"samples of the {told}: {folder / GRID}"
+
+        return on_rank_zero("Sampler", write)
+
+    def _walk(self, network: Student, method: Method, seed: int, cond: Condition, negative: Condition) -> torch.Tensor:
+        """The latents (1, C, H, W) of one image, float32."""
+        shape = self._prompts.latent_shape
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn((1, *shape), generator=generator).to(self._device)
+        packed, fresh = self._prompts.family in _PACKED, generator if self._prompts.family in _TWICE else None
+        euler = {} if method.style == "few" else {"stochasticity": 0.0, "gap_end": 0.0}
+        scheduler = TwinFlowScheduler(shift=method.shift, style=method.style, seed=seed, **euler)
+        scheduler.set_timesteps(method.steps)
+        for timestep in scheduler.timesteps:
+            t, r = (torch.full((1,), time, dtype=torch.float32, device=self._device) for time in scheduler.times())
+            velocity = network(x, t, r, cond).float()
+            if method.guidance > 1:
+                away = network(x, t, r, negative).float()
+                velocity = away + method.guidance * (velocity - away)
+            state = (pack(velocity), timestep, pack(x)) if packed else (velocity, timestep, x)
+            x = scheduler.step(*state, fresh).prev_sample
+            x = unpack(x, *shape[1:]) if packed else x
+        return x
