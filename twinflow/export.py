@@ -31,6 +31,7 @@ from twinflow.manifest import (
 from twinflow.memory.quantised_base import quantised_form
 from twinflow.models.base import FlowModel
 from twinflow.teacher import EMATeacher
+from twinflow.usage import Usage
 
 _SAVERS = {
     "qwen_image": "QwenImagePipeline", "sd3": "StableDiffusion3Pipeline", "sana": "SanaPipeline",
@@ -46,6 +47,7 @@ def export(
     teacher: EMATeacher | None = None,
     format: str = "diffusers",
     merge_base: bool = False,
+    usage: Usage | None = None,
 ) -> Path:
     """Saves what a student trained: its LoRA, or the whole transformer where no adapter was trained.
 
@@ -59,6 +61,7 @@ def export(
         teacher: export its averages instead of the student's weights, under the same names.
         format: `diffusers`; or `comfyui`, whose key names ComfyUI reads, for Qwen-Image and Z-Image.
         merge_base: one LoRA of the trained one and the frozen one of `add_lora(base_lora=...)`; False: the trained one.
+        usage: what `twinflow sample` is to know: the pipeline underneath, steps, size.
 
     Returns:
         The folder.
@@ -76,7 +79,7 @@ def export(
         wanted = ", ".join(comfyui.FAMILIES)
         raise ValueError(f"export: format 'comfyui' must have a student of {wanted}, got {model.family}")
     mode = None if model.conditioning is None else model.conditioning.mode
-    manifest = Manifest(model.family, mode, kind, "student" if teacher is None else "ema", format)
+    manifest = Manifest(model.family, mode, kind, "student" if teacher is None else "ema", format, usage=usage)
     path = Path(folder)
     check_folder(path, manifest)
     if merge_base and (kind == "full" or BASE not in _network(model).peft_config):

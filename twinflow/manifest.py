@@ -6,7 +6,7 @@ Files come from strangers: everything is JSON or safetensors, nothing is unpickl
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from twinflow.conditioning import MODES
+from twinflow.usage import Usage
 
 MANIFEST = "twinflow.json"
 LORA = "pytorch_lora_weights.safetensors"  # diffusers' default
@@ -43,6 +44,7 @@ class Manifest:
         weights: `student` or `ema`.
         layout: whose key names the weights have, `diffusers` or `comfyui`.
         format: version of this file.
+        usage: how it is drawn with; None: the file does not say.
     """
 
     family: str
@@ -51,6 +53,7 @@ class Manifest:
     weights: str = "student"
     layout: str = "diffusers"
     format: int = FORMAT
+    usage: Usage | None = None
 
     @property
     def needs_conditioning(self) -> bool:
@@ -60,7 +63,12 @@ class Manifest:
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
     """Writes the JSON into a folder."""
-    (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n")
+    saved = asdict(replace(manifest, usage=None))
+    if manifest.usage is None:
+        del saved["usage"]
+    else:
+        saved["usage"] = manifest.usage.to_dict()
+    (folder / MANIFEST).write_text(json.dumps(saved, indent=1) + "\n")
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -80,8 +88,8 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise ValueError(f"{path} must hold a JSON object, got {saved!r}")
     if saved.get("format") != FORMAT:
         raise ValueError(f"{path} must be of format {FORMAT}, got {saved.get('format')!r}")
-    names = [field.name for field in fields(Manifest)]
-    if set(saved) != set(names):
+    names = [field.name for field in fields(Manifest) if field.name != "usage"]
+    if saved.keys() - {"usage"} != set(names):
         raise ValueError(f"{path} must hold {', '.join(names)}, got {', '.join(saved)}")
     known = {
         "conditioning": (None, *MODES), "kind": ("lora", "full"), "weights": ("student", "ema"), "layout": LAYOUTS,
@@ -91,6 +99,11 @@ def read_manifest(folder: Path) -> Manifest | None:
             raise ValueError(f"{path}: {name} must be one of {', '.join(map(str, choices))}, got {saved[name]!r}")
     if not isinstance(saved["family"], str):
         raise ValueError(f"{path}: family must be a name, got {saved['family']!r}")
+    if "usage" in saved:
+        try:
+            saved["usage"] = Usage.from_dict(saved["usage"])
+        except ValueError as error:
+            raise ValueError(f"{path}: {str(error).removeprefix('Usage: ')}") from None
     return Manifest(**saved)
 
 

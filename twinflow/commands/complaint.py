@@ -1,19 +1,22 @@
 """`complain()`: what went wrong, in a line on standard error."""
 
+import re
 import sys
 
 from twinflow.commands.packages import pip_install
 
+_FUNCTION = re.compile(r"^[A-Za-z_]+: (?=.* must )")
+
 
 def complain(command: str, error: object) -> None:
-    """Prints an error without the name of the function that found it, and of errors of the system without its number.
+    """Prints an error, without the name of the function that found it or the number of an error of the system.
 
     Args:
         command: which was given; "": none.
         error: the error, or its message.
     """
-    said = " ".join(_message(error).split())
-    print(f"{f'twinflow {command}'.strip()}: {said.removeprefix(f'{command}: ')}", file=sys.stderr)
+    said = _FUNCTION.sub("", " ".join(_message(error).split()).removeprefix(f"{command}: "))
+    print(f"{f'twinflow {command}'.strip()}: {said}", file=sys.stderr)
 
 
 def _message(error: object) -> str:
@@ -23,4 +26,6 @@ def _message(error: object) -> str:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"no memory left: {str(error).split('. ')[0]}"  # torch goes on for a paragraph
     return str(error) or type(error).__name__

@@ -36,8 +36,8 @@ PACKAGES = (
     Package("matplotlib", "pictures of a plan", "train", needed=True),
     Package("bitsandbytes", "8-bit AdamW, nf4 bases", "quant"),
     Package("torchao", "int8 bases", "quant"),
-    Package("tensorboard", "report_to tensorboard", None),
-    Package("wandb", "report_to wandb", None),
+    Package("tensorboard", "report_to tensorboard", "tensorboard"),
+    Package("wandb", "report_to wandb", "wandb"),
     Package("pyarrow", "captions in parquet files", None),
 )  # fmt: skip
 

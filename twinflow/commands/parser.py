@@ -37,5 +37,7 @@ class _Help(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        shown = bool(action.option_strings) and action.default not in (None, False, argparse.SUPPRESS)
+        default = action.default
+        nothing = default is None or default is False or default == [] or default is argparse.SUPPRESS
+        shown = bool(action.option_strings) and not nothing
         return f"{text} (default: %(default)s)" if shown and "(default" not in text else text

@@ -1,0 +1,128 @@
+"""`Drawer`: a stock diffusers pipeline that draws with an export, as the export was trained."""
+
+import inspect
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from twinflow.manifest import Manifest, read_manifest
+from twinflow.models.flux import FluxModel
+from twinflow.pipeline import attach
+from twinflow.scheduler import TwinFlowScheduler
+
+_TRUE_CFG = ("qwen_image", "flux")  # whose pipelines guide by true_cfg_scale
+
+
+class Drawer:
+    """Loads the pipeline and attaches the export.
+
+    Args:
+        model: folder of the pipeline underneath.
+        export: folder that `twinflow.export.export` wrote.
+        style: target time of each call, `few`, `any` or `mul`; None: `few`, and the pipeline's own sampler for weights
+            that were trained without TwinFlow.
+        dtype: what it computes in.
+        device: where.
+
+    Raises:
+        ValueError: no export for diffusers, one of a UNet, or a pipeline that does not load or is of another model.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        export: str | Path,
+        *,
+        style: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.manifest = drawable(Path(export))
+        # The values of `safetensors` only: a file from a stranger is never unpickled.
+        try:
+            pipe: Any = DiffusionPipeline.from_pretrained(model, dtype=dtype, use_safetensors=True)
+        except ImportError:
+            raise
+        except Exception as error:  # whatever diffusers and transformers find in a folder that anyone may have written
+            brief = " ".join(str(error).split())[:300]
+            raise ValueError(f"Drawer: model must be a diffusers pipeline that loads, got {model}: {brief}") from error
+        own = pipe.scheduler
+        attach(pipe, export, style=style or "few")
+        if style is None and self.manifest.conditioning is None:
+            pipe.register_modules(scheduler=own)
+        pipe.set_progress_bar_config(disable=True)
+        self._pipe = pipe.to(device)
+
+    def draw(
+        self, prompt: str, *, seed: int, steps: int, size: tuple[int, int] | None = None, guidance: float = 0.0
+    ) -> Any:
+        """An image, the same for the same arguments on the same machine.
+
+        Args:
+            prompt: what to draw.
+            seed: of all noise.
+            steps: of the sampler.
+            size: width and height, pixels; None: the pipeline's own.
+            guidance: scale, in effect above 1.
+
+        Returns:
+            A PIL image.
+
+        Raises:
+            ValueError: what the pipeline does not take.
+        """
+        pipe = self._pipe
+        if isinstance(pipe.scheduler, TwinFlowScheduler):
+            pipe.register_modules(scheduler=TwinFlowScheduler.from_config(pipe.scheduler.config, seed=seed))
+        shape = {} if size is None else {"width": size[0], "height": size[1]}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "twinflow.attach: guidance must be off")  # it was asked for
+            return pipe(
+                prompt,
+                num_inference_steps=steps,
+                generator=torch.Generator().manual_seed(seed),
+                **shape,
+                **self._guided(guidance),
+                **self._as_trained(),
+            ).images[0]
+
+    def _guided(self, scale: float) -> dict[str, Any]:
+        """Guidance as each pipeline wants it, or none."""
+        guided, family = scale > 1, self.manifest.family
+        found: dict[str, Any] = {"negative_prompt": ""} if guided else {}
+        if family == "flux":
+            found["guidance_scale"] = FluxModel.guidance  # an input of its transformer, and so it was trained
+        if family in _TRUE_CFG:
+            return found | {"true_cfg_scale": scale if guided else 1.0}
+        return found | {"guidance_scale": scale if guided else 0.0}
+
+    def _as_trained(self) -> dict[str, Any]:
+        """What the pipeline does otherwise when it is called than when it encodes prompts, and sizes as they are."""
+        called = inspect.signature(type(self._pipe).__call__).parameters
+        encoding = inspect.signature(self._pipe.encode_prompt).parameters
+        found: dict[str, Any] = {"use_resolution_binning": False} if "use_resolution_binning" in called else {}
+        if "max_sequence_length" in called and "max_sequence_length" in encoding:
+            found["max_sequence_length"] = encoding["max_sequence_length"].default
+        return found
+
+
+def drawable(export: Path) -> Manifest:
+    """The manifest of an export that a stock pipeline draws with.
+
+    Raises:
+        ValueError: no export, one for ComfyUI, or one of a UNet.
+    """
+    manifest = read_manifest(export)
+    if manifest is None:
+        raise ValueError(f"Drawer: export must be a folder with a twinflow.json, got {export} without one")
+    if manifest.layout != "diffusers":
+        raise ValueError(f"Drawer: export must be of format 'diffusers', got {manifest.layout!r} in {export}")
+    if manifest.family == "unet":
+        raise ValueError(
+            "Drawer: export must be of a transformer, got one of a UNet, with which stock pipelines do not draw in few "
+            "steps; use twinflow.sampling.sample(twinflow.train.restored.restored(RUN).student, ...)"
+        )
+    return manifest

@@ -1,0 +1,139 @@
+"""`restored()`: the student and the teacher of a run, as one of its checkpoints left them."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twinflow.export import export
+from twinflow.interface import trained_parameters
+from twinflow.models import FlowModel
+from twinflow.teacher import EMATeacher
+from twinflow.train.checkpoint import latest_checkpoint, read_checkpoint
+from twinflow.train.checkpoint_files import read_files, read_summary
+from twinflow.train.model import build_student, build_teacher
+from twinflow.train.optimizer_state import kind_of
+from twinflow.train.placing import check_form, check_names, check_tensor
+from twinflow.train.run_folder import RunFolder
+from twinflow.train.settings import TrainSettings, read_config
+from twinflow.train.source import pipeline_folder
+from twinflow.usage import Usage
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a run trained.
+
+    Args:
+        settings: of the run.
+        folder: of the pipeline underneath.
+        checkpoint: the folder that was read.
+        step: optimizer steps taken.
+        student: with the trained weights, on the CPU.
+        teacher: the average of the weights; None: there is none, or it was not asked for.
+        complaints: a line for each newer checkpoint that is damaged.
+    """
+
+    settings: TrainSettings
+    folder: Path
+    checkpoint: Path
+    step: int
+    student: FlowModel
+    teacher: EMATeacher | None
+    complaints: tuple[str, ...] = ()
+
+    @property
+    def usage(self) -> Usage:
+        """How it is drawn with: as the run's own samples were."""
+        settings = self.settings
+        return Usage(
+            model=settings.pretrained_model_name_or_path,
+            steps=settings.validation_num_inference_steps,
+            size=settings.validation_resolution,
+            guidance=settings.validation_guidance,
+        )
+
+    def export(self, folder: str | Path, *, format: str = "diffusers", merge_base: bool = False) -> Path:
+        """Saves the average, or the student where that is None; see `twinflow.export.export`."""
+        return export(
+            self.student, folder, teacher=self.teacher, format=format, merge_base=merge_base, usage=self.usage
+        )
+
+
+def restored(
+    run: str | Path, *, checkpoint: str | Path = "latest", ema: bool | None = None, model: str | None = None
+) -> Restored:
+    """Reads a run's folder; nothing in it is unpickled or executed.
+
+    Args:
+        run: the folder, `output_dir` of `twinflow train`.
+        checkpoint: `latest`, the name of one in the folder, or a path.
+        ema: whether the average is read; None: where there is one.
+        model: the pipeline underneath, where it is not where the run had it.
+
+    Returns:
+        Its settings, student and teacher.
+
+    Raises:
+        ValueError: no run, no whole checkpoint, one of another run, no average where one is asked for, or no pipeline.
+    """
+    root = Path(run)
+    settings = _settings(root, model)
+    if ema and not settings.use_ema:
+        raise ValueError(f"restored: ema must be False for a run without an average (use_ema is false), got {root}")
+    complaints: list[str] = []
+    place, tree = _checkpoint(root, checkpoint, complaints)
+    check_names(tree, {"shared": 0, "ranks": 0}, "state")
+    shared = tree["shared"]
+    check_names(shared, dict.fromkeys(("student", "teacher", "criterion", "optimizer", "scheduler")), "state")
+    folder = pipeline_folder(settings.pretrained_model_name_or_path)
+    student = build_student(settings, folder)
+    _put(student, shared["student"])
+    teacher = _teacher(settings, student, shared["teacher"]) if settings.use_ema and ema is not False else None
+    return Restored(settings, folder, place, read_summary(place)["step"], student, teacher, tuple(complaints))
+
+
+def _settings(root: Path, model: str | None) -> TrainSettings:
+    config = RunFolder(root).config
+    if not root.is_dir():
+        raise ValueError(f"restored: run must be the folder of a run, got {str(root)!r}, which does not exist")
+    if not config.is_file():
+        raise ValueError(f"restored: run must be what `twinflow train` wrote, got {root} without {config.name}")
+    settings = read_config(config, {})
+    return settings if model is None else replace(settings, pretrained_model_name_or_path=model)
+
+
+def _checkpoint(root: Path, asked: str | Path, complaints: list[str]) -> tuple[Path, Any]:
+    """The folder of a checkpoint and the tree in it."""
+    if str(asked) != "latest":
+        place = next((path for path in (root / asked, Path(asked)) if path.is_dir()), None)
+        if place is None:
+            raise ValueError(f"restored: checkpoint must be latest, one of {root} or a folder, got {str(asked)!r}")
+        return place, read_checkpoint(place)
+    latest = latest_checkpoint(root, complaints)
+    if latest is None:
+        found = "; ".join(complaints) or "none"
+        raise ValueError(f"restored: run must have a whole checkpoint, got {found} in {root}")
+    return latest, read_files(latest)  # whose bytes have just been compared
+
+
+@torch.no_grad()
+def _put(student: FlowModel, saved: Any) -> None:
+    mine = trained_parameters(student)
+    check_names(saved, mine, "student")
+    for name, parameter in mine.items():
+        check_tensor(saved[name], parameter.shape, parameter.dtype, f"student {name}")
+    for name, parameter in mine.items():
+        parameter.copy_(saved[name])
+
+
+def _teacher(settings: TrainSettings, student: FlowModel, saved: Any) -> EMATeacher:
+    teacher = build_teacher(settings, student)
+    assert isinstance(teacher, EMATeacher)  # as `use_ema` is on
+    check_names(saved, {"kind": "", "state": {}}, "teacher")
+    if saved["kind"] != kind_of(teacher):
+        raise ValueError(f"restore: teacher must be {kind_of(teacher)}, got {str(saved['kind'])[:80]}")
+    check_form(saved["state"], teacher.state_dict(), "teacher")
+    teacher.load_state_dict(saved["state"])
+    return teacher
