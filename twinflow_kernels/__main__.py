@@ -6,16 +6,22 @@ import twinflow_kernels  # noqa: F401  (registers the operations)
 from twinflow_kernels import _registry
 
 
-def table() -> str:
-    """The table of operations, devices, backends and reasons, as aligned text."""
-    rows = [("operation", "device", "backend", "why")]
+def choices() -> list[tuple[str, str, str, str]]:
+    """Operation, device, backend and reason, of each operation on each device."""
+    found = []
     for operation in _registry.operations():
         for device in ("cpu", "cuda"):
             if device == "cuda" and not torch.cuda.is_available():
-                rows.append((operation.name, device, "-", "no CUDA device in this process"))
+                found.append((operation.name, device, "-", "no CUDA device in this process"))
                 continue
             choice = operation.choice(device)
-            rows.append((operation.name, device, choice.backend, choice.reason))
+            found.append((operation.name, device, choice.backend, choice.reason))
+    return found
+
+
+def table() -> str:
+    """The table of operations, devices, backends and reasons, as aligned text."""
+    rows = [("operation", "device", "backend", "why"), *choices()]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

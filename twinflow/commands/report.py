@@ -1,0 +1,27 @@
+"""`twinflow report`: a run as one HTML page."""
+
+import argparse
+from pathlib import Path
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declares the options."""
+    parser.description = "Writes what a run measured and drew into one HTML page that needs no network."
+    parser.add_argument("run_folder", type=Path, metavar="RUN", help="folder of the run, output_dir of its config")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the page (default: report.html in RUN)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Writes the page, and prints where it is."""
+    from twinflow.report import write_report
+    from twinflow.train.run_folder import RunFolder
+
+    folder = RunFolder(options.run_folder)
+    if not folder.root.is_dir():
+        raise ValueError(f"report: RUN must be a folder, got {str(folder.root)!r}, which does not exist")
+    out = folder.report if options.out is None else options.out
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise ValueError(f"report: out must be a file in a folder that exists, got {out}")
+    write_report(folder, out)
+    print(out)
+    return 0
