@@ -1,6 +1,10 @@
 """A run's settings, data and sampler for the tests of validation."""
 
+import atexit
+import functools
 import json
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +50,30 @@ def data_of(settings: TrainSettings) -> Cache:
     return prepare_data(settings, encoders, progress=lambda what, done, of: None)
 
 
+@functools.cache
+def cached(family: str) -> Cache:
+    """The data of `settings_for`, encoded once."""
+    folder = Path(tempfile.mkdtemp(prefix="twinflow-data-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return data_of(settings_for(folder, family))
+
+
 def prompts_of(settings: TrainSettings, cache: Cache | None = None) -> ValidationPrompts:
     """The encoded prompts; without a cache they must be given."""
     encoders = encoders_of(settings, Path(settings.pretrained_model_name_or_path), CPU)
     return validation_prompts(settings, cache, encoders)  # type: ignore[arg-type]
 
 
-def sampler_of(settings: TrainSettings, prompts: ValidationPrompts | None = None, **more: Any) -> Sampler:
+@functools.cache
+def encoded(family: str) -> ValidationPrompts:
+    """Those of `settings_for`, encoded once."""
+    with tempfile.TemporaryDirectory() as folder:
+        return prompts_of(settings_for(Path(folder), family))
+
+
+def sampler_of(settings: TrainSettings, prompts: ValidationPrompts, **more: Any) -> Sampler:
     folder = Path(settings.pretrained_model_name_or_path)
-    return Sampler(settings, folder, prompts or prompts_of(settings), RunFolder(settings.output_dir), CPU, **more)
+    return Sampler(settings, folder, prompts, RunFolder(settings.output_dir), CPU, **more)
 
 
 def student_of(settings: TrainSettings, changed: bool = True) -> FlowModel:

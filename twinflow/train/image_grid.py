@@ -118,9 +118,7 @@ def _line_height(font: Font) -> int:
 
 def _font(text: str, size: int) -> Font:
     """The font that comes with matplotlib; where letters are missing, the one of this machine that has the most."""
-    import matplotlib
-
-    own = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
+    own = _own()
     letters = {ord(c) for c in text if not c.isspace()}
     if _known(own, letters) == len(letters):
         return ImageFont.truetype(own, size)
@@ -128,6 +126,12 @@ def _font(text: str, size: int) -> Font:
 
     best = max([own, *sorted(font_manager.findSystemFonts())], key=lambda path: _known(path, letters))
     return ImageFont.truetype(best, size)
+
+
+def _own() -> str:
+    from matplotlib import get_data_path
+
+    return str(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
 
 
 def _known(path: str, letters: set[int]) -> int:

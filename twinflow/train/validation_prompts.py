@@ -42,7 +42,7 @@ def require_resolution(settings: TrainSettings, encoders: Encoders) -> None:
     if width % multiple or height % multiple:
         near = "x".join(str(max(multiple, round(edge / multiple) * multiple)) for edge in (width, height))
         raise ValueError(
-            f"train: validation_resolution must be of multiples of {multiple} px (such as {near}), got {width}x{height}"
+            f"train: validation_resolution must be multiples of {multiple} px (such as {near}), got {width}x{height}"
         )
 
 
