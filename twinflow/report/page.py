@@ -1,0 +1,86 @@
+"""`write_report()`: a run as one HTML page that needs nothing else."""
+
+import base64
+import hashlib
+import json
+import os
+from datetime import datetime, timezone
+from html import escape
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from twinflow.report import sections
+from twinflow.report.content import content
+from twinflow.report.heading import heading
+from twinflow.report.run import Run, read_run
+from twinflow.train.run_folder import RunFolder
+
+_ASSETS = Path(__file__).parent / "assets"
+_SCRIPTS = ("drawing.js", "chart.js", "scatter.js", "samples.js", "page.js")
+_PARTS = (
+    sections.samples, sections.loss, sections.progress, sections.trajectory, sections.config, sections.environment,
+)  # fmt: skip
+
+
+def write_report(run: RunFolder, to: Path | None = None) -> Path:
+    """Writes a page about a run, however far it is: config, curves, samples over training, trajectory, environment.
+
+    Nothing on the page is loaded from elsewhere, and its scripts are the only ones that it allows.
+
+    Args:
+        run: the run's folder.
+        to: the file; None: `run.report`.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: it is no folder of a run, or there is no folder for the file.
+        OSError: the file cannot be written.
+    """
+    path = run.report if to is None else Path(to)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        what = "a folder" if path.is_dir() else "in a folder that is not there"
+        raise ValueError(f"write_report: to must be a file in a folder that exists, got {str(path)!r}, {what}")
+    text = page(read_run(run))
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def page(run: Run) -> str:
+    """The HTML of a run."""
+    script = "".join(["(() => {\n", *((_ASSETS / name).read_text(encoding="utf-8") for name in _SCRIPTS), "})();"])
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    style = (_ASSETS / "page.css").read_text(encoding="utf-8")
+    body = "".join(part(run) for part in _PARTS)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(run.name)} · twinflow report</title><style>{style}</style></head>\n<body>{heading(run)}"
+        '<noscript><p class="empty">Charts and samples need JavaScript.</p></noscript>'
+        f'<main>{body}</main><footer>{_footer()}</footer><script type="application/json" id="data">'
+        f"{for_script(content(run))}</script><script>{script}</script></body></html>\n"
+    )
+
+
+def for_script(value: Any) -> str:
+    """JSON inside a script element: nothing in it can end the element, whatever texts it holds."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _footer() -> str:
+    try:
+        made = f"twinflow {version('twinflow')}"
+    except PackageNotFoundError:
+        made = "twinflow"
+    at = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    return escape(f"Written by {made} on {at}. Times in seconds, GB = 1e9 bytes, losses without unit.")

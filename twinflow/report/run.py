@@ -1,0 +1,102 @@
+"""`Run`: everything that a run's folder tells, and what it lacks, in words."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from twinflow.report.samples import SampleSet, read_samples
+from twinflow.report.series import Series, read_series
+from twinflow.train.run_folder import RunFolder
+from twinflow.train.settings import TrainSettings, read_config
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its folder tells it.
+
+    Args:
+        name: of the run.
+        settings: None: there is no config, or one of another version.
+        config: the config as it stands in the file.
+        environment: versions and devices.
+        series: the measurements.
+        sets, base: samples on the way, and of the base model.
+        complaints: what could not be read, a sentence each.
+    """
+
+    name: str
+    settings: TrainSettings | None
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    series: Series
+    sets: list[SampleSet]
+    base: SampleSet | None
+    complaints: list[str]
+
+    @property
+    def total(self) -> int | None:
+        """Steps that were asked for; None: unknown."""
+        return None if self.settings is None else self.settings.max_train_steps
+
+    @property
+    def resumes(self) -> list[int]:
+        """Steps after which the run was gone on with."""
+        return sorted({step for step, _ in self.series.starts[1:]})
+
+    @property
+    def twinflow(self) -> bool:
+        """Whether TwinFlow is on, as far as anything says so."""
+        return bool(self.series.trajectory.seen) if self.settings is None else self.settings.twinflow is not None
+
+
+def read_run(folder: RunFolder) -> Run:
+    """Reads a run's folder, whatever there is of it so far.
+
+    Raises:
+        ValueError: it is no folder of a run, or cannot be read.
+    """
+    wanted = "write_report: run must be the folder of a run, with metrics.jsonl or config.json"
+    if not folder.root.is_dir():
+        raise ValueError(
+            f"{wanted}, got {str(folder.root)!r}, which is {'a file' if folder.root.exists() else 'not there'}"
+        )
+    if not any(path.is_file() for path in (folder.metrics, folder.config)):
+        raise ValueError(f"{wanted}, got {str(folder.root)!r} without either")
+    complaints: list[str] = []
+    config = _object(folder.config, complaints)
+    settings = _settings(folder.config, complaints) if config else None
+    try:
+        series = read_series(folder.metrics)
+    except OSError as error:
+        raise ValueError(f"{wanted}, got {str(folder.metrics)!r}: {error.strerror}") from None
+    if series.damaged:
+        what = "1 line of metrics.jsonl is" if series.damaged == 1 else f"{series.damaged} lines of metrics.jsonl are"
+        complaints.append(f"{what} damaged and left out")
+    sets, base = read_samples(folder, complaints)
+    name = folder.root.absolute().name if settings is None else settings.tracker_run_name
+    environment = _object(folder.environment, complaints)
+    return Run(name, settings, config, environment, series, sets, base, complaints)
+
+
+def _object(path: Path, complaints: list[str]) -> dict[str, Any]:
+    if not path.is_file():
+        complaints.append(f"{path.name} is not there")
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        complaints.append(f"{path.name} cannot be read: {error}")
+        return {}
+    if not isinstance(found, dict):
+        complaints.append(f"{path.name} must hold an object, got a {type(found).__name__}")
+        return {}
+    return found
+
+
+def _settings(path: Path, complaints: list[str]) -> TrainSettings | None:
+    try:
+        return read_config(path, {})
+    except (ValueError, TypeError) as error:
+        complaints.append(f"config.json is shown as it stands: {error}")
+        return None
