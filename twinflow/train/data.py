@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from twinflow.models import FlowModel
 from twinflow.train.buckets import buckets
 from twinflow.train.cache import Cache, CacheOptions, Progress, build_cache
 from twinflow.train.encoding import Encoders
 from twinflow.train.images import Item, read_folder, read_prompts
+from twinflow.train.model import build_student
 from twinflow.train.settings import TrainSettings
 
 
@@ -33,8 +33,10 @@ def items_of(settings: TrainSettings) -> list[Item] | list[str]:
     )
 
 
-def encoders_of(settings: TrainSettings, folder: Path, device: torch.device, student: FlowModel | None) -> Encoders:
+def encoders_of(settings: TrainSettings, folder: Path, device: torch.device) -> Encoders:
     """The encoders of a pipeline, not loaded yet: in bfloat16 on a GPU, in float32 on a CPU or where that is asked."""
+    bridged = not (folder / "transformer").is_dir()
+    student = build_student(settings, folder, weights=False) if bridged else None
     half = device.type != "cpu" and settings.mixed_precision == "bf16"
     return Encoders(folder, dtype=torch.bfloat16 if half else torch.float32, device=device, student=student)
 

@@ -1,8 +1,9 @@
 """`Display`: what a run says in the terminal: bars where someone watches, lines where it is written to a file."""
 
+import io
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from rich.console import Console
@@ -38,10 +39,11 @@ class Display:
         if of == 0:
             return self.say(what)
         if not self.console.is_terminal:
-            before = self._caching
-            if done == of or before is None or before[0] != what or time.monotonic() - before[1] > _EVERY_S:
-                self._caching = (what, time.monotonic())
+            since = self._caching[1] if self._caching is not None and self._caching[0] == what else None
+            if done == of or (since is not None and time.monotonic() - since > _EVERY_S):
                 self.say(f"{what}: {done}/{of}")
+            if since is None or time.monotonic() - since > _EVERY_S:
+                self._caching = (what, time.monotonic())
             return
         if self._caching is None or self._caching[0] != what:
             self._close()
@@ -88,6 +90,18 @@ class Display:
         if self._bar is not None:
             self._bar.stop()
         self._bar = self._task = None
+
+
+@contextmanager
+def said_by(display: Display) -> Iterator[None]:
+    """What is printed inside, on every process, the display says."""
+    written = io.StringIO()
+    try:
+        with redirect_stdout(written):
+            yield
+    finally:
+        if written.getvalue().strip():
+            display.say(written.getvalue().strip())
 
 
 def told(records: Sequence[dict[str, Any]], total: int) -> str:

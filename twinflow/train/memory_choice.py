@@ -18,9 +18,12 @@ _LOOKED_AT = 256  # prompts whose length is read
 _TENSORS_OF_A_ROW = 12  # latents, noises and targets that a step holds of each row
 _OPTIMIZERS = {"radam": "adamw"}  # of the same size
 UNKNOWN = "rows"  # where no forecast can be made
+SHARDED = "checkpoint"
 
 
-def put_memory(settings: TrainSettings, student: FlowModel, device: torch.device, cache: Cache) -> AppliedMemory:
+def put_memory(
+    settings: TrainSettings, student: FlowModel, device: torch.device, cache: Cache, sharded: bool = False
+) -> AppliedMemory:
     """Applies the run's preset and moves the student to the device; `auto` is the fastest that fits a CUDA device.
 
     Args:
@@ -28,11 +31,15 @@ def put_memory(settings: TrainSettings, student: FlowModel, device: torch.device
         student: on the CPU, with its LoRA.
         device: where it trains.
         cache: of the data, for the length of its prompts.
+        sharded: the weights are going to be, block by block: the student stays on the CPU, and `auto`, which knows
+            nothing of shards, recomputes the blocks.
 
     Raises:
         ValueError: nothing fits, or the preset does not apply to this model.
     """
     name = settings.memory_preset
+    if sharded:
+        return apply_memory(student, SHARDED if name == "auto" else name)
     if name != "auto":
         return apply_memory(student, name, device=device)
     if device.type != "cuda":

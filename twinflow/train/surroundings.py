@@ -1,4 +1,4 @@
-"""`surroundings()`: what a run was made with: versions and devices, for `environment.json` and for `twinflow report`."""
+"""`surroundings()`: the versions and devices that a run is made with."""
 
 import platform
 import sys

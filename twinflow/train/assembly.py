@@ -1,0 +1,101 @@
+"""`assemble()`: the loop of a run, from its settings and its data."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twinflow.interface import Teacher, trained_parameters, unwrap
+from twinflow.loss import TwinFlowLoss
+from twinflow.memory import AppliedMemory
+from twinflow.memory.blocks import repeated_blocks
+from twinflow.models import FlowModel
+from twinflow.ranks import world
+from twinflow.train.batches import Batches
+from twinflow.train.cache import Cache
+from twinflow.train.cache_index import Entry
+from twinflow.train.loop import Loop
+from twinflow.train.memory_choice import put_memory
+from twinflow.train.model import build_student
+from twinflow.train.optimizer import build_optimizer, warm_up
+from twinflow.train.run_state import RunState
+from twinflow.train.settings import TrainSettings
+from twinflow.train.wrapping import launched, wrap
+
+_RANK_SEEDS = 1 << 20  # between the seeds of two ranks' noises
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A run's parts.
+
+    Args:
+        loop: of its steps.
+        model: the student itself, inside what `loop.student` wraps.
+        teacher: or None.
+        memory: what was applied.
+        trained, parameters: how many parameters are trained, and there are, the teacher's not counted.
+    """
+
+    loop: Loop
+    model: FlowModel
+    teacher: Teacher | None
+    memory: AppliedMemory
+    trained: int
+    parameters: int
+
+
+def assemble(settings: TrainSettings, folder: Path, cache: Cache, entries: list[Entry], accelerator: Any) -> Assembled:
+    """Loads the model, puts the memory preset and the launcher's wrapper on it, and makes what moves it.
+
+    Args:
+        settings: of the run.
+        folder: of its pipeline.
+        cache: of its data.
+        entries: of the cache, to train on.
+        accelerator: accelerate's, for the device and the kind of parallelism.
+
+    Raises:
+        ValueError, ImportError: a model, a preset or a library that does not go with the settings.
+    """
+    device = accelerator.device
+    model = build_student(settings, folder)
+    counts = (sum(p.numel() for p in trained_parameters(model).values()), sum(p.numel() for p in model.parameters()))
+    memory = put_memory(settings, model, device, cache, sharded=launched(accelerator) == "fsdp2")
+    if settings.compile_blocks:
+        for block in repeated_blocks(model.network).values():
+            block.compile()
+    student, teacher = wrap(settings, model, accelerator, memory.preset)
+    trained = trained_parameters(unwrap(student))  # type: ignore[arg-type]
+    optimizer = build_optimizer(settings, trained.values(), memory)
+    scheduler = warm_up(optimizer, settings.lr_warmup_steps)
+    criterion = TwinFlowLoss(settings.objective)
+    rank, ranks = world()
+    generator = torch.Generator(device).manual_seed(settings.seed + rank * _RANK_SEEDS)
+    batches = Batches(cache, entries, batch=settings.train_batch_size, seed=settings.seed, rank=rank, world=ranks)
+    state = RunState(
+        student, teacher, criterion, optimizer, scheduler, {"steps": generator}, batches, {"step": 0, "seconds": 0.0}
+    )
+    loop = Loop(
+        settings=settings,
+        student=student,
+        teacher=teacher,
+        criterion=criterion,
+        cache=cache,
+        batches=batches,
+        state=state,
+        generator=generator,
+        micro_batch=min(settings.train_batch_size, memory.micro_batch or settings.train_batch_size),
+        autocast=lambda: autocast(settings, device),
+        device=device,
+    )
+    return Assembled(loop, model, teacher, memory, *counts)
+
+
+def autocast(settings: TrainSettings, device: torch.device) -> AbstractContextManager:
+    """Where whole weights, which are float32, compute in bfloat16; a LoRA's base is in it already."""
+    if settings.model_type == "full" and settings.mixed_precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()

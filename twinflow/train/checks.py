@@ -1,0 +1,88 @@
+"""`Checks`: what looks at a run between its steps: the loss on held-out images, and samples."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from twinflow.train.assembly import Assembled, autocast
+from twinflow.train.cache import Cache
+from twinflow.train.cache_index import Entry
+from twinflow.train.display import Display
+from twinflow.train.evaluation import Evaluation
+from twinflow.train.record import Record
+from twinflow.train.run_folder import RunFolder
+from twinflow.train.sampler import Sampler
+from twinflow.train.settings import TrainSettings
+from twinflow.train.validation_prompts import ValidationPrompts
+
+
+@dataclass
+class Checks:
+    """Looks at an assembled run; every rank makes the same calls.
+
+    Args:
+        parts: of the run.
+        record, display: get what is found.
+        sampler, evaluation: None: there are no samples, no held-out images.
+    """
+
+    parts: Assembled
+    record: Record
+    display: Display
+    sampler: Sampler | None = None
+    evaluation: Evaluation | None = None
+
+    def begin(self, settings: TrainSettings) -> None:
+        """Before the first step: samples of the base model, unless they are there or not wanted."""
+        if self.sampler is None or settings.disable_benchmark or self.parts.loop.step:
+            return
+        self.display.say(self.sampler.base(self.parts.loop.student))
+        self.record.samples(None)
+
+    def evaluate(self, step: int) -> None:
+        """The loss on the held-out images."""
+        if self.evaluation is not None:
+            found = self.evaluation.run(self.parts.loop.student, self.parts.teacher)
+            self.display.say(
+                f"step {step}: validation loss {found['loss']:.4g} on {len(self.evaluation)} held-out images"
+            )
+            self.record.evaluation(step, found)
+
+    def draw(self, step: int) -> None:
+        """Samples."""
+        if self.sampler is not None:
+            self.display.say(self.sampler.draw(step, self.parts.loop.student, self.parts.teacher))
+            self.record.samples(step)
+
+
+def checks_of(
+    settings: TrainSettings,
+    parts: Assembled,
+    record: Record,
+    display: Display,
+    *,
+    folder: Path,
+    run: RunFolder,
+    prompts: ValidationPrompts | None,
+    data: tuple[Cache, list[Entry]],
+) -> Checks:
+    """The checks that a run's settings ask for.
+
+    Args:
+        settings: of the run.
+        parts, record, display: see `Checks`.
+        folder: of its pipeline.
+        run: its folder.
+        prompts: of its samples; None: there are none.
+        data: the cache, and the entries held out.
+    """
+    device, (cache, held) = parts.loop.device, data
+    how: dict[str, Any] = {"device": device, "autocast": lambda: autocast(settings, device)}
+    sampler = None if prompts is None else Sampler(settings, folder, prompts, run, **how)
+    evaluation = None
+    if settings.eval_steps and held:
+        evaluation = Evaluation(settings.objective, cache, held, seed=settings.validation_seed, **how)
+    elif settings.eval_steps and not settings.data_free:
+        share = f"eval_share {settings.eval_share:g} holds none of {len(cache.entries)} images out"
+        display.say(f"no validation loss: {share}")
+    return Checks(parts, record, display, sampler, evaluation)

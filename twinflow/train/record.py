@@ -1,0 +1,61 @@
+"""`Record`: what a run leaves for those who look at it: `metrics.jsonl`, and the trackers."""
+
+import json
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from types import TracebackType
+from typing import Any
+
+from twinflow.ranks import world
+from twinflow.train.metrics_file import MetricsFile, keep_until
+from twinflow.train.run_folder import RunFolder
+from twinflow.train.sample_folder import SUMMARY
+from twinflow.train.settings import TrainSettings
+from twinflow.train.trackers import Tracker, trackers_of
+
+
+class Record:
+    """Writes on the main process; on the others it does nothing. A context manager.
+
+    Args:
+        settings: of the run.
+        run: its folder; records after `step` are forgotten, as these steps are taken again.
+        step: steps taken.
+
+    Raises:
+        ValueError: a tracker's library is missing.
+    """
+
+    def __init__(self, settings: TrainSettings, run: RunFolder, step: int) -> None:
+        self._run = run
+        self._file: MetricsFile | None = None
+        self._trackers: list[Tracker] = []
+        if world()[0] == 0:
+            self._trackers = trackers_of(settings, run, step)
+            keep_until(run.metrics, step)
+            self._file = MetricsFile(run.metrics)
+            self._file.append([{"kind": "start", "step": step, "at": datetime.now(timezone.utc).isoformat()}])
+
+    def steps(self, records: list[dict[str, Any]]) -> None:
+        """Keeps records of `metrics.jsonl`'s form."""
+        if self._file is not None:
+            self._file.append(records)
+            for tracker in self._trackers:
+                tracker.log(records)
+
+    def evaluation(self, step: int, found: Mapping[str, Any]) -> None:
+        """Keeps a validation loss of `Evaluation.run`."""
+        self.steps([{"kind": "evaluation", "step": step, **found}])
+
+    def samples(self, step: int | None) -> None:
+        """Shows the samples of a step to the trackers; None: of the base model."""
+        folder = self._run.samples_at(step)
+        for tracker in self._trackers:
+            tracker.images(folder, json.loads((folder / SUMMARY).read_text(encoding="utf-8")))
+
+    def __enter__(self) -> "Record":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for tracker in self._trackers:
+            tracker.close()

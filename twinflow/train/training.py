@@ -1,0 +1,165 @@
+"""`train()`: a run from its settings: where it goes on, data, model, memory, and the loop."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+
+from twinflow.ranks import agreed, world
+from twinflow.train.assembly import Assembled, assemble
+from twinflow.train.cache import Cache
+from twinflow.train.cache_index import held_out
+from twinflow.train.cache_shards import write_whole
+from twinflow.train.checkpoint import latest_checkpoint, read_checkpoint, write_checkpoint
+from twinflow.train.checkpoint_files import read_summary
+from twinflow.train.checks import Checks, checks_of
+from twinflow.train.data import encoders_of, prepare_data
+from twinflow.train.display import Display, said_by
+from twinflow.train.folder_lock import lock_folder, unlock_folder
+from twinflow.train.gathering import on_rank_zero
+from twinflow.train.headline import headline
+from twinflow.train.loading_bars import without_loading_bars
+from twinflow.train.loop import Due
+from twinflow.train.memory_choice import after_out_of_memory
+from twinflow.train.record import Record
+from twinflow.train.resuming import checkpoint_to_resume
+from twinflow.train.run_folder import RunFolder
+from twinflow.train.settings import TrainSettings
+from twinflow.train.source import pipeline_folder
+from twinflow.train.stopping import StopRequest
+from twinflow.train.surroundings import surroundings
+from twinflow.train.trackers import wanted
+from twinflow.train.validation_prompts import require_resolution, validation_prompts
+
+
+class TrainingStopped(RuntimeError):
+    """A run that cannot go on; the message says why, and where it stands."""
+
+    exit_status = 1
+
+
+def train(settings: TrainSettings, console: Console | None = None) -> int:
+    """Trains to the last step, or until Ctrl-C or SIGTERM; the same settings go on where a run was left.
+
+    Args:
+        settings: of the run.
+        console: where it speaks; None: standard output.
+
+    Returns:
+        Steps taken by the run, in all.
+
+    Raises:
+        ValueError: settings, data or a model that cannot be trained with, or another process in the same folder.
+        TrainingStopped: a loss that is not finite, or no memory left on the device.
+        OSError: no room for caches or checkpoints; earlier checkpoints are whole.
+    """
+    settings.require_data()
+    wanted(settings)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
+    display = Display(console, accelerator.is_main_process)
+    run = RunFolder(settings.output_dir)
+    try:
+        return _train(settings, run, accelerator, display)
+    finally:
+        unlock_folder(run.root)
+
+
+def _train(settings: TrainSettings, run: RunFolder, accelerator: Accelerator, display: Display) -> int:
+    checkpoint = _begin(settings, run, display)
+    done = 0 if checkpoint is None else int(read_summary(checkpoint)["step"])
+    if done >= settings.max_train_steps:
+        display.say(f"{run.root} has taken its {done} steps; raise max_train_steps to go on")
+        return done
+    folder = _pipeline(settings)
+    encoders = encoders_of(settings, folder, accelerator.device)
+    ranks: dict[str, Any] = dict(main_process=accelerator.is_main_process, wait=accelerator.wait_for_everyone)
+    if settings.validation_steps:
+        require_resolution(settings, encoders)
+    prompts = None
+    with encoders.kept(), without_loading_bars():
+        cache = prepare_data(settings, encoders, progress=display.caching, **ranks)
+        if settings.validation_steps:
+            prompts = validation_prompts(settings, cache, encoders, progress=display.caching, **ranks)
+    _tell(settings, cache, display)
+    entries, held = held_out(cache.entries, 0.0 if settings.data_free else settings.eval_share)
+    with without_loading_bars(), said_by(display):
+        parts = assemble(settings, folder, cache, entries, accelerator)
+    display.say(headline(settings, parts, len(entries)))
+    if checkpoint is not None:
+        parts.loop.state.restore(read_checkpoint(checkpoint))
+        display.say(f"going on after step {parts.loop.step}, from {checkpoint}")
+    with Record(settings, run, parts.loop.step) as record:
+        looks: dict[str, Any] = dict(folder=folder, run=run, prompts=prompts, data=(cache, held))
+        return _run(settings, run, parts, checks_of(settings, parts, record, display, **looks))
+
+
+def _begin(settings: TrainSettings, run: RunFolder, display: Display) -> Path | None:
+    """Takes the folder, finds the checkpoint to go on from, and writes the config down."""
+
+    def take() -> str:
+        try:
+            lock_folder(run.root)
+        except ValueError as error:
+            raise ValueError(str(error).replace("write_checkpoint: folder", "train: output_dir")) from None
+        return ""
+
+    def write() -> str:
+        write_whole(run.config, settings.to_json().encode())
+        write_whole(run.environment, json.dumps(surroundings(world()[1]), indent=1).encode())
+        return ""
+
+    on_rank_zero("train", take)
+    complaints: list[str] = []
+    checkpoint = checkpoint_to_resume(settings, complaints)
+    for complaint in complaints:
+        display.say(f"warning: {complaint}", style="yellow")
+    on_rank_zero("train", write)
+    return checkpoint
+
+
+def _pipeline(settings: TrainSettings) -> Path:
+    """Its folder; one process downloads, the others then find it."""
+    name = settings.pretrained_model_name_or_path
+    on_rank_zero("train", lambda: str(pipeline_folder(name)))
+    return pipeline_folder(name)
+
+
+def _tell(settings: TrainSettings, cache: Cache, display: Display) -> None:
+    for warning in (*settings.warnings, *cache.warnings):
+        display.say(f"warning: {warning}", style="yellow")
+    for name, why in cache.skipped.items():
+        display.say(f"left out: {name}: {why}", style="yellow")
+
+
+def _run(settings: TrainSettings, run: RunFolder, parts: Assembled, checks: Checks) -> int:
+    """The loop, and what can end it."""
+    loop, display, keep = parts.loop, checks.display, settings.checkpoints_total_limit or None
+
+    def save(step: int) -> None:
+        metadata = {"seconds": loop.state.extra["seconds"]}
+        write_checkpoint(run.root, step, loop.state.collect(), keep=keep, metadata=metadata)
+
+    due = Due(checks.record.steps, checks.evaluate, checks.draw, save)
+    with StopRequest() as stop:
+        try:
+            checks.begin(settings)
+            loop.run(due, display, lambda: agreed(bool(stop)))
+        except FloatingPointError as error:
+            raise TrainingStopped(f"{error}; {_standing(run)}; lower learning_rate or twinflow_target_clamp") from error
+        except torch.OutOfMemoryError as error:
+            said = after_out_of_memory(settings, parts.model, parts.memory, loop.device)
+            raise TrainingStopped(f"train: no memory left on {loop.device}: {said}; {_standing(run)}") from error
+    if stop and loop.step < settings.max_train_steps:
+        display.say(f"stopped by {stop.signal} after step {loop.step}: saved; the same command goes on")
+    else:
+        display.say(f"done: {loop.step} steps; next: twinflow sample {run.root} --prompt ..., export or report")
+    return loop.step
+
+
+def _standing(run: RunFolder) -> str:
+    """Where a run stands that cannot go on."""
+    found = latest_checkpoint(run.root)
+    return f"the last checkpoint is {found}" if found is not None else "there is no checkpoint yet"
