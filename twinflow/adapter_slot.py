@@ -9,7 +9,7 @@ import copy
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import nn
 
 from twinflow.adapter_dtype import compute_in_input_dtype
 from twinflow.interface import Student, unwrap, without_collectives
+from twinflow.sharded_weights import ShardedWeights, is_sharded
 
 
 def adapter_layers(module: nn.Module) -> dict[str, BaseTunerLayer]:
@@ -62,7 +63,7 @@ class AdapterSlot:
     """A second set of adapter weights on the student's own base.
 
     Args:
-        student: a module with peft adapters, wrapped or not.
+        student: a module with peft adapters, wrapped or not; a sharded one for a slot without adapters only.
         adapter: name of the new adapter that holds the copies; None: adapters are off in this slot, and what is
             trained outside them is kept as it is now.
 
@@ -82,7 +83,10 @@ class AdapterSlot:
         active = {id(layer): list(layer.active_adapters) for layer in layers.values()}
         if adapter is not None and any(adapter in x._all_available_adapter_names() for x in layers.values()):
             raise ValueError(f"EMATeacher: adapter must be a name that is not taken, got {adapter!r}")
-        as_float32(layers, trained)
+        adapters = {id(p) for layer in layers.values() for p in adapter_parameters(layer, trained).values()}
+        self._shards = ShardedWeights(student, adapters) if is_sharded(student) else None
+        if self._shards is None:
+            as_float32(layers, trained)
         if adapter is not None:
             _add_like(original, layers, trained, adapter)
         mine = [adapter] if adapter else []
@@ -91,16 +95,15 @@ class AdapterSlot:
             for layer in layers.values()
         ]
         names = {id(p): name for name, p in original.named_parameters()}
-        self.sources: dict[str, nn.Parameter] = {}
-        self.targets: dict[str, torch.Tensor] = {}
+        self.sources: dict[str, nn.Parameter] = {} if self._shards is None else self._shards.sources
+        self.targets: dict[str, torch.Tensor] = {} if self._shards is None else self._shards.targets
         for layer in layers.values() if adapter else ():
             theirs = adapter_parameters(layer, trained)
             for place, copied in adapter_parameters(layer, adapter or "").items():
                 if theirs[place].requires_grad:
                     self.sources[names[id(theirs[place])]] = theirs[place]
                     self.targets[names[id(theirs[place])]] = copied
-        adapters = {id(p) for layer in layers.values() for p in adapter_parameters(layer, trained).values()}
-        self._exchanged = self._others(original, adapters, names)
+        self._exchanged = self._others(original, adapters, names) if self._shards is None else []
 
     def _others(
         self, original: nn.Module, adapters: set[int], names: dict[int, str]
@@ -129,7 +132,8 @@ class AdapterSlot:
                 layer.__dict__["_active_adapter"] = names
             for module, attribute, mine in self._exchanged:
                 module._parameters[attribute] = mine
-            yield
+            with nullcontext() if self._shards is None else self._shards.active():
+                yield
         finally:
             for (layer, _), before in zip(self._layers, adapters, strict=True):
                 layer.__dict__["_active_adapter"] = before
@@ -141,6 +145,11 @@ class AdapterSlot:
         network: Student = without_collectives(self._student)
         with self.active():
             return network(x_t, t, r, cond)
+
+    def settle(self) -> None:
+        """Puts shards back in place of parameters that a call without gradient has left gathered."""
+        if self._shards is not None:
+            self._shards.settle()
 
     def copy_buffers(self) -> None:
         """The buffers are the student's own."""

@@ -5,12 +5,24 @@ from collections.abc import Mapping
 import torch
 
 
+def local(x: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of a sharded tensor, in its memory; any other tensor as it is."""
+    return x.to_local() if hasattr(x, "to_local") else x  # DTensor is not imported where it is not in use
+
+
 def shadow_of(target: torch.Tensor, dtype: torch.dtype, device: torch.device | str | None) -> torch.Tensor:
     """Where the average of a tensor is kept: the tensor itself, or a copy in another dtype or place."""
     wanted = dtype
     if torch.promote_types(target.dtype, dtype) == target.dtype and dtype == torch.float32:
         wanted = target.dtype
     place = target.device if device is None else torch.device(device)
+    if hasattr(target, "to_local"):
+        if place.type != target.device.type:
+            raise ValueError(
+                "EMATeacher: device must be None where the student is sharded, as an average lies beside its "
+                f"parameter's shards, got {device}"
+            )
+        place = target.device
     if wanted == target.dtype and place == target.device:
         return target.detach()
     shadow = target.detach().to(device=place, dtype=wanted, copy=True)

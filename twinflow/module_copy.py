@@ -42,6 +42,9 @@ class ModuleCopy:
             self.module.train(original.training)  # type: ignore[attr-defined]
         return self._call(x_t, t, r, cond)
 
+    def settle(self) -> None:
+        """Nothing to do: no parameter is gathered."""
+
     def copy_buffers(self) -> None:
         """Takes the student's buffers anew."""
         theirs = dict(unwrap(self._student).named_buffers())  # type: ignore[attr-defined]

@@ -1,9 +1,13 @@
 """What the ranks of a distributed run must agree on."""
 
+from typing import Any
+
 import torch
 from torch import distributed
 
 from twinflow.interface import Student, data_parallel, unwrap
+
+_host_groups: list[tuple[Any, Any]] = []  # the process group that was asked for one, and its own on the CPU; the latest
 
 
 def world() -> tuple[int, int]:
@@ -11,6 +15,23 @@ def world() -> tuple[int, int]:
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
+
+
+def agreed(flag: bool) -> bool:
+    """Whether any rank raises a flag; every rank must ask, at the same place. Nothing waits for a GPU."""
+    if world()[1] == 1:
+        return flag
+    raised = torch.tensor(int(flag), dtype=torch.int32)
+    distributed.all_reduce(raised, distributed.ReduceOp.MAX, group=_host_group())
+    return bool(raised)
+
+
+def _host_group() -> Any:
+    """All ranks over gloo, made at the first call."""
+    everyone = distributed.group.WORLD
+    if not _host_groups or _host_groups[0][0] is not everyone:
+        _host_groups[:] = [(everyone, distributed.new_group(backend="gloo"))]
+    return _host_groups[0][1]
 
 
 def kept_calls(student: Student | None) -> str:

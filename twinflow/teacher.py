@@ -1,20 +1,15 @@
 """The three teachers, one interface: `EMATeacher`, `StudentTeacher`, `FrozenTeacher`."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from twinflow.average import flat, load_tensors, shadow_of
+from twinflow.average import flat, load_tensors, local, shadow_of
 from twinflow.interface import Student, Teacher, check_same_student, trained_parameters, unwrap, without_collectives
-from twinflow.module_copy import ModuleCopy
+from twinflow.teacher_weights import Weights, ema_weights, frozen_weights, require_trainable
 from twinflow_kernels import ema_update_
-
-if TYPE_CHECKING:
-    from twinflow.adapter_slot import AdapterSlot
-
-DEFAULT_SLOT = "ema"
 
 
 def _require_query(query: str) -> None:
@@ -44,7 +39,7 @@ class StudentTeacher(Teacher):
 class _WeightsTeacher(Teacher):
     """A teacher with weights of its own for what the student trains; frozen tensors are the student's."""
 
-    def __init__(self, student: nn.Module, weights: "ModuleCopy | AdapterSlot") -> None:
+    def __init__(self, student: nn.Module, weights: Weights) -> None:
         self._student = student
         self._weights = weights
         self._trained = trained_parameters(unwrap(student))  # type: ignore[arg-type]
@@ -54,7 +49,7 @@ class _WeightsTeacher(Teacher):
         """The teacher's network, for evaluation and export; its tensors are the teacher's own, not copies.
 
         Raises:
-            AttributeError: the weights are a slot on the student's own base; call the teacher itself instead.
+            AttributeError: the weights compute in the student's own module; call the teacher itself instead.
         """
         return self._weights.module  # type: ignore[union-attr]
 
@@ -68,6 +63,7 @@ class _WeightsTeacher(Teacher):
         module = unwrap(student)
         if not isinstance(module, nn.Module):
             return  # a plain callable around the module
+        self._weights.settle()
         # The tensors themselves: one that was replaced would leave the teacher following a tensor nobody trains.
         now, mine = trained_parameters(module), self._trained
         changed = sorted(n for n in now.keys() | mine.keys() if now.get(n) is not mine.get(n))
@@ -87,6 +83,9 @@ class EMATeacher(_WeightsTeacher):
 
     A student that trains a peft adapter gets a second one on the same base: float32, as the trained one is made, and
     with the averages of what is trained beside adapters; `dtype` and `device` do not apply to it.
+
+    Of a student under FSDP2 every rank averages its own shards, of adapters and all else that is trained: shard the
+    student first, then make the teacher, and the optimizer. Every rank must make the same calls of it.
 
     Args:
         student: the module to follow, wrapped for DDP or compilation or not; its trainable parameters are averaged.
@@ -117,28 +116,26 @@ class EMATeacher(_WeightsTeacher):
             raise ValueError(f"EMATeacher: decay must be in (0, 1), got {decay}; use {instead}")
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"EMATeacher: dtype must be a floating dtype, got {dtype!r}")
-        _require_trainable("EMATeacher", student)
+        require_trainable("EMATeacher", student)
         for name, parameter in unwrap(student).named_parameters():  # type: ignore[attr-defined]
             if parameter.requires_grad and not parameter.is_floating_point():
                 raise TypeError(f"EMATeacher: parameter {name} must be floating, got {parameter.dtype}")
-        adapted = trains_adapter(student)
-        if adapter is not None and not adapted:
-            raise ValueError(f"EMATeacher: adapter must be None where the student trains no adapter, got {adapter!r}")
-        super().__init__(student, _slot(student, adapter or DEFAULT_SLOT) if adapted else ModuleCopy(student))
-        self.adapter = (adapter or DEFAULT_SLOT) if adapted else None
+        weights, self.adapter = ema_weights(student, adapter)
+        super().__init__(student, weights)
         self.decay = float(decay)
         self.current_decay = 0.0
         self.updates = 0
         self._shadow = {
-            name: target.detach() if adapted else shadow_of(target, dtype, device)
+            name: target.detach() if self.adapter else shadow_of(target, dtype, device)
             for name, target in self._weights.targets.items()
         }
 
     @torch.no_grad()
     def update(self) -> None:
         targets, sources, copies = [], [], []
-        for name, shadow in self._shadow.items():
-            source, compute = self._weights.sources[name].detach(), self._weights.targets[name].detach()
+        for name, average in self._shadow.items():
+            source, compute = (local(x[name].detach()) for x in (self._weights.sources, self._weights.targets))
+            shadow = local(average)
             separate = compute.data_ptr() != shadow.data_ptr()
             targets.append(flat(shadow, shadow))
             sources.append(flat(source.to(shadow.device), shadow))
@@ -190,8 +187,8 @@ class FrozenTeacher(_WeightsTeacher):
     frozen = True
 
     def __init__(self, student: nn.Module) -> None:
-        _require_trainable("FrozenTeacher", student)
-        super().__init__(student, _slot(student, None) if trains_adapter(student) else ModuleCopy(student))
+        require_trainable("FrozenTeacher", student)
+        super().__init__(student, frozen_weights(student))
 
     @torch.no_grad()
     def velocity(self, x_t: torch.Tensor, t: torch.Tensor, r: torch.Tensor, cond: Any, query: str) -> torch.Tensor:
@@ -210,32 +207,3 @@ class FrozenTeacher(_WeightsTeacher):
     def _fixed(self) -> dict[str, torch.Tensor]:
         """The tensors of its own: copied parameters, and saved buffers, which an EMA takes from the student anew."""
         return {**self._weights.targets, **self._weights.saved_buffers()}
-
-
-def trains_adapter(student: Student) -> bool:
-    """Whether a student has a peft adapter that requires grad."""
-    module = unwrap(student)
-    if not isinstance(module, nn.Module) or not any(hasattr(m, "active_adapters") for m in module.modules()):
-        return False  # peft is not imported where it is not in use
-    from twinflow.adapter_slot import adapter_layers, adapter_parameters
-
-    return any(
-        p.requires_grad
-        for layer in adapter_layers(module).values()
-        for adapter in layer.active_adapters
-        for p in adapter_parameters(layer, adapter).values()
-    )
-
-
-def _slot(student: nn.Module, adapter: str | None) -> "AdapterSlot":
-    from twinflow.adapter_slot import AdapterSlot
-
-    return AdapterSlot(student, adapter)
-
-
-def _require_trainable(where: str, student: Student) -> None:
-    module = unwrap(student)
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"{where}: student must be an nn.Module, got {type(student).__name__}")
-    if not any(p.requires_grad for p in module.parameters()):
-        raise ValueError(f"{where}: student must have a parameter that requires grad, got none")

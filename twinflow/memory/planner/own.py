@@ -14,7 +14,7 @@ from twinflow.memory.planner.architectures import LISTS, Architecture
 from twinflow.memory.planner.workload import Workload
 from twinflow.memory.quantised_base import quantised_form
 from twinflow.models import FlowModel
-from twinflow.teacher import trains_adapter
+from twinflow.teacher_weights import trains_adapter
 
 _LATENT_FACTORS = {"sana": 32}  # pixels per latent; 8 elsewhere
 

@@ -1,0 +1,115 @@
+"""`ShardedWeights`: a teacher's weights beside a student that FSDP2 has sharded, each rank with its shards of them.
+
+FSDP gathers what the student's own shards hold when a call comes to them, and neither a copy of a sharded module nor a
+parameter that is added to one is gathered. So the teacher's shards change places with the student's, in place, for as
+long as a call runs. Nothing more is gathered or kept than for a call of the student.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import distributed, nn
+
+from twinflow.average import local
+from twinflow.interface import Student, trained_parameters, unwrap
+
+_HELD_BYTES = 1 << 26  # of shards on their way at a time
+
+
+def is_sharded(student: Student) -> bool:
+    """Whether FSDP2 (`torch.distributed.fsdp.fully_shard`) has sharded a student."""
+    module = unwrap(student)
+    if not isinstance(module, nn.Module) or not distributed.is_available() or not distributed.is_initialized():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(m, FSDPModule) for m in module.modules())
+
+
+class ShardedWeights:
+    """Copies of a sharded student's trainable parameters, sharded as they are.
+
+    Args:
+        student: the module, compiled or not.
+        without: ids of parameters that are not the teacher's.
+
+    Attributes:
+        sources, targets: name -> trainable parameter of the student, and the copy of it.
+
+    Raises:
+        ValueError: a trainable parameter's shards are offloaded to the host.
+    """
+
+    def __init__(self, student: nn.Module, without: Iterable[int] = ()) -> None:
+        from torch.distributed.fsdp import FSDPModule
+
+        self._student = student
+        original = unwrap(student)
+        assert isinstance(original, nn.Module)
+        self._gathered: list[Any] = [m for m in original.modules() if isinstance(m, FSDPModule)]
+        self.settle()
+        left_out = set(without)
+        self.sources = {n: p for n, p in trained_parameters(original).items() if id(p) not in left_out}
+        for name, parameter in self.sources.items():
+            # Their copies to the device run behind the host, which would change them under way.
+            mesh = getattr(parameter, "device_mesh", None)
+            if mesh is not None and mesh.device_type != parameter.device.type:
+                raise ValueError(
+                    f"EMATeacher: student must be sharded on its {mesh.device_type} device, got {name} offloaded to "
+                    f"{parameter.device}"
+                )
+        self.targets: dict[str, torch.Tensor] = {n: p.detach().clone() for n, p in self.sources.items()}
+
+    def settle(self) -> None:
+        """Puts shards back in place of parameters that a call without gradient has left gathered."""
+        for module in self._gathered:
+            module.reshard()
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Makes the student's module compute with these weights; the student's are back afterwards."""
+        self.settle()
+        self._exchange()
+        try:
+            yield
+        finally:
+            self.settle()
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for mine, theirs in self._portions():
+            held = [x.clone() for x in mine]
+            torch._foreach_copy_(mine, theirs)
+            torch._foreach_copy_(theirs, held)
+
+    def _portions(self) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+        """Shards of both, a few at a time; FSDP may move them, so they are looked up anew."""
+        mine: list[torch.Tensor] = []
+        theirs: list[torch.Tensor] = []
+        size = 0
+        for name, parameter in self.sources.items():
+            # `.data`: a graph that has saved a parameter finds it unchanged, as it will be by its backward.
+            mine.append(local(self.targets[name]).data)
+            theirs.append(local(parameter).data)
+            size += mine[-1].nbytes
+            if size >= _HELD_BYTES:
+                yield mine, theirs
+                mine, theirs, size = [], [], 0
+        if mine:
+            yield mine, theirs
+
+    def velocity(self, x_t: torch.Tensor, t: torch.Tensor, r: torch.Tensor, cond: Any) -> torch.Tensor:
+        """The student's network with these weights."""
+        network: Student = self._student
+        with self.active():
+            return network(x_t, t, r, cond)
+
+    def copy_buffers(self) -> None:
+        """The buffers are the student's own."""
+
+    def saved_buffers(self) -> dict[str, torch.Tensor]:
+        """None: the buffers are the student's own."""
+        return {}
