@@ -64,7 +64,7 @@ def _no_samples(run: Run) -> str:
 
 def loss(run: Run) -> str:
     """The chart of the loss, its terms and the evaluations."""
-    about = "Per step, smoothed over a fortieth of the run; behind it the values themselves. The loss has no unit."
+    about = "Per step, smoothed over a fortieth of the run; behind it the values, or their range. The loss has no unit."
     if not run.series.evaluations:
         about += " No evaluation so far."
     if not loss_columns(run) and not run.series.evaluations:
@@ -96,10 +96,9 @@ def trajectory(run: Run) -> str:
         return section("trajectory", TITLE, "", empty("TwinFlow is off: plain flow matching has no second time."))
     if not seen:
         return section("trajectory", TITLE, "", empty("No step has been measured yet."))
-    about = (
-        f"The times that rows were trained at, coloured by the sign of t; {shown:,} of {seen:,} rows kept in the log."
-    )
-    return section("trajectory", TITLE, about, '<figure class="chart" data-scatter></figure>')
+    about = f"Rows of steps by the times they were trained at, coloured by the sign of t; {shown:,} of {seen:,} logged."
+    body = f'<div class="beside"><figure class="chart" data-scatter></figure><div class="guide">{_GUIDE}</div></div>'
+    return section("trajectory", TITLE, about, body)
 
 
 def config(run: Run) -> str:

@@ -85,8 +85,8 @@ def _add(series: Series, record: dict[str, Any]) -> None:
         _cut(series, record["step"])
     values = {name: record.get(name) for name in _PLAIN}
     values |= {f"{TERM}{name}": value for name, value in record.get("terms", {}).items()}
-    for name in values.keys() - series.columns.keys():
-        series.columns[name] = [None] * len(series.steps)
+    for name in values:
+        series.columns.setdefault(name, [None] * len(series.steps))
     series.steps.append(record["step"])
     for name, column in series.columns.items():
         column.append(values.get(name))

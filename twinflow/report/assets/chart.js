@@ -146,6 +146,6 @@ class Chart {
       const near = this.hidden.has(own.label) ? -1 : own.steps.findIndex((step) => step >= first[k] && step <= last[k]);
       if (near >= 0) entry(this.read, own.colour, "diamond", own.label, number(own.values[near]));
     }
-    place(this.read, this.figure, at, this.svg.offsetTop + 8);
+    place(this.read, this.svg, at, 8);
   }
 }

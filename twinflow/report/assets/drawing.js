@@ -86,11 +86,12 @@ function path(xs, values, x, y, usable) {
   return text;
 }
 
-// Beside the pointer, on the side where there is room.
-function place(box, figure, at, top) {
+// Beside a place in a drawing, on the side where there is room.
+function place(box, svg, x, y) {
   box.hidden = false;
-  const room = figure.clientWidth, wide = box.offsetWidth;
-  box.style.transform = `translate(${at + 16 + wide > room ? Math.max(0, at - wide - 16) : at + 16}px, ${top}px)`;
+  const figure = svg.parentNode, room = figure.clientWidth, wide = box.offsetWidth;
+  const top = Math.max(0, y) + svg.getBoundingClientRect().top - figure.getBoundingClientRect().top;
+  box.style.transform = `translate(${x + 16 + wide > room ? Math.max(0, x - wide - 16) : x + 16}px, ${top}px)`;
 }
 
 function entry(box, name, shape, label, value) {

@@ -57,6 +57,6 @@ class Scatter {
     const tint = best[3] > 0 ? "plain" : "adversarial";
     entry(this.read, tint, "round", "t", number(best[3] * best[1]));
     entry(this.read, tint, "round", "|r|", number(best[2]));
-    place(this.read, this.figure, x, Math.max(0, this.svg.offsetTop + y - 50));
+    place(this.read, this.svg, x, y - 50);
   }
 }
