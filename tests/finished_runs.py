@@ -1,6 +1,9 @@
 """Runs that have ended, for the tests of the commands that come after training: real parts, a step or two."""
 
-import json
+import atexit
+import functools
+import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -44,6 +47,14 @@ def finished_run(root: Path, family: str = "sd3", steps: int = 2, **changes: obj
     return root
 
 
-def told(root: Path) -> dict:
-    """What a run's config file says."""
-    return json.loads(RunFolder(root).config.read_text())
+@functools.cache
+def kept_run(family: str = "sd3") -> Path:
+    """A run of the family, made once per process and removed at its exit; only for reading."""
+    return finished_run(_folder() / family, family)
+
+
+@functools.cache
+def _folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="twinflow-runs-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder

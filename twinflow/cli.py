@@ -15,7 +15,12 @@ from twinflow.commands.parser import Parser, nearest
 
 # command -> what it is for; each is a file of twinflow/commands, imported when it is asked for
 COMMANDS = {
+    "train": "from a folder of images, or prompts, and a config file to a few-step pipeline",
     "plan": "what a training step will need, without a GPU and without weights",
+    "sample": "images from a run or an export",
+    "export": "a run's weights as files for diffusers or ComfyUI",
+    "report": "what a run measured and drew, as one HTML page",
+    "doctor": "whether training can start here, and what is missing",
 }
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -35,16 +40,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not debug:
         _quiet_libraries()
     try:
-        return _run(name, given)
+        status = _run(name, given)
+        sys.stdout.flush()  # here, where a reader that has gone is noticed
+        return status
     except (Exception, KeyboardInterrupt) as error:
-        status = _status(error)
-        if debug or status is None:
+        known = _status(error)
+        if debug or known is None:
             raise
         if isinstance(error, BrokenPipeError):  # whoever read the output has gone, and there is nobody to tell
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         else:
             complain(name, "stopped" if isinstance(error, KeyboardInterrupt) else error)
-        return status
+        return known
 
 
 def _run(name: str, given: list[str]) -> int:
@@ -78,6 +85,8 @@ def _status(error: BaseException) -> int | None:
     """The exit status that an error means; None: it is a bug of ours, to be shown whole."""
     if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("twinflow"):
         return None
+    if isinstance(getattr(error, "exit_status", None), int):
+        return error.exit_status  # type: ignore[attr-defined]
     if isinstance(error, TypeError):
         return 2 if " must be " in str(error) else None
     if isinstance(error, OSError):

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+import twinflow_kernels  # noqa: F401 - its operations
+
 MODES = ("dual", "midpoint", "sign", "dual+sign", "midpoint+sign")
 LORA_MODE = "dual"  # the best of benchmarks/conditioning.py
 

@@ -8,7 +8,7 @@ from twinflow_kernels import _registry
 
 def choices() -> list[tuple[str, str, str, str]]:
     """Operation, device, backend and reason, of each operation on each device."""
-    found = []
+    found: list[tuple[str, str, str, str]] = []
     for operation in _registry.operations():
         for device in ("cpu", "cuda"):
             if device == "cuda" and not torch.cuda.is_available():

@@ -30,7 +30,7 @@ def _report(found: Machine) -> Iterator[str]:
     yield ""
     for gpu in found.gpus:
         yield f"GPU      {gpu['name']}, {gpu['free_gb']:.1f} of {gpu['total_gb']:.1f} GB free"
-    yield f"CUDA     torch is built {f'for CUDA {found.cuda}' if found.cuda else 'without'}, driver {found.driver or 'none'}"
+    yield f"CUDA     {found.cuda or 'none'} in torch, driver {found.driver or 'none'}"
     for folder, free in found.disks.items():
         yield f"disk     {free:.1f} GB free in {folder}"
     yield f"hub      {'logged in' if found.logged_in else 'no token; for gated models run `hf auth login`'}"

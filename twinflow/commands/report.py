@@ -16,12 +16,5 @@ def run(options: argparse.Namespace) -> int:
     from twinflow.report import write_report
     from twinflow.train.run_folder import RunFolder
 
-    folder = RunFolder(options.run_folder)
-    if not folder.root.is_dir():
-        raise ValueError(f"report: RUN must be a folder, got {str(folder.root)!r}, which does not exist")
-    out = folder.report if options.out is None else options.out
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise ValueError(f"report: out must be a file in a folder that exists, got {out}")
-    write_report(folder, out)
-    print(out)
+    print(write_report(RunFolder(options.run_folder), options.out))
     return 0
