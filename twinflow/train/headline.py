@@ -14,12 +14,12 @@ def headline(settings: TrainSettings, parts: Assembled, entries: int) -> str:
         entries: images or prompts that it is trained on.
     """
     kind = f"LoRA of rank {settings.lora_rank}" if settings.model_type == "lora" else "all weights"
+    counts = f"{amount(parts.trained)} of {amount(parts.parameters)} parameters"
     how = "flow matching" if settings.twinflow is None else f"TwinFlow ({settings.twinflow.recipe})"
     data = f"{entries} {'prompts' if settings.data_free else 'images'}"
     _, ranks = world()
     rows = f"{settings.step_rows * ranks} rows a step" + (f" on {ranks} processes" if ranks > 1 else "")
-    return f"{parts.model.family}: {kind} ({amount(parts.trained)} of {amount(parts.parameters)} parameters), {how}, {data}, "
-        f"{rows}, {parts.loop.device}"
+    return f"{parts.model.family}: {kind} ({counts}), {how}, {data}, {rows}, {parts.loop.device}"
 
 
 def amount(number: int) -> str:
