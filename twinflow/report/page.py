@@ -39,11 +39,11 @@ def write_report(run: RunFolder, to: Path | None = None) -> Path:
         ValueError: it is no folder of a run, or there is no folder for the file.
         OSError: the file cannot be written.
     """
-    path = run.report if to is None else Path(to)
+    found, path = read_run(run), run.report if to is None else Path(to)
     if path.is_dir() or not path.absolute().parent.is_dir():
         what = "a folder" if path.is_dir() else "in a folder that is not there"
         raise ValueError(f"write_report: to must be a file in a folder that exists, got {str(path)!r}, {what}")
-    text = page(read_run(run))
+    text = page(found)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         partial.write_text(text, encoding="utf-8")

@@ -57,8 +57,6 @@ def _no_samples(run: Run) -> str:
     every = run.settings.validation_steps if run.settings else None
     if every == 0:
         return "No samples: validation_steps is 0."
-    if run.settings and not run.settings.validation_prompts and not run.series.steps:
-        return "No samples yet."
     return f"No samples yet: they are drawn every {every:,} steps." if every else "No samples yet."
 
 
