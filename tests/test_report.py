@@ -215,7 +215,7 @@ def test_what_is_no_run_is_refused(tmp_path):
     (tmp_path / "a file").write_text("")
     (tmp_path / "folder").mkdir()
     for name, what in (("folder", "without either"), ("a file", "which is a file"), ("nothing", "which is not there")):
-        with pytest.raises(ValueError, match="^write_report: run must be the folder of a run, .*, got ") as raised:
+        with pytest.raises(ValueError, match=r"^write_report: run must be the folder of a run, .*, got ") as raised:
             write_report(RunFolder(tmp_path / name))
         assert str(raised.value).endswith(what) and name in str(raised.value)
     assert not list((tmp_path / "folder").iterdir())

@@ -51,8 +51,9 @@ def test_both_signs_are_in_the_scatter(tab):
 
 def test_arrow_keys_and_the_slider_change_the_step(tab):
     def seen():
-        return tab.ask("""[document.querySelector('.slider output').textContent, document.querySelector('.set').dataset.step,
-            document.querySelector('.slider input').value, document.querySelector('.set img').src]""")  # fmt: skip
+        return tab.ask("""[document.querySelector('.slider output').textContent,
+            document.querySelector('.set').dataset.step, document.querySelector('.slider input').value,
+            document.querySelector('.set img').src]""")
 
     first = seen()
     assert first[:3] == ["Step 60 of 60EMA weights", "60", "2"] and first[3].startswith("data:image/webp;base64,")
@@ -111,8 +112,8 @@ def test_nothing_is_loaded_and_nothing_complains(tab):
     ]
     assert len([url for url in asked if url.startswith("file:")]) == 1
     assert not [url for url in asked if not url.startswith(("file:", "data:"))]
-    bad = [event["params"] for event in tab.events
-           if event.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled")]  # fmt: skip
+    complaints = ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled")
+    bad = [event["params"] for event in tab.events if event.get("method") in complaints]
     assert not bad
     assert tab.ask("document.title") == "run · twinflow report", "the prompt's script has not run"
     assert tab.ask("document.querySelectorAll('script').length") == 2
