@@ -97,8 +97,11 @@ def _forecast(settings: TrainSettings, folder: Path, console: Console) -> None:
     shown.add_column("" if usable is None else f"within {usable:.1f} GB")
     chosen = False
     for preset in presets:
-        with console.status(f"forecast of {preset.name} ..."):
-            found = planner.forecast(preset)
+        try:
+            with console.status(f"forecast of {preset.name} ..."):
+                found = planner.forecast(preset)
+        except ValueError as error:
+            return say(f"  no forecast: {str(error).removeprefix('plan: ')}")
         fits = "" if usable is None else ("yes" if found.fits(usable) else "no")
         first = fits == "yes" and not chosen and named == "auto"
         chosen = chosen or fits == "yes"

@@ -1,0 +1,82 @@
+"""From images to pictures: train, killed; the same command; export; sample. By the command line alone."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_pipelines import tiny_pipeline
+from training_cases import CONFIG, equal, photos, weights
+
+SMALL = ["--resolution", "32", "--max_train_steps", "8", "--checkpointing_steps", "2", "--validation_steps", "4",
+         "--validation_prompts", "the digit 5", "--eval_share", "0.1"]  # fmt: skip
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "twinflow", *map(str, arguments)]
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "100", "HOME": str(folder)}
+
+
+def run(folder: Path, *arguments: object) -> subprocess.CompletedProcess:
+    """A command that must end well, in some seconds, without a traceback."""
+    found = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=200, cwd=folder,
+                           env=environment(folder))  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    assert "Traceback" not in found.stderr
+    return found
+
+
+def killed(folder: Path, *arguments: object) -> None:
+    """Kills a command as soon as a checkpoint is there."""
+    process = subprocess.Popen(command(*arguments), cwd=folder, env=environment(folder), stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)  # fmt: skip
+    deadline = time.monotonic() + 200
+    while not list(folder.glob("output/*/checkpoint-*")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("family", ["sd3", "qwen_image"])
+def test_images_train_kill_resume_export_sample(tmp_path, family):
+    photos(tmp_path / "photos", 40)
+    tiny_pipeline(family, tmp_path / "base")
+    config = CONFIG | {"model_family": family, "pretrained_model_name_or_path": str(tmp_path / "base")}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    train = ("train", "config.json", "--instance_data_dir", "photos", *SMALL)
+    killed(tmp_path, *train)
+    root = tmp_path / "output" / "sd3-twinflow"
+    assert not (root / "checkpoint-000008").exists()
+    said = run(tmp_path, *train).stdout
+    assert "going on after step " in said and "done: 8 steps" in said and "prompts: " not in said  # nothing is encoded
+    unbroken = [*train, "--output_dir", "output/unbroken", "--cache_dir", str(root / "cache")]
+    run(tmp_path, *unbroken)
+    step, found = weights(root)
+    assert step == 8 and equal(found, weights(tmp_path / "output" / "unbroken")[1])
+    assert (root / "samples" / "base" / "grid.png").exists() and (root / "samples" / "step-000008").is_dir()
+    exported = run(tmp_path, "export", root, "--out", "few-step")
+    assert "EMA" in exported.stdout + exported.stderr
+    lora = load_file(tmp_path / "few-step" / "pytorch_lora_weights.safetensors")
+    assert any(name.endswith("lora_B.weight") and value.any() for name, value in lora.items())
+    drawing = ("--prompt", "the digit 5", "--steps", "2", "--seed", "0")
+    for source, out in ((root, "of-run"), ("few-step", "of-export")):
+        run(tmp_path, "sample", source, *drawing, "--out", out)
+    images = [np.array(Image.open(next((tmp_path / out).glob("*.png")))) for out in ("of-run", "of-export")]
+    assert images[0].shape == (32, 32, 3) and images[0].std() > 5
+    assert np.array_equal(*images)
+    shown = np.array(Image.open(root / "samples" / "step-000008" / "01-2.png"))
+    assert shown.shape == images[0].shape
+    page = run(tmp_path, "report", root)
+    assert "report.html" in page.stdout and b"the digit 5" in (root / "report.html").read_bytes()
+    assert torch.isfinite(torch.tensor(images[0].astype(float))).all()
