@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from batches import EIGHT, toy_draws
 from family_batches import make_batch
 from test_data_parallel import rows_of
@@ -141,6 +142,7 @@ def _child(rank: int, port: int, kind: str, work: Callable, arguments: tuple) ->
     if kind == "fsdp2":
         os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)  # that of earlier tests
     work(Accelerator(cpu=True), *arguments)
     gc.collect()  # DDP's wrapper before the group that it uses
     distributed.destroy_process_group()

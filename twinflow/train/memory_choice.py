@@ -6,9 +6,11 @@ import torch
 
 from twinflow.memory import PRESETS, AppliedMemory, MemoryPreset, apply_memory
 from twinflow.memory.apply import SPARE_BYTES
+from twinflow.memory.presets import preset_of
 from twinflow.models import FlowModel
 from twinflow.train.cache_index import Cache
 from twinflow.train.settings import TrainSettings
+from twinflow.train.wrapping import check_sharded
 
 if TYPE_CHECKING:
     from twinflow.memory.planner.forecast import Forecast
@@ -39,7 +41,9 @@ def put_memory(
     """
     name = settings.memory_preset
     if sharded:
-        return apply_memory(student, SHARDED if name == "auto" else name)
+        preset = preset_of(SHARDED if name == "auto" else name)
+        check_sharded(settings, student, preset)
+        return apply_memory(student, preset)
     if name != "auto":
         return apply_memory(student, name, device=device)
     if device.type != "cuda":
