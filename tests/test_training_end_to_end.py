@@ -5,15 +5,17 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_pipelines import tiny_pipeline
-from training_cases import CONFIG, equal, photos, weights
+from training_cases import CONFIG, equal, forked, photos, weights
+
+from twinflow.cli import main
 
 SMALL = ["--resolution", "32", "--max_train_steps", "8", "--checkpointing_steps", "2", "--validation_steps", "4",
          "--validation_prompts", "the digit 5", "--eval_share", "0.1"]  # fmt: skip
@@ -48,6 +50,19 @@ def killed(folder: Path, *arguments: object) -> None:
     process.wait()
 
 
+def in_a_fork(folder: Path, *arguments: object) -> str:
+    """A command by the entry point in a child; what it said."""
+
+    def work() -> None:
+        os.chdir(folder)
+        with (folder / "said.txt").open("w") as said, redirect_stdout(said):
+            status = main([str(argument) for argument in arguments])
+        assert status == 0
+
+    assert forked(work) == 0
+    return (folder / "said.txt").read_text()
+
+
 @pytest.mark.parametrize("family", ["sd3", "qwen_image"])
 def test_images_train_kill_resume_export_sample(tmp_path, family):
     photos(tmp_path / "photos", 40)
@@ -58,25 +73,21 @@ def test_images_train_kill_resume_export_sample(tmp_path, family):
     killed(tmp_path, *train)
     root = tmp_path / "output" / "sd3-twinflow"
     assert not (root / "checkpoint-000008").exists()
-    said = run(tmp_path, *train).stdout
-    assert "going on after step " in said and "done: 8 steps" in said and "prompts: " not in said  # nothing is encoded
-    unbroken = [*train, "--output_dir", "output/unbroken", "--cache_dir", str(root / "cache")]
-    run(tmp_path, *unbroken)
+    said = run(tmp_path, *train).stdout if family == "sd3" else in_a_fork(tmp_path, *train)
+    assert "going on after step " in said and "done: 8 steps" in said and "encoding" not in said
+    unbroken = [*train, "--output_dir", "output/unbroken", "--cache_dir", root / "cache", "--validation_steps", "0"]
+    in_a_fork(tmp_path, *unbroken)
     step, found = weights(root)
     assert step == 8 and equal(found, weights(tmp_path / "output" / "unbroken")[1])
     assert (root / "samples" / "base" / "grid.png").exists() and (root / "samples" / "step-000008").is_dir()
-    exported = run(tmp_path, "export", root, "--out", "few-step")
-    assert "EMA" in exported.stdout + exported.stderr
+    assert "EMA" in in_a_fork(tmp_path, "export", root, "--out", "few-step")
     lora = load_file(tmp_path / "few-step" / "pytorch_lora_weights.safetensors")
     assert any(name.endswith("lora_B.weight") and value.any() for name, value in lora.items())
     drawing = ("--prompt", "the digit 5", "--steps", "2", "--seed", "0")
     for source, out in ((root, "of-run"), ("few-step", "of-export")):
-        run(tmp_path, "sample", source, *drawing, "--out", out)
+        in_a_fork(tmp_path, "sample", source, *drawing, "--out", out)
     images = [np.array(Image.open(next((tmp_path / out).glob("*.png")))) for out in ("of-run", "of-export")]
     assert images[0].shape == (32, 32, 3) and images[0].std() > 5
     assert np.array_equal(*images)
-    shown = np.array(Image.open(root / "samples" / "step-000008" / "01-2.png"))
-    assert shown.shape == images[0].shape
-    page = run(tmp_path, "report", root)
-    assert "report.html" in page.stdout and b"the digit 5" in (root / "report.html").read_bytes()
-    assert torch.isfinite(torch.tensor(images[0].astype(float))).all()
+    in_a_fork(tmp_path, "report", root)
+    assert b"the digit 5" in (root / "report.html").read_bytes()

@@ -94,7 +94,7 @@ def build_cache(
         encoders: loaded only if something is missing, and let go at the end.
         sizes: of `buckets`; prompts take the one most like a square.
         options: see `CacheOptions`.
-        progress: called with ("images" | "latents" | "prompts" | "waiting for process N", done, of).
+        progress: called with what is done (as "encoding images", "waiting for process N"), how many are, and of how many.
         main_process: whether this process encodes; others read what it has encoded.
         wait: called by all, when the main process is done: a barrier.
 
@@ -138,7 +138,7 @@ def _build(
     work.warnings += [f"{path.name} was damaged: what it held is encoded again" for path in shards.damaged]
     for done, item in enumerate(items, 1):
         _find(item, done, work, encoders, sizes)
-        progress("images" if isinstance(item, Item) else "prompts", done, len(items))
+        progress(f"looking at {'images' if isinstance(item, Item) else 'prompts'}", done, len(items))
     uncond = text_key(options.uncond, encoders)
     words = {uncond: options.uncond} | {e.condition: e.caption for e in work.entries}
     _encode_prompts(words, shards, encoders, options, progress)
@@ -190,7 +190,7 @@ def _encode_prompts(
         for done, keys in _parts(missing, options.text_batch):
             found = encoders.prompts([words[key] for key in keys])
             writer.add(dict(zip(keys, found, strict=True)))
-            progress("prompts", done, len(missing))
+            progress("encoding prompts", done, len(missing))
 
 
 def _encode_images(work: _Work, shards: Shards, encoders: Encoders, options: CacheOptions, progress: Progress) -> None:
@@ -211,7 +211,7 @@ def _encode_images(work: _Work, shards: Shards, encoders: Encoders, options: Cac
                 if good:
                     found = encoders.images(as_model_input(torch.stack(list(good.values()))))
                     writer.add({key: {"latents": x} for key, x in zip(good, found, strict=True)})
-                progress("latents", before + done, total)
+                progress("encoding images", before + done, total)
             before += len(of_size)
 
 
