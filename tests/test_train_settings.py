@@ -152,7 +152,10 @@ def test_what_validation_is_asked_for_and_does_not_do():
     assert guidance.startswith("validation_guidance is 0.0") and "4.5" in guidance
     assert steps.startswith("validation_num_inference_steps is twinflow_target_step_count, 8, not 30")
     assert many.startswith("twinflow_target_step_count is 8") and "1 to 4" in many
-    assert read_config(None, {**ON, "validation_guidance": 0}).warnings == ()
+    (flat,) = read_config(None, {**ON, "validation_guidance": 0}).warnings
+    assert flat.startswith("one step without twinflow_adversarial_enabled tends to look flat")
+    for sharp in ({"twinflow_adversarial_enabled": True}, {"twinflow_target_step_count": 2}):
+        assert read_config(None, {**ON, **sharp}).warnings == ()
 
 
 NO_FLOW = (

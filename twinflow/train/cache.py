@@ -94,7 +94,7 @@ def build_cache(
         encoders: loaded only if something is missing, and let go at the end.
         sizes: of `buckets`; prompts take the one most like a square.
         options: see `CacheOptions`.
-        progress: called with what is done (as "encoding images", "waiting for process N"), how many are, and of how many.
+        progress: called with what is done (as "encoding images"), how many, of how many.
         main_process: whether this process encodes; others read what it has encoded.
         wait: called by all, when the main process is done: a barrier.
 

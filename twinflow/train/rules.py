@@ -16,6 +16,10 @@ NO_EMA = (
     "TwinFlow requires an EMA teacher; enable use_ema or set twinflow_allow_no_ema_teacher to fall back to student "
     "weights explicitly."
 )
+FLAT = (
+    "one step without twinflow_adversarial_enabled tends to look flat: enable it, or sample in 2 to 4 steps "
+    "(twinflow_target_step_count)"
+)
 # options that are None until others are known -> their default then; `twinflow` is the objective or None
 DERIVED: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "lora_alpha": lambda s: float(s["lora_rank"]),
@@ -141,4 +145,6 @@ def _validation(found: dict[str, Any], config: TwinFlowConfig | None, warnings: 
         warnings.append(f"validation_num_inference_steps is twinflow_target_step_count, {target}, not {steps}")
     if not 1 <= target <= 4:
         warnings.append(f"twinflow_target_step_count is {target}; TwinFlow is for 1 to 4 steps")
+    if target == 1 and not config.adversarial:
+        warnings.append(FLAT)
     found["validation_guidance"], found["validation_num_inference_steps"] = 0.0, target
