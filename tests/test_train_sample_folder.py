@@ -79,6 +79,6 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(sample_folder, "sync", full)
-    with pytest.raises(OSError, match="output_dir must have room for 4 images, got No space left on device"):
+    with pytest.raises(OSError, match="output_dir must take 4 images, got No space left on device"):
         write(folder)
     assert bytes_of(folder) == old and [path.name for path in tmp_path.iterdir()] == [folder.name]

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from twinflow.interface import Student, unwrap, without_collectives
 
@@ -14,15 +13,14 @@ from twinflow.interface import Student, unwrap, without_collectives
 def observed(student: Student, device: torch.device) -> Iterator[Student]:
     """The student to call: without gradient, dropout and collectives of DDP; every rank of FSDP2 makes the same calls.
 
-    At the end torch's random streams, the modes of its modules and the sharding of its parameters are as before.
+    At the end torch's random streams and the modes of its modules are as before.
 
     Args:
         student: wrapped or not.
         device: where it computes.
     """
     module = unwrap(student)
-    parts = list(module.modules()) if isinstance(module, nn.Module) else []
-    training = [part for part in parts if part.training]
+    training = [part for part in module.modules() if part.training] if isinstance(module, nn.Module) else []
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             for part in training:
@@ -31,6 +29,3 @@ def observed(student: Student, device: torch.device) -> Iterator[Student]:
         finally:
             for part in training:
                 part.training = True
-            for part in parts:
-                if isinstance(part, FSDPModule):
-                    part.reshard()  # the outermost one keeps what a call gathers until backward

@@ -33,21 +33,20 @@ def write_samples(
         more: entries of `samples.json` beside `images` and `grid`.
 
     Raises:
-        OSError: no room; what was there before stays.
+        OSError: no room, or no folder; what was there before stays.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in (p for ending in (_PARTIAL, _REPLACED) for p in folder.parent.glob(f".*{ending}")):
-        shutil.rmtree(left)
     partial = folder.with_name(f".{folder.name}{_PARTIAL}")
     try:
-        partial.mkdir()
+        for left in (p for ending in (_PARTIAL, _REPLACED) for p in folder.parent.glob(f".*{ending}")):
+            shutil.rmtree(left)
+        partial.mkdir(parents=True)
         _fill(partial, title, columns, images, more)
         for path in (*partial.iterdir(), partial):
             sync(path)
         _replace(folder, partial)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        wanted = f"Sampler: output_dir must have room for {len(images)} images"
+        wanted = f"Sampler: output_dir must take {len(images)} images"
         raise OSError(error.errno, f"{wanted}, got {os.strerror(error.errno or 0)}: {folder}") from None
 
 
