@@ -19,7 +19,9 @@ def headline(settings: TrainSettings, parts: Assembled, entries: int) -> str:
     data = f"{entries} {'prompts' if settings.data_free else 'images'}"
     _, ranks = world()
     rows = f"{settings.step_rows * ranks} rows a step" + (f" on {ranks} processes" if ranks > 1 else "")
-    return f"{parts.model.family}: {kind} ({counts}), {how}, {data}, {rows}, {parts.loop.device}"
+    device = parts.loop.device
+    where = device.type if device.type == "cpu" else device
+    return f"{parts.model.family}: {kind} ({counts}), {how}, {data}, {rows}, {where}"
 
 
 def amount(number: int) -> str:

@@ -152,8 +152,9 @@ def _run(settings: TrainSettings, run: RunFolder, parts: Assembled, checks: Chec
         except torch.OutOfMemoryError as error:
             said = after_out_of_memory(settings, parts.model, parts.memory, loop.device)
             raise TrainingStopped(f"train: no memory left on {loop.device}: {said}; {_standing(run)}") from error
-    if stop and loop.step < settings.max_train_steps:
-        display.say(f"stopped by {stop.signal} after step {loop.step}: saved; the same command goes on")
+    if loop.step < settings.max_train_steps:
+        by = stop.signal or "a signal to another process"
+        display.say(f"stopped by {by} after step {loop.step}: saved; the same command goes on")
     else:
         display.say(f"done: {loop.step} steps; next: twinflow sample {run.root} --prompt ..., export or report")
     return loop.step
