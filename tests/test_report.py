@@ -143,7 +143,10 @@ def test_texts_from_files_stay_texts(tmp_path):
         image |= {"prompt": HOSTILE, "style": HOSTILE}
     (run.samples_at(1) / "samples.json").write_text(json.dumps({**record, "weights": HOSTILE}))
     (run.samples / f"a{HOSTILE.replace('/', '')}").mkdir()
-    page = page_of(run)
+    text = write_report(run).read_text()
+    page = Page(text)
+    given = text.partition('id="data">')[2].partition("</script>")[0]
+    assert json.loads(given) == page.data and not set("<>&") & set(given), "`</script x` ends a script as well"
     assert page.tags.count("script") == 2 and page.tags.count("style") == 1 and "x-evil" not in page.tags
     assert not [name for _, name, _ in page.attributes if name.startswith("on")]
     assert HOSTILE in page.texts["h1"] and page.data["samples"]["rows"][0]["prompt"] == HOSTILE

@@ -85,6 +85,12 @@ def test_steps_taken_again_replace_the_old_ones(tmp_path, measured):
         assert [record["step"] for record in series.evaluations] == [3]
 
 
+def test_a_run_that_was_just_resumed_ends_there(tmp_path, measured):
+    path = tmp_path / "metrics.jsonl"
+    MetricsFile(path).append([start(0), *({**measured[k], "step": k + 1} for k in range(9)), start(4)])
+    assert read_series(path).steps == [1, 2, 3, 4] and read_series(path).last == 4
+
+
 def noise(folder, count: int, size: int = 600):
     folder.mkdir(exist_ok=True)
     found = []
@@ -95,13 +101,17 @@ def noise(folder, count: int, size: int = 600):
 
 
 def test_images_are_scaled_until_they_fit(tmp_path):
-    paths = noise(tmp_path, 6)
+    paths = noise(tmp_path, 6, 400)
     sizes = {}
     for most in (10**8, 300_000, 100):
         uris = data_uris(paths, most)
         sizes[most] = sum(map(len, uris))
         assert len({len(uri) > 100 for uri in uris}) == 1
     assert sizes[10**8] > 300_000 >= sizes[300_000] > sizes[100]
+    flat = tmp_path / "flat.png"
+    Image.new("RGB", (400, 200)).save(flat)
+    mixed = [path for noisy in paths * 2 for path in (flat, noisy)]  # those that are tried are the flat ones
+    assert sum(map(len, data_uris(mixed, 500_000))) <= 500_000 < sum(map(len, data_uris(mixed, 10**8)))
     assert data_uris([tmp_path / "none.png"]) == [None] and data_uris([]) == []
     assert tuple(sorted(WIDTHS, reverse=True)) == WIDTHS
 

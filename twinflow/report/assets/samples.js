@@ -21,7 +21,7 @@ class Samples {
 
   key(event) {
     const move = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    const elsewhere = event.target.closest?.("input, svg, summary, [contenteditable]");
+    const elsewhere = event.target.closest?.("svg"); // a chart reads its values by these keys
     if (!move || elsewhere || event.altKey || event.ctrlKey || event.metaKey || this.dialog.open) return;
     event.preventDefault();
     this.show(this.at + move);
