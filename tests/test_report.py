@@ -173,13 +173,15 @@ def test_a_run_without_twinflow_evaluations_or_terms(tmp_path):
     run = RunFolder(tmp_path / "run")
     run.root.mkdir()
     run.config.write_text(read_config(None, {"pretrained_model_name_or_path": "model"}).to_json())
-    step = {"kind": "step", "loss": 1.0, "terms": {"velocity": 1.0}, "trajectory": []}
+    step = {"kind": "step", "loss": 1.0, "terms": {"velocity": 1.0}, "trajectory": [], "peak_gb": 38.25}
     MetricsFile(run.metrics).append([start(0), *({**step, "step": k} for k in (1, 2))])
     page = page_of(run)
     assert (
         "TwinFlow is off" in page.plain and "No evaluation so far" in page.plain and "2 of 2,000, not f" in page.plain
     )
     assert "No samples yet: they are drawn every 500 steps" in page.plain and page.data["charts"][0]["points"] == []
+    assert [chart["id"] for chart in page.data["charts"]] == ["loss", "memory"] and "38.2" in page.plain
+    assert page.data["run"]["columns"]["peak_gb"]["mean"] == [38.25, 38.25]
 
 
 def test_damage_is_counted_and_left_out(copied):

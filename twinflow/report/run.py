@@ -46,8 +46,8 @@ class Run:
 
     @property
     def twinflow(self) -> bool:
-        """Whether TwinFlow is on, as far as anything says so."""
-        return bool(self.series.trajectory.seen) if self.settings is None else self.settings.twinflow is not None
+        """Whether TwinFlow is on; True where nothing says so."""
+        return self.settings is None or self.settings.twinflow is not None
 
 
 def read_run(folder: RunFolder) -> Run:

@@ -93,7 +93,7 @@ def trajectory(run: Run) -> str:
     if not run.twinflow:
         return section("trajectory", TITLE, "", empty("TwinFlow is off: plain flow matching has no second time."))
     if not seen:
-        return section("trajectory", TITLE, "", empty("No step has been measured yet."))
+        return section("trajectory", TITLE, "", empty("No step with times has been logged yet."))
     about = f"Rows of steps by the times they were trained at, coloured by the sign of t; {shown:,} of {seen:,} logged."
     body = f'<div class="beside"><figure class="chart" data-scatter></figure><div class="guide">{_GUIDE}</div></div>'
     return section("trajectory", TITLE, about, body)

@@ -31,7 +31,8 @@ class Samples {
     const { told } = this, images = this.columns.length;
     const narrow = matchMedia("(max-width: 46rem)");
     const lay = () => {
-      const name = narrow.matches ? "" : "minmax(9rem, 1.05fr) ", most = narrow.matches || images > 3 ? "1fr" : "14rem";
+      const full = narrow.matches || images > 3, most = full ? "1fr" : "14rem";
+      const name = narrow.matches ? "" : `minmax(9rem, ${full ? "1.05fr" : "16rem"}) `;
       this.grid.style.gridTemplateColumns = `${name}repeat(${images}, minmax(0, ${most}))`;
     };
     narrow.addEventListener("change", lay);
