@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from twinflow.train.buckets import Size
 from twinflow.train.cache import Cache, CacheOptions, Progress, build_cache
@@ -67,19 +68,11 @@ def validation_prompts(
         ValueError: a resolution that the model does not take.
     """
     require_resolution(settings, encoders)
-    width, height = settings.validation_resolution
+    size = settings.validation_resolution[::-1]
     texts = settings.validation_prompts or captions(cache)
-    size = (height, width)
-    encoded = build_cache(
-        settings.cache_dir / FOLDER,
-        texts,
-        encoders,
-        [size],
-        options=CacheOptions(uncond=settings.validation_negative_prompt, text_batch=settings.text_batch_size),
-        progress=progress,
-        main_process=main_process,
-        wait=wait,
-    )
+    options = CacheOptions(uncond=settings.validation_negative_prompt, text_batch=settings.text_batch_size)
+    how: dict[str, Any] = {"options": options, "progress": progress, "main_process": main_process, "wait": wait}
+    encoded = build_cache(settings.cache_dir / FOLDER, texts, encoders, [size], **how)
     return ValidationPrompts(
         texts=tuple(texts),
         conditions=tuple(encoded.condition([entry]) for entry in encoded.entries),
