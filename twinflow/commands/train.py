@@ -30,7 +30,10 @@ def run(options: argparse.Namespace) -> int:
 
         dry_run(settings, Console())
         return 0
+    from accelerate.state import PartialState
+
     from twinflow.train.training import train
 
     train(settings)
+    PartialState().destroy_process_group()
     return 0

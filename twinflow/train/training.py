@@ -1,11 +1,15 @@
 """`train()`: a run from its settings: where it goes on, data, model, memory, and the loop."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from rich.console import Console
 
 from twinflow.ranks import agreed, world
@@ -13,7 +17,7 @@ from twinflow.train.assembly import Assembled, assemble
 from twinflow.train.cache import Cache
 from twinflow.train.cache_index import held_out
 from twinflow.train.cache_shards import write_whole
-from twinflow.train.checkpoint import latest_checkpoint, read_checkpoint, write_checkpoint
+from twinflow.train.checkpoint import read_checkpoint, write_checkpoint
 from twinflow.train.checkpoint_files import read_summary
 from twinflow.train.checks import Checks, checks_of
 from twinflow.train.data import encoders_of, prepare_data
@@ -32,7 +36,7 @@ from twinflow.train.source import pipeline_folder
 from twinflow.train.stopping import StopRequest
 from twinflow.train.surroundings import surroundings
 from twinflow.train.trackers import wanted
-from twinflow.train.validation_prompts import require_resolution, validation_prompts
+from twinflow.train.validation_prompts import ValidationPrompts, require_resolution, validation_prompts
 
 
 class TrainingStopped(RuntimeError):
@@ -58,7 +62,9 @@ def train(settings: TrainSettings, console: Console | None = None) -> int:
     """
     settings.require_data()
     wanted(settings)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
+    # One process encodes, perhaps for hours, while the others wait.
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=[patience])
     display = Display(console, accelerator.is_main_process)
     run = RunFolder(settings.output_dir)
     try:
@@ -73,20 +79,15 @@ def _train(settings: TrainSettings, run: RunFolder, accelerator: Accelerator, di
     if done >= settings.max_train_steps:
         display.say(f"{run.root} has taken its {done} steps; raise max_train_steps to go on")
         return done
-    folder = _pipeline(settings)
-    encoders = encoders_of(settings, folder, accelerator.device)
-    ranks: dict[str, Any] = dict(main_process=accelerator.is_main_process, wait=accelerator.wait_for_everyone)
-    if settings.validation_steps:
-        require_resolution(settings, encoders)
-    prompts = None
-    with encoders.kept(), without_loading_bars():
-        cache = prepare_data(settings, encoders, progress=display.caching, **ranks)
-        if settings.validation_steps:
-            prompts = validation_prompts(settings, cache, encoders, progress=display.caching, **ranks)
-    _tell(settings, cache, display)
-    entries, held = held_out(cache.entries, 0.0 if settings.data_free else settings.eval_share)
-    with without_loading_bars(), said_by(display):
-        parts = assemble(settings, folder, cache, entries, accelerator)
+    folder, device = _pipeline(settings), accelerator.device
+    with without_loading_bars():
+        with _room("encoding", device, "lower vae_batch_size or text_batch_size"):
+            cache, prompts = _encoded(settings, folder, accelerator, display)
+        _tell(settings, cache, display)
+        entries, held = held_out(cache.entries, 0.0 if settings.data_free else settings.eval_share)
+        advice = "`twinflow train --dry-run` shows what each memory_preset needs"
+        with _room("loading the model", device, advice), said_by(display):
+            parts = assemble(settings, folder, cache, entries, accelerator)
     display.say(headline(settings, parts, len(entries)))
     if checkpoint is not None:
         parts.loop.state.restore(read_checkpoint(checkpoint))
@@ -94,6 +95,30 @@ def _train(settings: TrainSettings, run: RunFolder, accelerator: Accelerator, di
     with Record(settings, run, parts.loop.step) as record:
         looks: dict[str, Any] = dict(folder=folder, run=run, prompts=prompts, data=(cache, held))
         return _run(settings, run, parts, checks_of(settings, parts, record, display, **looks))
+
+
+def _encoded(
+    settings: TrainSettings, folder: Path, accelerator: Accelerator, display: Display
+) -> tuple[Cache, ValidationPrompts | None]:
+    """The data, and the prompts of the samples; the encoders are gone afterwards."""
+    encoders = encoders_of(settings, folder, accelerator.device)
+    if settings.validation_steps:
+        require_resolution(settings, encoders)
+    how: dict[str, Any] = dict(main_process=accelerator.is_main_process, wait=accelerator.wait_for_everyone)
+    with encoders.kept():
+        cache = prepare_data(settings, encoders, progress=display.caching, **how)
+        if not settings.validation_steps:
+            return cache, None
+        return cache, validation_prompts(settings, cache, encoders, progress=display.caching, **how)
+
+
+@contextmanager
+def _room(doing: str, device: torch.device, advice: str) -> Iterator[None]:
+    """Says what to do where the device has no memory left."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingStopped(f"train: no memory left on {device} while {doing}: {advice}") from error
 
 
 def _begin(settings: TrainSettings, run: RunFolder, display: Display) -> Path | None:
@@ -161,6 +186,6 @@ def _run(settings: TrainSettings, run: RunFolder, parts: Assembled, checks: Chec
 
 
 def _standing(run: RunFolder) -> str:
-    """Where a run stands that cannot go on."""
-    found = latest_checkpoint(run.root)
+    """Where a run stands that cannot go on; asked of no other rank, as this one may be alone in trouble."""
+    found = max(run.root.glob("checkpoint-" + "[0-9]" * 6), default=None)
     return f"the last checkpoint is {found}" if found is not None else "there is no checkpoint yet"
