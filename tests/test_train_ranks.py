@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from ranked_steps import Run, assert_same_run, on_two_ranks, one_process, settings_of
+from family_batches import make_batch
+from ranked_steps import MICRO, Run, assert_same_run, on_two_ranks, one_process, settings_of
 from torch.distributed.tensor import DTensor
 
 from twinflow.train.checkpoint import latest_checkpoint, read_checkpoint, write_checkpoint
@@ -29,6 +30,7 @@ def every_run(accelerator: Accelerator, kind: str, folder: Path) -> None:
             write_checkpoint(folder / str(number), 3, run.state.collect())
     if kind == "fsdp2":
         one_row_each(accelerator)
+        looked_at(accelerator)
         resumed(accelerator, folder / "resumed")
 
 
@@ -41,6 +43,21 @@ def one_row_each(accelerator: Accelerator) -> None:
         assert run.backward(number, roles, slice(rank, rank + 1), 1, True).isfinite()
         assert len(set(gather_bytes(bytes(called)))) == 1
     assert all(p.grad is not None and p.grad.to_local().isfinite().all() for p in run.state._trained().values())
+
+
+def looked_at(accelerator: Accelerator) -> None:
+    """A call without gradient leaves shards: an optimizer step behind it counts, a state can be collected."""
+    run = Run(settings_of(), accelerator)
+    rows = make_batch("sd3", run.model, 2)
+    run.backward(0, MICRO[0], slice(0, 2), 2, True)
+    velocities = []
+    for _ in range(2):
+        with torch.no_grad():
+            velocities.append(run.student(rows[0], torch.full((2,), 0.9), torch.zeros(2), rows[1]))
+        assert all(isinstance(p, DTensor) for p in run.model.parameters())
+        assert run.state.collect()["shared"]["optimizer"]["kind"] == "torch.AdamW"
+        run.optimizer.step()
+    assert not torch.equal(*velocities)
 
 
 def resumed(accelerator: Accelerator, folder: Path) -> None:

@@ -7,13 +7,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from family_batches import make_batch, make_student
 from ranked_steps import on_two_ranks, settings_of
 from test_memory_together import student_of
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from twinflow import EMATeacher
+from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss
+from twinflow.lora import add_lora
 from twinflow.memory import PRESETS, defer_modulation
 from twinflow.memory.quantised_base import quantised_form
 from twinflow.ranks import agreed
@@ -87,6 +89,24 @@ def test_what_cannot_be_sharded():
     assert quantised_form(student) is None, "refused before it is packed"
     with defer_modulation(student), pytest.raises(ValueError, match="which keeps modulation weights whole"):
         check_sharded(settings_of(), student)
+
+
+def unused_adapters(accelerator: Accelerator, kind: str) -> None:
+    """The adapters of the text in Qwen-Image's last block train nothing; steps go on without them."""
+    student, config = add_lora(make_student("qwen_image"), 2, conditioning="dual+sign"), TwinFlowConfig()
+    called, teacher = wrap(settings_of(), student, accelerator)
+    assert launched(accelerator) == kind
+    for seed in range(2):
+        torch.manual_seed(seed)
+        TwinFlowLoss(config).backward(called, *make_batch("qwen_image", student, 2), teacher=teacher)
+    idle = [n for n, p in student.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert any("to_add_out" in name for name in idle), idle
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_adapters_without_gradient(kind):
+    settings_of()
+    on_two_ranks(kind, unused_adapters, kind)
 
 
 def expected_norm(gradients, bound: float) -> torch.Tensor:

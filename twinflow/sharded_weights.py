@@ -91,9 +91,8 @@ class ShardedWeights:
         theirs: list[torch.Tensor] = []
         size = 0
         for name, parameter in self.sources.items():
-            # `.data`: a graph that has saved a parameter finds it unchanged, as it will be by its backward.
-            mine.append(local(self.targets[name]).data)
-            theirs.append(local(parameter).data)
+            mine.append(local(self.targets[name]))
+            theirs.append(local(parameter))
             size += mine[-1].nbytes
             if size >= _HELD_BYTES:
                 yield mine, theirs
