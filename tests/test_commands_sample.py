@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from finished_runs import finished_run, kept_run
 from PIL import Image
+from safetensors.torch import load_file
 from tiny_pipelines import saved_pipeline
 
 import twinflow
@@ -34,6 +35,11 @@ def pixels(path):
     return np.asarray(Image.open(path).convert("RGB")).astype(int)
 
 
+def stock(export, **options):
+    """The pipeline with an export, without the command."""
+    return twinflow.attach(DiffusionPipeline.from_pretrained(saved_pipeline("sd3")), export, **options)
+
+
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):
     """Family -> an export of its run."""
@@ -54,12 +60,10 @@ def test_a_run_and_its_export_draw_the_same(family, exports, tmp_path, capsys):
     assert (pixels(of_student) != pixels(of_run)).any()
 
 
-def test_the_image_is_what_attach_and_the_stock_pipeline_draw(exports, tmp_path, capsys):
-    (path,) = drawn(capsys, exports["sd3"], "--seed", "3", "--steps", "4", "--style", "any", out=tmp_path)
-    pipe = twinflow.attach(
-        DiffusionPipeline.from_pretrained(saved_pipeline("sd3")), exports["sd3"], style="any", seed=3
-    )
-    expected = pipe(
+@pytest.mark.parametrize("style", ["few", "any"])  # of which the first draws fresh noise in each step
+def test_the_image_is_what_attach_and_the_stock_pipeline_draw(style, exports, tmp_path, capsys):
+    (path,) = drawn(capsys, exports["sd3"], "--seed", "3", "--steps", "4", "--style", style, out=tmp_path)
+    expected = stock(exports["sd3"], style=style, seed=3)(
         "a red fox", num_inference_steps=4, guidance_scale=0.0, width=24, height=16,
         generator=torch.Generator().manual_seed(3),
     ).images[0]  # fmt: skip
@@ -107,11 +111,11 @@ def test_prompts_are_encoded_as_in_training(family, exports):
     torch.testing.assert_close(seen[0], encoded, atol=1e-4, rtol=1e-3)
 
 
-def test_sizes_are_drawn_as_asked_for(exports, tmp_path, capsys):
-    (path,) = drawn(
-        capsys, exports["sana"], "--width", "96", "--height", "64", out=tmp_path
-    )  # no bin of the pipeline's
-    assert Image.open(path).size == (96, 64)
+def test_sizes_are_drawn_as_asked_for_not_as_the_nearest_that_a_pipeline_knows(exports):
+    drawer, seen = Drawer(saved_pipeline("sana"), exports["sana"]), []
+    drawer._pipe.transformer.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[-2:]))
+    assert drawer.draw("a fox", seed=0, steps=1, size=(96, 64)).size == (96, 64)
+    assert seen == [(8, 12)]
 
 
 def test_plain_flow_matching_is_drawn_as_stock_pipelines_draw(tmp_path, capsys):
@@ -200,10 +204,15 @@ def test_damaged_files_have_a_line_and_status_two(exports, tmp_path, capsys, mon
     model = shutil.copytree(saved_pipeline("sd3"), tmp_path / "model")
     for path in model.glob("vae/*.safetensors"):
         path.write_bytes(b"pickle")
+    pickled = shutil.copytree(saved_pipeline("sd3"), tmp_path / "pickled")
+    for path in pickled.glob("vae/*.safetensors"):
+        torch.save(load_file(path), path.with_suffix(".bin"))
+        path.unlink()
     for source, arguments, message in (
         (run, [], "run must have a whole checkpoint, got checkpoint-000002 is passed over: "),
         (lora, [], f"{lora / 'pytorch_lora_weights.safetensors'} must be a whole safetensors file"),
         (exports["sd3"], ["--model", str(model)], "model must be a diffusers pipeline that loads, got "),
+        (exports["sd3"], ["--model", str(pickled)], "model must be a diffusers pipeline that loads, got "),
         (tmp_path / "none", [], "RUN_OR_EXPORT must be a folder, got "),
     ):
         assert main(["sample", str(source), "--prompt", "a fox", *arguments]) == 2
