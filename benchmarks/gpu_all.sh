@@ -66,7 +66,8 @@ part table 60 "$PYTHON" -m twinflow_kernels
 TESTS=("$PYTHON" -m pytest -p no:cacheprovider -q)
 gpu tests_kernels 420 "${TESTS[@]}" tests/kernels -m "gpu and not slow" --maxfail=20
 gpu tests_objective 420 "${TESTS[@]}" tests --ignore=tests/kernels --ignore=tests/test_gpu_memory.py \
-    -m "gpu and not slow" --maxfail=20
+    --ignore=tests/test_gpu_training.py -m "gpu and not slow" --maxfail=20
+gpu tests_training 300 "${TESTS[@]}" tests/test_gpu_training.py -m gpu
 gpu tests_memory 590 "${TESTS[@]}" tests/test_gpu_memory.py -m gpu
 
 # Planned against measured peaks. A part that runs out of time has its finished lines in its log.

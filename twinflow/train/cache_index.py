@@ -126,7 +126,12 @@ def held_out(entries: Sequence[Entry], share: float) -> tuple[list[Entry], list[
 
 def on_device(cond: Condition, device: torch.device) -> Condition:
     """A condition where a network computes; prompts' lengths stay on the host, which reads them."""
-    return {name: leaf if name == "prompt_lengths" else leaf.to(device) for name, leaf in cond.items()}
+    return {name: leaf if name == "prompt_lengths" else uploaded(leaf, device) for name, leaf in cond.items()}
+
+
+def uploaded(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on a device; to a GPU from pinned memory, so that its queue is not waited for."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def open_cache(folder: str | Path) -> Cache:

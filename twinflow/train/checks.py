@@ -43,9 +43,8 @@ class Checks:
         """The loss on the held-out images."""
         if self.evaluation is not None:
             found = self.evaluation.run(self.parts.loop.student, self.parts.teacher)
-            self.display.say(
-                f"step {step}: validation loss {found['loss']:.4g} on {len(self.evaluation)} held-out images"
-            )
+            images = f"{len(self.evaluation)} held-out image{'s' * (len(self.evaluation) > 1)}"
+            self.display.say(f"step {step}: validation loss {found['loss']:.4g} on {images}")
             self.record.evaluation(step, found)
 
     def draw(self, step: int) -> None:

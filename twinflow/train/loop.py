@@ -12,7 +12,7 @@ from twinflow.interface import Student, Teacher, data_parallel
 from twinflow.loss import TwinFlowLoss, TwinFlowOutput
 from twinflow.ranks import world
 from twinflow.train.batches import Batches
-from twinflow.train.cache_index import Cache, Entry, on_device
+from twinflow.train.cache_index import Cache, Entry, on_device, uploaded
 from twinflow.train.display import Display
 from twinflow.train.run_state import RunState
 from twinflow.train.settings import TrainSettings
@@ -146,7 +146,7 @@ class Loop:
         return list(found.values())
 
     def _backward(self, entries: list[Entry], first: bool) -> TwinFlowOutput:
-        latents = self.cache.latents(entries).to(self.device, torch.float32)
+        latents = uploaded(self.cache.latents(entries), self.device).float()
         cond = on_device(self.cache.condition(entries), self.device)
         with self.autocast():
             return self.criterion.backward(
