@@ -106,9 +106,12 @@ def test_a_loss_that_is_not_finite_is_exit_1(config, tmp_path, capsys):
     assert "not finite" in capsys.readouterr().err
 
 
-def test_debug_shows_the_traceback(config):
+def test_debug_shows_the_traceback(config, capsys):
     with pytest.raises(ValueError, match="instance_data_dir"):
         main(["train", str(config), "--debug"])
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"debug": True}))
+    assert main(["train", str(config)]) == 2
+    assert "Traceback" in capsys.readouterr().err
 
 
 @fuzz(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -1,6 +1,7 @@
 """`twinflow train`: from a folder of images, or prompts, and a config file to a few-step pipeline."""
 
 import argparse
+import traceback
 
 from twinflow.train.command_line import add_options as add_train_options
 from twinflow.train.command_line import require_known
@@ -34,6 +35,11 @@ def run(options: argparse.Namespace) -> int:
 
     from twinflow.train.training import train
 
-    train(settings)
+    try:
+        train(settings)
+    except Exception:
+        if settings.debug and not options.debug:  # the config file asks for it
+            traceback.print_exc()
+        raise
     PartialState().destroy_process_group()
     return 0
