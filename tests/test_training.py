@@ -214,3 +214,14 @@ def test_prompts_alone(tmp_path):
     run = settings(tmp_path, prompts_file=str(tmp_path / "prompts.txt"), instance_data_dir=None, max_train_steps=2,
                    twinflow_recipe="partition")  # fmt: skip
     assert train(run, quiet()) == 2 and run.twinflow.data_free
+
+
+@pytest.mark.slow
+def test_compiled_blocks_compute_the_same(tmp_path):
+    found = []
+    for compiled in (False, True):
+        run = settings(tmp_path, max_train_steps=2, compile_blocks=compiled, output_dir=str(tmp_path / f"{compiled}"),
+                       aspect_buckets=False, mixed_precision="no", cache_dir=str(tmp_path / "cache"))  # fmt: skip
+        train(run, quiet())
+        found.append([record["loss"] for record in steps(run.output_dir)])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)

@@ -24,6 +24,7 @@ from twinflow.train.run_state import RunState
 from twinflow.train.settings import TrainSettings
 from twinflow.train.wrapping import launched, wrap
 
+_VARIANTS = 64  # of a compiled block; torch's own limit is 8
 _RANK_SEEDS = 1 << 20  # between the seeds of two ranks' noises
 
 
@@ -65,8 +66,7 @@ def assemble(settings: TrainSettings, folder: Path, cache: Cache, entries: list[
     counts = (sum(p.numel() for p in trained_parameters(model).values()), sum(p.numel() for p in model.parameters()))
     memory = put_memory(settings, model, device, cache, sharded=launched(accelerator) == "fsdp2")
     if settings.compile_blocks:
-        for block in repeated_blocks(model.network).values():
-            block.compile()
+        _compile(model)
     student, teacher = wrap(settings, model, accelerator, memory.preset)
     trained = trained_parameters(unwrap(student))  # type: ignore[arg-type]
     optimizer = build_optimizer(settings, trained.values(), memory)
@@ -92,6 +92,14 @@ def assemble(settings: TrainSettings, folder: Path, cache: Cache, entries: list[
         device=device,
     )
     return Assembled(loop, model, teacher, memory, *counts)
+
+
+def _compile(model: FlowModel) -> None:
+    """Compiles each repeated block: with and without gradient, by student's and teacher's adapter, for every size."""
+    config: Any = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, _VARIANTS)
+    for block in repeated_blocks(model.network).values():
+        block.compile()
 
 
 def autocast(settings: TrainSettings, device: torch.device) -> AbstractContextManager:

@@ -92,7 +92,7 @@ class Loop:
                 display.advance(self.step)
                 step, stopped = self.step, stop()
                 ended = stopped or step == total
-                works = self._works(due, ended)
+                works = [due.save] if stopped else self._works(due)
                 if ended or works or step % settings.logging_steps == 0:
                     records = metrics.flush()
                     self.state.extra["seconds"] = metrics.seconds
@@ -107,12 +107,12 @@ class Loop:
                 if stopped:
                     break
 
-    def _works(self, due: Due, ended: bool) -> list[Work]:
+    def _works(self, due: Due) -> list[Work]:
         """What is to be done after this step; the checkpoint last, so that a resumed run misses nothing."""
         settings, last = self.settings, self.step == self.settings.max_train_steps
         found = [due.evaluate] if _falls(self.step, settings.eval_steps, last) else []
         found += [due.draw] if _falls(self.step, settings.validation_steps, last) else []
-        return found + ([due.save] if ended or _falls(self.step, settings.checkpointing_steps, False) else [])
+        return found + ([due.save] if last or _falls(self.step, settings.checkpointing_steps, False) else [])
 
     def _step(self, metrics: StepMetrics) -> None:
         """One step of the optimizer: the rows of its micro-batches by size, the teacher moved with the first."""
