@@ -90,7 +90,8 @@ class Loop:
             while self.step < total:
                 self._step(metrics)
                 display.advance(self.step)
-                step, stopped = self.step, stop()
+                step = self.step
+                stopped = stop() and step < total
                 ended = stopped or step == total
                 works = [due.save] if stopped else self._works(due)
                 if ended or works or step % settings.logging_steps == 0:
