@@ -49,16 +49,16 @@ class Run:
     settings: TrainSettings
     accelerator: Accelerator
     seed: int = 5
-    compile_blocks: bool = False
+    backend: Callable | None = None  # of compiled blocks
 
     def __post_init__(self) -> None:
         model = build_student(self.settings, saved_pipeline("sd3"))
         torch.manual_seed(self.seed)
         self.model = spread(model)
         memory = apply_memory(model, self.settings.memory_preset)
-        if self.compile_blocks:
+        if self.backend is not None:
             for block in repeated_blocks(model.network).values():
-                block.compile(backend="aot_eager")
+                block.compile(backend=self.backend)
         self.student, self.teacher = wrap(self.settings, model, self.accelerator, memory.preset)
         trained = trained_parameters(unwrap(self.student))
         self.optimizer = build_optimizer(self.settings, trained.values(), memory)

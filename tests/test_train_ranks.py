@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from family_batches import make_batch
 from ranked_steps import MICRO, Run, assert_same_run, on_two_ranks, one_process, settings_of
+from test_families_wrapping import Graphs
 from torch.distributed.tensor import DTensor
 
 from twinflow.train.checkpoint import latest_checkpoint, read_checkpoint, write_checkpoint
@@ -31,6 +32,7 @@ def every_run(accelerator: Accelerator, kind: str, folder: Path) -> None:
     if kind == "fsdp2":
         one_row_each(accelerator)
         looked_at(accelerator)
+        compiled(accelerator)
         resumed(accelerator, folder / "resumed")
 
 
@@ -58,6 +60,13 @@ def looked_at(accelerator: Accelerator) -> None:
         assert run.state.collect()["shared"]["optimizer"]["kind"] == "torch.AdamW"
         run.optimizer.step()
     assert not torch.equal(*velocities)
+
+
+def compiled(accelerator: Accelerator) -> None:
+    """Blocks that are compiled before they are sharded compute what the others do, the teacher's too."""
+    plain, graphs = Run(settings_of(), accelerator).advance(2), Graphs()
+    whole = Run(settings_of(), accelerator, backend=graphs).advance(2)
+    assert whole.extra["losses"] == pytest.approx(plain.extra["losses"], rel=1e-5) and graphs.count > 0
 
 
 def resumed(accelerator: Accelerator, folder: Path) -> None:
