@@ -26,7 +26,8 @@ REPORTS = ROOT / "build" / "lanes"
 SANITIZED = ROOT / "build" / "sanitize"
 PYTEST = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider"]  # -P: not the checkout before PYTHONPATH
 # A half of the CPU tests by time; one thread each, as OpenMP's threads of two processes wait for each other's cores.
-MEMORY = ["adapter_dtype", "cli", "memory_*", "offload*", "pinned_pool", "planner*", "recompute*"]
+MEMORY = ["adapter_dtype", "cli", "memory_*", "offload*", "pinned_pool", "planner*", "recompute*", "train_launchers",
+          "training*"]  # fmt: skip
 ALONE = {"OMP_NUM_THREADS": "1"}
 
 

@@ -86,7 +86,7 @@ def test_levels_mixed_by_block():
         assert_equal(trained(student, 2, 1), plain)
 
 
-@pytest.mark.parametrize("level", ["products", pytest.param("input", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("level", [pytest.param(level, marks=pytest.mark.slow) for level in ("products", "input")])
 def test_compiled_blocks_with_everything(level):
     """Regional compilation: bits differ from eager, so the compiled model without mechanisms is the measure."""
     results = []

@@ -161,6 +161,7 @@ def test_8_bit_adam_moves_less():
     assert small.bytes["optimizer"] < 0.27 * plain.bytes["optimizer"]
 
 
+@pytest.mark.slow  # test_planner.py adds rows without deferral
 def test_rows_beyond_those_that_run(monkeypatch):
     workload = short(batch=8)
     added = Planner(workload).forecast(PRESETS["40gb"])
@@ -174,6 +175,7 @@ def test_a_large_batch_needs_little_more(qwen):
     assert 0 < many.peak - qwen["40gb"].peak < 0.5e9
 
 
+@pytest.mark.slow  # test_planner.py chooses a mixture without deferral
 def test_what_is_over_keeps_products(seven_blocks):
     planner, known = seven_blocks
     by_name = {f.name: f for f in known}
