@@ -65,7 +65,8 @@ def test_arrow_keys_and_the_slider_change_the_step(tab):
     tab.ask("document.querySelector('.slider input').focus()")
     tab.press("ArrowRight")
     assert seen() == second, "the slider's own keys do the same, once"
-    widths = tab.ask("[...document.querySelectorAll('.set img')].map(image => image.complete && image.naturalWidth)")
+    widths = tab.ask("""Promise.all([...document.querySelectorAll('.set img')]
+        .map(image => image.decode().then(() => image.naturalWidth)))""")
     assert widths == [32] * 6, "two prompts, two step counts and the base model"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twinflow.train.metrics_file import MetricsFile, keep_until, read_metrics
@@ -94,6 +94,7 @@ def test_a_damaged_line_is_counted_and_left_out(file, line):
     assert read_metrics(file.path) == ([step(1), step(2)], 1)
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.binary(max_size=200))
 def test_no_bytes_stop_the_reader(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("any") / "metrics.jsonl"

@@ -72,7 +72,7 @@ def test_tensorboard_has_every_value(tmp_path, measured):
     tracker.log(measured)
     tracker.images(run.samples_at(None), samples(run, None, "base", (30,)))
     tracker.images(run.samples_at(STEPS), samples(run, STEPS))
-    tracker.close()
+    tracker.close(), tracker.close()
     found = events(run)
     for name in ("loss/total", "loss/rcgm", "optimizer/grad_norm", "optimizer/learning_rate", "speed/s_per_step",
                  "speed/rows_per_s", "evaluation/loss"):  # fmt: skip
@@ -108,8 +108,9 @@ def wandb_run(tmp_path_factory, measured):
             (tracker,) = trackers_of(settings(run, "wandb"), run, after)
             tracker.log([r for r in measured if r["step"] > after])
             tracker.images(run.samples_at(after + 1), samples(run, after + 1))
-            tracker.close()
+            tracker.close(), tracker.close()
             time.sleep(1.0 - after / 10)  # wandb names its folders by the second
+        wandb.teardown()  # as at the end of a process: its service writes the last bytes
     return run
 
 

@@ -50,7 +50,7 @@ class Tracker(ABC):
         """
 
     def close(self) -> None:
-        """Sends what is left, and waits until it is gone; may be called twice."""
+        """Sends what is left; may be called twice. A library's own process may write until this one ends."""
         self._draw()
         self._end()
 
