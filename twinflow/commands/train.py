@@ -1,6 +1,7 @@
 """`twinflow train`: from a folder of images, or prompts, and a config file to a few-step pipeline."""
 
 import argparse
+import gc
 import traceback
 
 from twinflow.train.command_line import add_options as add_train_options
@@ -41,5 +42,6 @@ def run(options: argparse.Namespace) -> int:
         if settings.debug and not options.debug:  # the config file asks for it
             traceback.print_exc()
         raise
+    gc.collect()  # DDP's wrapper goes before the group that it uses
     PartialState().destroy_process_group()
     return 0
