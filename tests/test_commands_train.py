@@ -73,6 +73,8 @@ def test_long_plans_are_cut():
 MISTAKES = {
     "unknown option": (["--lernrate", "3"], "unknown option '--lernrate'; did you mean 'learning_rate'?"),
     "no data": ([], "instance_data_dir must be given, a folder of images (or prompts_file), got neither"),
+    "no such folder": (["--instance_data_dir", "nowhere"], "instance_data_dir must be a folder that exists"),
+    "no such prompts": (["--prompts_file", "nowhere.txt"], "prompts_file must be a file that can be read"),
     "distillation": (["--distillation_method", "lcm", "--instance_data_dir", "photos"], "distillation_method"),
     "no EMA": (["--use_ema", "false"], "TwinFlow requires an EMA teacher; enable use_ema or set"),
     "another family": (["--model_family", "flux", "--instance_data_dir", "photos", "--resolution", "32"],

@@ -201,7 +201,7 @@ def test_data_that_is_gone(tmp_path):
     train(run, quiet())
     more = settings(tmp_path, max_train_steps=3)
     (tmp_path / "photos").rename(tmp_path / "away")
-    with pytest.raises(ValueError, match=r"folder must be a folder that exists"):
+    with pytest.raises(ValueError, match=r"train: instance_data_dir must be a folder that exists"):
         train(more, quiet())
     photos(tmp_path / "photos", 11)  # one is missing: other data, another order
     with pytest.raises(ValueError, match=r"state must be of the same images, captions and sizes"):

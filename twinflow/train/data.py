@@ -13,6 +13,11 @@ from twinflow.train.images import Item, read_folder, read_prompts
 from twinflow.train.model import build_student
 from twinflow.train.settings import TrainSettings
 
+_OPTION_OF = {
+    "read_folder: folder": "instance_data_dir", "read_folder: strategy": "caption_strategy",
+    "read_folder: metadata": "metadata_file", "read_prompts: path": "prompts_file",
+}  # fmt: skip
+
 
 def items_of(settings: TrainSettings) -> list[Item] | list[str]:
     """Images with their captions, or prompts.
@@ -21,16 +26,22 @@ def items_of(settings: TrainSettings) -> list[Item] | list[str]:
         ValueError: neither is given, or what is there cannot be trained on.
     """
     settings.require_data()
-    if settings.prompts_file is not None:
-        return read_prompts(settings.prompts_file)
-    assert settings.instance_data_dir is not None
-    return read_folder(
-        settings.instance_data_dir,
-        settings.caption_column,
-        image_column=settings.image_column,
-        strategy=settings.caption_strategy,
-        metadata_file=settings.metadata_file,
-    )
+    try:
+        if settings.prompts_file is not None:
+            return read_prompts(settings.prompts_file)
+        assert settings.instance_data_dir is not None
+        return read_folder(
+            settings.instance_data_dir,
+            settings.caption_column,
+            image_column=settings.image_column,
+            strategy=settings.caption_strategy,
+            metadata_file=settings.metadata_file,
+        )
+    except ValueError as error:
+        said = str(error)
+        for argument, option in _OPTION_OF.items():
+            said = said.replace(argument, f"train: {option}", 1) if said.startswith(argument) else said
+        raise ValueError(said) from None
 
 
 def encoders_of(settings: TrainSettings, folder: Path, device: torch.device) -> Encoders:
