@@ -98,7 +98,7 @@ def test_a_mistake_is_one_line(config, tmp_path, capsys, monkeypatch, mistake):
     found = capsys.readouterr()
     line = found.err.strip()
     assert wanted in line and "\n" not in line and line.startswith("twinflow train: ") and "Traceback" not in line
-    assert not list((tmp_path / "run").glob("checkpoint-*"))
+    assert not list((tmp_path / "run").glob("checkpoint-*")) and not list((tmp_path / "run" / "cache").glob("shard-*"))
 
 
 def test_a_loss_that_is_not_finite_is_exit_1(config, tmp_path, capsys):

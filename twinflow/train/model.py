@@ -32,13 +32,7 @@ def build_student(settings: TrainSettings, folder: Path, *, weights: bool = True
     Raises:
         ValueError: no model of a known family there, or another family or mode than the settings say.
     """
-    config = _config(folder)
-    family = _family(config)
-    if settings.model_family not in (None, family):
-        raise ValueError(
-            f"train: model_family must be {family} for the {config['_class_name']} in {folder}, got "
-            f"{settings.model_family!r}"
-        )
+    config, family = model_of(settings, folder)
     lora = settings.model_type == "lora"
     options: dict[str, Any] = _bridge(settings, folder) if family == BRIDGED else {}
     options["conditioning"] = None if lora else settings.conditioning
@@ -60,6 +54,22 @@ def build_student(settings: TrainSettings, folder: Path, *, weights: bool = True
         base_lora=settings.base_lora,
         conditioning=settings.conditioning,
     )
+
+
+def model_of(settings: TrainSettings, folder: Path) -> tuple[dict[str, Any], str]:
+    """The configuration of what a pipeline's folder has to train, and its family; nothing is loaded.
+
+    Raises:
+        ValueError: no model of a known family there, or another family than the settings say.
+    """
+    config = _config(folder)
+    family = _family(config)
+    if settings.model_family not in (None, family):
+        raise ValueError(
+            f"train: model_family must be {family} for the {config['_class_name']} in {folder}, got "
+            f"{settings.model_family!r}"
+        )
+    return config, family
 
 
 def build_teacher(settings: TrainSettings, student: Student) -> Teacher | None:

@@ -28,6 +28,7 @@ from twinflow.train.headline import headline
 from twinflow.train.loading_bars import without_loading_bars
 from twinflow.train.loop import Due
 from twinflow.train.memory_choice import after_out_of_memory
+from twinflow.train.model import model_of
 from twinflow.train.record import Record
 from twinflow.train.resuming import checkpoint_to_resume
 from twinflow.train.run_folder import RunFolder
@@ -80,10 +81,13 @@ def _train(settings: TrainSettings, run: RunFolder, accelerator: Accelerator, di
         display.say(f"{run.root} has taken its {done} steps; raise max_train_steps to go on")
         return done
     folder, device = _pipeline(settings), accelerator.device
+    model_of(settings, folder)  # a wrong one is refused before hours of encoding
+    for warning in settings.warnings:
+        display.say(f"warning: {warning}", style="yellow")
     with without_loading_bars():
         with _room("encoding", device, "lower vae_batch_size or text_batch_size"):
             cache, prompts = _encoded(settings, folder, accelerator, display)
-        _tell(settings, cache, display)
+        _tell(cache, display)
         entries, held = held_out(cache.entries, 0.0 if settings.data_free else settings.eval_share)
         advice = "`twinflow train --dry-run` shows what each memory_preset needs"
         with _room("loading the model", device, advice), said_by(display):
@@ -152,8 +156,8 @@ def _pipeline(settings: TrainSettings) -> Path:
     return pipeline_folder(name)
 
 
-def _tell(settings: TrainSettings, cache: Cache, display: Display) -> None:
-    for warning in (*settings.warnings, *cache.warnings):
+def _tell(cache: Cache, display: Display) -> None:
+    for warning in cache.warnings:
         display.say(f"warning: {warning}", style="yellow")
     for name, why in cache.skipped.items():
         display.say(f"left out: {name}: {why}", style="yellow")
