@@ -157,6 +157,7 @@ def test_an_export_that_does_not_say_its_model(exports, tmp_path, capsys):
     assert (pixels(path) == pixels(expected)).all()
 
 
+@pytest.mark.slow  # test_training_end_to_end.py starts `python -m twinflow`, test_end_to_end.py draws afresh
 def test_in_a_process_of_its_own(exports, tmp_path, capsys):
     command = [sys.executable, "-m", "twinflow", "sample", str(exports["sd3"]), "--prompt", "a red fox", "--out"]
     done = subprocess.run([*command, str(tmp_path / "a")], cwd=ROOT, capture_output=True, text=True)

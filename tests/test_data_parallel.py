@@ -30,6 +30,9 @@ SCENARIOS = {
     "compiled wrapper": (dict(estimate_order=0, rectify_weight=0.0), 1, 0, "compiled", 4),
 }
 
+# A fork needs no imports; where CUDA is, autograd has threads of its own that do not come along.
+STARTED = "spawn" if torch.cuda.is_available() else "fork"
+
 
 class Buffered(ToyNet):
     """With a buffer, which DDP broadcasts on each of its calls."""
@@ -111,9 +114,9 @@ def worker(rank, folder):
 def ranks(tmp_path_factory):
     """Every scenario on two processes, once."""
     folder = tmp_path_factory.mktemp("ranks")
-    context = mp.spawn(worker, args=(folder,), nprocs=2, join=False)
+    context = mp.start_processes(worker, (folder,), nprocs=2, join=False, start_method=STARTED)
     deadline = time.monotonic() + 300
-    while not context.join(timeout=5):
+    while not context.join(timeout=1):
         if time.monotonic() > deadline:
             for process in context.processes:
                 process.kill()

@@ -9,7 +9,7 @@ import torch
 import torch.multiprocessing as mp
 from batches import EIGHT, gradients, toy_draws
 from family_batches import make_batch, make_student
-from test_data_parallel import rows_of
+from test_data_parallel import STARTED, rows_of
 from test_families_wrapping import spread
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
@@ -54,9 +54,9 @@ def worker(rank, folder):
 
 def test_two_ranks_are_one_process(tmp_path):
     """Gradients of adapters and conditioning, averaged over the ranks, are those of the whole batch."""
-    context = mp.spawn(worker, args=(tmp_path,), nprocs=2, join=False)
+    context = mp.start_processes(worker, (tmp_path,), nprocs=2, join=False, start_method=STARTED)
     expected, deadline = ranks_step(), time.monotonic() + 200
-    while not context.join(timeout=5):
+    while not context.join(timeout=1):
         if time.monotonic() > deadline:
             for process in context.processes:
                 process.kill()

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 import torch.multiprocessing as mp
+from test_data_parallel import STARTED
 from torch import distributed
 from toy import ToyNet, make_teacher
 
@@ -54,6 +55,7 @@ def sharded_worker(rank, file, results):
     from torch.distributed.fsdp import fully_shard
 
     os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     torch.manual_seed(0)
     net = ToyNet()
@@ -83,7 +85,7 @@ def sharded_batch():
 def test_fsdp2_equals_one_process(tmp_path):
     """Two gloo processes with a sharded student and different roles: the gradients of the whole step."""
     results = tmp_path / "gradients.pt"
-    mp.spawn(sharded_worker, args=(tmp_path / "rendezvous", results), nprocs=2)
+    mp.start_processes(sharded_worker, (tmp_path / "rendezvous", results), nprocs=2, start_method=STARTED)
     torch.manual_seed(0)
     net = ToyNet()
     x, cond, uncond, draws = sharded_batch()
