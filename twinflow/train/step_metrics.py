@@ -28,6 +28,7 @@ class StepMetrics:
     def __init__(self, rows: int, device: torch.device, seconds: float = 0.0, twinflow: bool = True) -> None:
         self._rows, self._device, self.seconds, self._twinflow = rows, device, seconds, twinflow
         self._values: list[torch.Tensor] = []
+        self._there: list[list[float]] = []
         self._known: list[dict[str, Any]] = []
         self._since = time.perf_counter()
 
@@ -51,9 +52,8 @@ class StepMetrics:
         """
         zero = loss.new_zeros(())
         parts = [loss, grad_norm, *(terms.get(name, zero) for name in TERMS)]
-        there = torch.tensor([float(name in terms) for name in TERMS], dtype=torch.float32)
-        numbers = torch.stack([part.detach().to(self._device, torch.float32) for part in parts])
-        self._values.append(torch.cat([numbers, there.to(self._device)]))
+        self._values.append(torch.stack([part.detach().to(self._device, torch.float32) for part in parts]))
+        self._there.append([float(name in terms) for name in TERMS])  # on the host: a copy to a GPU would wait for it
         shown = [[float(f"{t:.4g}"), float(f"{r:.4g}")] for t, r in times[:TRAJECTORY_ROWS]] if self._twinflow else []
         self._known.append({"step": step, "learning_rate": learning_rate, "trajectory": shown})
 
@@ -65,7 +65,7 @@ class StepMetrics:
         """The records of the steps collected, see `RunFolder`; every rank must call it after the same steps."""
         if not self._values:
             return []
-        values = torch.stack(self._values)
+        values = torch.cat([torch.stack(self._values), torch.tensor(self._there, device=self._device)], dim=1)
         _, ranks = world()
         if ranks > 1:
             distributed.all_reduce(values)
@@ -85,7 +85,7 @@ class StepMetrics:
                 "grad_norm": norm, "learning_rate": known["learning_rate"], "s_per_step": each,
                 "rows_per_s": self._rows / each, "peak_gb": peak, "trajectory": known["trajectory"],
             })  # fmt: skip
-        self._values, self._known = [], []
+        self._values, self._there, self._known = [], [], []
         return records
 
 
