@@ -158,8 +158,13 @@ def test_what_a_run_began_with_stays(tmp_path):
         train(settings(tmp_path, resume_from_checkpoint="nowhere"), quiet())
     console = quiet()
     assert train(run, console) == 1 and "has taken its 1 steps; raise max_train_steps" in console.export_text()
-    assert train(settings(tmp_path, max_train_steps=2, learning_rate=1e-5, memory_preset="rows"), quiet()) == 2
+    changes = {"learning_rate": 1e-5, "adam_beta2": 0.5, "lr_warmup_steps": 4, "memory_preset": "rows"}
+    assert train(settings(tmp_path, max_train_steps=3, **changes), quiet()) == 3
     assert json.loads((run.output_dir / "config.json").read_text())["learning_rate"] == 1e-5
+    steps = [r for r in read_metrics(run.output_dir / "metrics.jsonl").records if r["kind"] == "step"]
+    assert [r["learning_rate"] for r in steps] == [1e-3, 1e-5 * 2 / 4, 1e-5 * 3 / 4]
+    (group,) = weights(run.output_dir)[1]["optimizer"]["state_dict"]["param_groups"]
+    assert group["betas"] == (0.9, 0.5) and group["lr"] == 1e-5
 
 
 def test_a_run_goes_on_from_a_checkpoint_of_another(tmp_path):

@@ -119,7 +119,7 @@ class Loop:
         """One step of the optimizer: the rows of its micro-batches by size, the teacher moved with the first."""
         optimizer, scheduler, settings = self.state.optimizer, self.state.scheduler, self.settings
         assert optimizer is not None
-        rate = optimizer.param_groups[0]["lr"]
+        rate = float(optimizer.param_groups[0]["lr"])
         groups = self._groups()
         outs = []
         for number, entries in enumerate(groups):
@@ -136,7 +136,7 @@ class Loop:
                 terms[name] = terms[name] + value if name in terms else value
         times = [pair for out in outs for pair in self._times(out)]
         self.state.extra["step"] += 1
-        metrics.add(self.step, torch.stack([out.loss for out in outs]).sum(), terms, norm, float(rate), times)
+        metrics.add(self.step, torch.stack([out.loss for out in outs]).sum(), terms, norm, rate, times)
 
     def _groups(self) -> list[list[Entry]]:
         """The entries of a step, those of one size together: a call plans its rows together."""

@@ -1,6 +1,8 @@
-"""`build_optimizer()`, `warm_up()`: what moves the weights, and how fast."""
+"""`build_optimizer()`, `warm_up()`, `renew()`: what moves the weights, and how fast."""
 
+import copy
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -24,20 +26,50 @@ def build_optimizer(
         ImportError: the library of an 8-bit optimizer is missing.
     """
     trained: Sequence[torch.nn.Parameter] = list(parameters)
-    how = dict(
-        lr=settings.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        eps=settings.adam_epsilon,
-        weight_decay=settings.adam_weight_decay,
-    )
+    how = _settings(settings)
     if settings.optimizer == "radam":
-        return torch.optim.RAdam(trained, decoupled_weight_decay=True, **how)  # type: ignore[arg-type]
+        return torch.optim.RAdam(trained, decoupled_weight_decay=True, **how)
     if settings.optimizer == "adamw8bit":
         library = "torchao" if any(isinstance(p, DTensor) for p in trained) else "bitsandbytes"
-        return adamw_8bit(trained, library=library, **how)  # type: ignore[arg-type]
+        return adamw_8bit(trained, library=library, **how)
     return memory.adamw(trained, **how)
 
 
 def warm_up(optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
     """A schedule that reaches the learning rate after some steps, in equal parts, and stays there."""
     return LambdaLR(optimizer, lambda done: min(1.0, (done + 1) / max(steps, 1)))
+
+
+def renew(settings: TrainSettings, optimizer: torch.optim.Optimizer, scheduler: LambdaLR) -> None:
+    """Puts a run's settings in the place of those that a checkpoint brought; equal ones change no bit.
+
+    Args:
+        settings: of the run as it goes on.
+        optimizer: restored.
+        scheduler: of `warm_up`, restored.
+    """
+    wanted = _settings(settings)
+    rate = wanted.pop("lr")
+    for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+        group.update(wanted)
+        _put(group, "initial_lr", rate)
+        _put(group, "lr", rate * factor(scheduler.last_epoch))
+    scheduler.base_lrs = [copy.copy(group["initial_lr"]) for group in optimizer.param_groups]
+    scheduler._last_lr = [copy.copy(group["lr"]) for group in optimizer.param_groups]
+
+
+def _settings(settings: TrainSettings) -> dict[str, Any]:
+    return {
+        "lr": settings.learning_rate,
+        "betas": (settings.adam_beta1, settings.adam_beta2),
+        "eps": settings.adam_epsilon,
+        "weight_decay": settings.adam_weight_decay,
+    }
+
+
+def _put(group: dict[str, Any], name: str, value: float) -> None:
+    """torchao keeps rates as tensors, which its compiled step reads."""
+    if isinstance(group[name], torch.Tensor):
+        group[name].fill_(value)
+    else:
+        group[name] = value

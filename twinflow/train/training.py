@@ -22,6 +22,7 @@ from twinflow.train.checkpoint_files import read_summary
 from twinflow.train.checks import Checks, checks_of
 from twinflow.train.data import encoders_of, prepare_data
 from twinflow.train.display import Display, said_by
+from twinflow.train.families import BRIDGED
 from twinflow.train.folder_lock import lock_folder, unlock_folder
 from twinflow.train.gathering import on_rank_zero
 from twinflow.train.headline import headline
@@ -29,6 +30,7 @@ from twinflow.train.loading_bars import without_loading_bars
 from twinflow.train.loop import Due
 from twinflow.train.memory_choice import after_out_of_memory
 from twinflow.train.model import model_of
+from twinflow.train.optimizer import renew
 from twinflow.train.record import Record
 from twinflow.train.resuming import checkpoint_to_resume
 from twinflow.train.run_folder import RunFolder
@@ -94,7 +96,9 @@ def _train(settings: TrainSettings, run: RunFolder, accelerator: Accelerator, di
             parts = assemble(settings, folder, cache, entries, accelerator)
     display.say(headline(settings, parts, len(entries)))
     if checkpoint is not None:
-        parts.loop.state.restore(read_checkpoint(checkpoint))
+        state = parts.loop.state
+        state.restore(read_checkpoint(checkpoint))
+        renew(settings, state.optimizer, state.scheduler)  # type: ignore[arg-type]
         display.say(f"going on after step {parts.loop.step}, from {checkpoint}")
     with Record(settings, run, parts.loop.step) as record:
         looks: dict[str, Any] = dict(folder=folder, run=run, prompts=prompts, data=(cache, held))
@@ -185,7 +189,9 @@ def _run(settings: TrainSettings, run: RunFolder, parts: Assembled, checks: Chec
         by = stop.signal or "a signal to another process"
         display.say(f"stopped by {by} after step {loop.step}: saved; the same command goes on")
     else:
-        display.say(f"done: {loop.step} steps; next: twinflow sample {run.root} --prompt ..., export or report")
+        bridged = parts.model.family == BRIDGED  # stock pipelines do not draw with it
+        after = f"export {run.root}, or report" if bridged else f"sample {run.root} --prompt ..., export or report"
+        display.say(f"done: {loop.step} steps; next: twinflow {after}")
     return loop.step
 
 
