@@ -40,6 +40,15 @@ def test_a_preset_is_its_column_of_table_6(name):
         assert found.lora_rank == found.lora_alpha == column["rank"]
 
 
+def test_the_scale_of_a_lora_follows_its_rank():
+    """A preset's alpha belongs to its rank: with a rank of 2 its 64 would be a scale of 32."""
+    found = read_config(None, {"preset": "qwen-image-lora", "lora_rank": 2})
+    assert (found.lora_rank, found.lora_alpha) == (2, 2)
+    found = read_config(None, {"preset": "qwen-image-lora", "lora_rank": 2, "lora_alpha": 4})
+    assert (found.lora_rank, found.lora_alpha) == (2, 4)
+    assert read_config(None, {"preset": "qwen-image-lora", "lora_alpha": 32}).lora_alpha == 32
+
+
 @pytest.mark.parametrize("name", TABLE_6)
 def test_the_teacher_of_a_preset(name):
     """EMA 0 in the table: the student is its own teacher, and the options permit that; no average is kept."""

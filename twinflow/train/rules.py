@@ -51,7 +51,8 @@ def resolve(given: Mapping[str, Any]) -> dict[str, Any]:
     recipe = None
     if "preset" in given:
         recipe = recipe_of(OPTIONS["preset"].kind.convert("preset", given["preset"]))
-        given = recipe.options() | given
+        own_alpha = {"lora_alpha"} if "lora_rank" in given else set()  # it goes with the rank of the recipe
+        given = {name: value for name, value in recipe.options().items() if name not in own_alpha} | given
     found = {name: option.default for name, option in OPTIONS.items()}
     found |= {name: OPTIONS[name].kind.convert(name, value) for name, value in given.items()}
     _require("pretrained_model_name_or_path", found, "a diffusers pipeline")
