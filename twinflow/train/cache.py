@@ -145,9 +145,9 @@ def _build(
     _encode_images(work, shards, encoders, options, progress)
     entries = [e for e in work.entries if e.name not in work.bad]
     if work.bad and not (options.skip_bad and entries):
-        listed = "".join(f"\n  {name}: {why}" for name, why in sorted(work.bad.items()))
+        listed = "; ".join(f"{name}: {why}" for name, why in sorted(work.bad.items()))
         hint = "" if options.skip_bad else " (skip_bad leaves them out)"
-        raise ValueError(f"build_cache: images must be readable{hint}, got {len(work.bad)} that are not:{listed}")
+        raise ValueError(f"build_cache: images must be readable{hint}, got {len(work.bad)} that are not: {listed}")
     large = {name: times for name, times in work.enlarged.items() if times > options.max_upscale}
     if large:
         most = max(large, key=lambda name: large[name])
