@@ -37,7 +37,7 @@ def test_what_goes_wrong_is_an_outcome(run, limit_s, outcome):
 
 
 def test_real_models_are_planned_only(tmp_path):
-    asked = Asked(("sana-0.6b",), ("partition",), (4,), runs=("published", "checkpoint"), cap_gb=1.0)
+    asked = Asked(("sana-0.6b",), ("partition",), (1,), runs=("published", "checkpoint"), cap_gb=1.0)
     lines = measure_memory(asked, CPU)
     assert [line["outcome"] for line in lines] == [memory_section.PLANNED_ONLY] * 3
     published, checkpoint, auto = lines

@@ -141,7 +141,7 @@ def test_smaller_bases_and_optimizers():
 
 
 def test_choice_by_budget():
-    planner = Planner(workload_of("sana-1.6b", lora_rank=8), GPUS["rtx-4090"])
+    planner = Planner(workload_of("sana-1.6b", lora_rank=8, batch=2), GPUS["rtx-4090"])
     known = forecasts(planner)
     by_name = {f.name: f for f in known}
     assert choose(planner, 1000, known).name == "batch"
