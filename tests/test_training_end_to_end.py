@@ -70,7 +70,7 @@ def in_a_fork(folder: Path, *arguments: object) -> str:
     return (folder / "said.txt").read_text()
 
 
-@pytest.mark.parametrize("family", ["sd3", pytest.param("qwen_image", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["sd3", "qwen_image"])
 def test_images_train_kill_resume_export_sample(tmp_path, family):
     photos(tmp_path / "photos", 40)
     tiny_pipeline(family, tmp_path / "base")
