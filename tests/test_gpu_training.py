@@ -44,6 +44,16 @@ def test_a_step_does_not_wait_for_the_device(tmp_path, monkeypatch):
     assert train(run, quiet()) == 6
 
 
+def test_the_peak_of_a_step_is_not_that_of_what_came_before(tmp_path):
+    """As the encoders, which may need more than training."""
+    before = torch.empty(2 * 10**9, dtype=torch.uint8, device="cuda")
+    del before
+    run = settings(tmp_path, max_train_steps=2)
+    train(run, quiet())
+    records = [r for r in read_metrics(run.output_dir / "metrics.jsonl").records if r["kind"] == "step"]
+    assert len(records) == 2 and all(0 < r["peak_gb"] < 1 for r in records)
+
+
 def test_no_memory_left_names_forecast_actual_and_a_smaller_preset(tmp_path):
     """On a budget of a few MB, which the blocks' activations do not fit into."""
     train(settings(tmp_path, max_train_steps=1), quiet())  # encoded, and CUDA is warm

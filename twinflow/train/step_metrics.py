@@ -31,6 +31,8 @@ class StepMetrics:
         self._there: list[list[float]] = []
         self._known: list[dict[str, Any]] = []
         self._since = time.perf_counter()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # encoders and loading are over
 
     def add(
         self,
