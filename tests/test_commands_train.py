@@ -75,6 +75,12 @@ MISTAKES = {
     "no data": ([], "instance_data_dir must be given, a folder of images (or prompts_file), got neither"),
     "no such folder": (["--instance_data_dir", "nowhere"], "instance_data_dir must be a folder that exists"),
     "no such prompts": (["--prompts_file", "nowhere.txt"], "prompts_file must be a file that can be read"),
+    "no such layer": (["--instance_data_dir", "photos", "--resolution", "32", "--lora_layers", "to_nowhere"],
+                      "targets must name layers of SD3Transformer2DModel, got ('to_nowhere',)"),
+    "base LoRA": (["--instance_data_dir", "photos", "--resolution", "32", "--base_lora", "nowhere.safetensors"],
+                  "nowhere.safetensors"),
+    "output is a file": (["--instance_data_dir", "photos", "--output_dir", "config.json"],
+                         "output_dir must be a folder, got the file config.json"),
     "distillation": (["--distillation_method", "lcm", "--instance_data_dir", "photos"], "distillation_method"),
     "no EMA": (["--use_ema", "false"], "TwinFlow requires an EMA teacher; enable use_ema or set"),
     "another family": (["--model_family", "flux", "--instance_data_dir", "photos", "--resolution", "32"],
@@ -101,6 +107,21 @@ def test_a_mistake_is_one_line(config, tmp_path, capsys, monkeypatch, mistake):
     assert not list((tmp_path / "run").glob("checkpoint-*")) and not list((tmp_path / "run" / "cache").glob("shard-*"))
 
 
+def test_a_mistake_is_said_by_one_process(config, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert main(["train", str(config)]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_images_of_other_types_are_named(config, tmp_path, capsys):
+    (tmp_path / "photos" / "moving.GIF").write_bytes(b"GIF89a")
+    given = ["train", str(config), "--instance_data_dir", str(tmp_path / "photos"), "--resolution", "32"]
+    assert main([*given, "--max_train_steps", "1", "--validation_steps", "0", "--eval_steps", "0"]) == 0
+    out = capsys.readouterr().out
+    assert "warning: images of these types are passed over: 1 .gif; those read are .png" in out
+    assert "done: 1 step; next" in out
+
+
 def test_a_loss_that_is_not_finite_is_exit_1(config, tmp_path, capsys):
     given = ["train", str(config), "--instance_data_dir", str(tmp_path / "photos"), "--resolution", "32"]
     wild = ["--learning_rate", "1000", "--max_grad_norm", "0", "--mixed_precision", "no", "--model_type", "full"]
@@ -109,8 +130,8 @@ def test_a_loss_that_is_not_finite_is_exit_1(config, tmp_path, capsys):
 
 
 def test_debug_shows_the_traceback(config, capsys):
-    with pytest.raises(ValueError, match="instance_data_dir"):
-        main(["train", str(config), "--debug"])
+    assert main(["train", str(config), "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
     config.write_text(json.dumps(json.loads(config.read_text()) | {"debug": True}))
     assert main(["train", str(config)]) == 2
     assert "Traceback" in capsys.readouterr().err

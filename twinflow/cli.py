@@ -5,6 +5,7 @@ import errno
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -45,11 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     except (Exception, KeyboardInterrupt) as error:
         known = _status(error)
-        if debug or known is None:
+        if known is None:
             raise
         if isinstance(error, BrokenPipeError):  # whoever read the output has gone, and there is nobody to tell
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        else:
+        elif debug:
+            traceback.print_exc()
+        elif known != 2 or os.environ.get("RANK", "0") == "0":  # a mistake is the same on every rank
             complain(name, "stopped" if isinstance(error, KeyboardInterrupt) else error)
         return known
 

@@ -1,10 +1,12 @@
 """`assemble()`: the loop of a run, from its settings and its data."""
 
+import random
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from twinflow.interface import Teacher, trained_parameters, unwrap
@@ -48,7 +50,14 @@ class Assembled:
     parameters: int
 
 
-def assemble(settings: TrainSettings, folder: Path, cache: Cache, entries: list[Entry], accelerator: Any) -> Assembled:
+def assemble(
+    settings: TrainSettings,
+    folder: Path,
+    cache: Cache,
+    entries: list[Entry],
+    accelerator: Any,
+    saved_optimizer: str | None = None,
+) -> Assembled:
     """Loads the model, puts the memory preset and the launcher's wrapper on it, and makes what moves it.
 
     Args:
@@ -57,11 +66,14 @@ def assemble(settings: TrainSettings, folder: Path, cache: Cache, entries: list[
         cache: of its data.
         entries: of the cache, to train on.
         accelerator: accelerate's, for the device and the kind of parallelism.
+        saved_optimizer: kind of the optimizer in the checkpoint that the run goes on from.
 
     Raises:
         ValueError, ImportError: a model, a preset or a library that does not go with the settings.
     """
     device = accelerator.device
+    random.seed(settings.seed)
+    np.random.seed(settings.seed)
     model = build_student(settings, folder)
     counts = (sum(p.numel() for p in trained_parameters(model).values()), sum(p.numel() for p in model.parameters()))
     memory = put_memory(settings, model, device, cache, sharded=launched(accelerator) == "fsdp2")
@@ -69,7 +81,7 @@ def assemble(settings: TrainSettings, folder: Path, cache: Cache, entries: list[
         _compile(model)
     student, teacher = wrap(settings, model, accelerator, memory.preset)
     trained = trained_parameters(unwrap(student))  # type: ignore[arg-type]
-    optimizer = build_optimizer(settings, trained.values(), memory)
+    optimizer = build_optimizer(settings, trained.values(), memory, saved_optimizer)
     scheduler = warm_up(optimizer, settings.lr_warmup_steps)
     criterion = TwinFlowLoss(settings.objective)
     rank, ranks = world()

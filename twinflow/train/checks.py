@@ -1,5 +1,6 @@
 """`Checks`: what looks at a run between its steps: the loss on held-out images, and samples."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,7 @@ class Checks:
         """Before the first step: samples of the base model, unless they are there or not wanted."""
         if self.sampler is None or settings.disable_benchmark or self.parts.loop.step:
             return
-        self.display.say(self.sampler.base(self.parts.loop.student))
-        self.record.samples(None)
+        self._shown(None, self.sampler.base(self.parts.loop.student))
 
     def evaluate(self, step: int) -> None:
         """The loss on the held-out images."""
@@ -50,7 +50,12 @@ class Checks:
     def draw(self, step: int) -> None:
         """Samples."""
         if self.sampler is not None:
-            self.display.say(self.sampler.draw(step, self.parts.loop.student, self.parts.teacher))
+            self._shown(step, self.sampler.draw(step, self.parts.loop.student, self.parts.teacher))
+
+    def _shown(self, step: int | None, told: str | None) -> None:
+        """Says and records what was drawn, unless it was given up."""
+        if told is not None:
+            self.display.say(told)
             self.record.samples(step)
 
 
@@ -63,6 +68,7 @@ def checks_of(
     folder: Path,
     run: RunFolder,
     prompts: ValidationPrompts | None,
+    stop: Callable[[], bool],
     data: tuple[Cache, list[Entry]],
 ) -> Checks:
     """The checks that a run's settings ask for.
@@ -73,15 +79,16 @@ def checks_of(
         folder: of its pipeline.
         run: its folder.
         prompts: of its samples; None: there are none.
+        stop: see `Sampler`.
         data: the cache, and the entries held out.
     """
     device, (cache, held) = parts.loop.device, data
     how: dict[str, Any] = {"device": device, "autocast": lambda: autocast(settings, device)}
-    sampler = None if prompts is None else Sampler(settings, folder, prompts, run, **how)
+    sampler = None if prompts is None else Sampler(settings, folder, prompts, run, stop=stop, **how)
     evaluation = None
     if settings.eval_steps and held:
         evaluation = Evaluation(settings.objective, cache, held, seed=settings.validation_seed, **how)
     elif settings.eval_steps and not settings.data_free:
         share = f"eval_share {settings.eval_share:g} holds none of {len(cache.entries)} images out"
-        display.say(f"no validation loss: {share}")
+        display.say(f"no validation loss: {share}; a higher share would")
     return Checks(parts, record, display, sampler, evaluation)

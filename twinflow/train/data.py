@@ -9,7 +9,7 @@ import torch
 from twinflow.train.buckets import buckets
 from twinflow.train.cache import Cache, CacheOptions, Progress, build_cache
 from twinflow.train.encoding import Encoders
-from twinflow.train.images import Item, read_folder, read_prompts
+from twinflow.train.images import IMAGE_SUFFIXES, Item, read_folder, read_prompts, unread_images
 from twinflow.train.model import build_student
 from twinflow.train.settings import TrainSettings
 
@@ -42,6 +42,15 @@ def items_of(settings: TrainSettings) -> list[Item] | list[str]:
         for argument, option in _OPTION_OF.items():
             said = said.replace(argument, f"train: {option}", 1) if said.startswith(argument) else said
         raise ValueError(said) from None
+
+
+def unread(settings: TrainSettings) -> list[str]:
+    """A warning of the images that are passed over for their type; empty where there are none."""
+    found = {} if settings.instance_data_dir is None else unread_images(settings.instance_data_dir)
+    if not found:
+        return []
+    counts = ", ".join(f"{count} {suffix}" for suffix, count in found.items())
+    return [f"images of these types are passed over: {counts}; those read are {' '.join(IMAGE_SUFFIXES)}"]
 
 
 def encoders_of(settings: TrainSettings, folder: Path, device: torch.device) -> Encoders:

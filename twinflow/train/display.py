@@ -117,6 +117,11 @@ def told(records: Sequence[dict[str, Any]], total: int) -> str:
     return "  ".join([*parts, f"{clock((total - last['step']) * seconds)} left"])
 
 
+def counted(steps: int) -> str:
+    """A number of steps, in words."""
+    return f"{steps} step{'s' * (steps != 1)}"
+
+
 def clock(seconds: float) -> str:
     """A duration as 1:02:03, hours left out where there are none."""
     minutes, rest = divmod(round(seconds), 60)

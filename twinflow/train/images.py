@@ -9,6 +9,7 @@ from pathlib import Path
 from twinflow.train.captions import metadata_captions, read_text
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+UNREAD_SUFFIXES = (".gif", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".tga", ".psd", ".svg", ".dng", ".cr2", ".nef")
 STRATEGIES = ("auto", "textfile", "metadata")
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _PROMPT_KEYS = ("prompt", "text", "caption")
@@ -80,6 +81,12 @@ def read_folder(
     else:
         captions = _text_captions(images, texts)
     return _captioned(images, captions, root)
+
+
+def unread_images(folder: str | Path) -> dict[str, int]:
+    """Suffix -> number of the image files of a folder that are of no kind that `read_folder` takes."""
+    suffixes = [path.suffix.lower() for path in _files(Path(folder))]
+    return {suffix: suffixes.count(suffix) for suffix in UNREAD_SUFFIXES if suffix in suffixes}
 
 
 def read_prompts(path: str | Path) -> list[str]:

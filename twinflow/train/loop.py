@@ -101,12 +101,21 @@ class Loop:
                     due.record(records)
                     require_finite(records)
                 since = time.perf_counter()
-                for work in works:
-                    work(step)
+                stopped = self._do(works, due.save, stopped, stop)
                 if works:
                     metrics.skip(since)
                 if stopped:
                     break
+
+    def _do(self, works: list[Work], save: Work, stopped: bool, stop: Callable[[], bool]) -> bool:
+        """Does what is due; a signal on the way leaves out all but the checkpoint. Whether there was one."""
+        for work in works:
+            if work is save or not stopped:
+                work(self.step)
+            stopped = stopped or stop()
+        if stopped and save not in works:
+            save(self.step)
+        return stopped
 
     def _works(self, due: Due) -> list[Work]:
         """What is to be done after this step; the checkpoint last, so that a resumed run misses nothing."""

@@ -1,5 +1,6 @@
 """`put_memory()`: the memory preset of a run on its student; what was forecast, for whoever runs out of memory."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,10 +50,7 @@ def put_memory(
     if device.type != "cuda":
         return apply_memory(student, "batch", device=device)
     try:
-        from twinflow.memory.planner.own import own_workload
-
         workload = workload_of_run(settings, student, longest_prompt(cache))
-        own_workload(student)
     except ValueError as error:
         print(f"memory preset {UNKNOWN}, as no forecast can be made ({error})")
         return apply_memory(student, UNKNOWN, device=device)
@@ -122,12 +120,13 @@ def after_out_of_memory(
     _, total = torch.cuda.mem_get_info(device)
     said = f"memory preset {name} took {peak / 1e9:.1f} GB of {total / 1e9:.1f} GB"
     try:
-        from twinflow.memory.planner.choice import forecasts
         from twinflow.memory.planner.forecasting import Planner
 
-        workload = workload_of_run(settings, student)
-        found = forecasts(Planner(workload))
-        mine = Planner(workload).forecast(memory.preset)
+        planner = Planner(workload_of_run(settings, student))
+        # The run keeps its optimizer, whichever preset it goes on with.
+        presets = [replace(preset, optimizer=memory.preset.optimizer) for preset in planner.presets.values()]
+        found = [planner.forecast(preset) for preset in presets]
+        mine = planner.forecast(memory.preset)
     except ValueError:
         order = list(PRESETS)
         place = order.index(name) + 1 if name in order else len(order)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from twinflow.bridge import require_bridge
 from twinflow.interface import Student, Teacher
 from twinflow.lora import add_lora
 from twinflow.models import FlowModel, load
@@ -13,6 +14,7 @@ from twinflow.models.loading import FAMILIES
 from twinflow.teacher import EMATeacher
 from twinflow.teacher_choice import teacher_from_options
 from twinflow.train.families import BRIDGED
+from twinflow.train.rules import NO_BRIDGE
 from twinflow.train.settings import TrainSettings
 
 COMPONENTS = ("transformer", "unet")  # folders of a pipeline that may hold what is trained
@@ -69,6 +71,10 @@ def model_of(settings: TrainSettings, folder: Path) -> tuple[dict[str, Any], str
             f"train: model_family must be {family} for the {config['_class_name']} in {folder}, got "
             f"{settings.model_family!r}"
         )
+    if family == BRIDGED and settings.twinflow is not None:
+        require_bridge(settings.prediction_type or "epsilon", settings.twinflow_options)
+    elif family == BRIDGED and not settings.twinflow_options["diff2flow_enabled"]:
+        raise ValueError(NO_BRIDGE)
     return config, family
 
 

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from twinflow.memory import AppliedMemory, adamw_8bit
@@ -13,14 +12,17 @@ from twinflow.train.settings import TrainSettings
 
 
 def build_optimizer(
-    settings: TrainSettings, parameters: Iterable[torch.nn.Parameter], memory: AppliedMemory
+    settings: TrainSettings, parameters: Iterable[torch.nn.Parameter], memory: AppliedMemory, saved: str | None = None
 ) -> torch.optim.Optimizer:
     """The optimizer of a run; where the memory preset counts on 8-bit AdamW, that in plain AdamW's place.
+
+    A run keeps the kind that it began with: another preset may count on another.
 
     Args:
         settings: of the run.
         parameters: what is trained, on its device.
         memory: what was applied.
+        saved: kind in the checkpoint that the run goes on from, see `saved_kind`; None: it begins.
 
     Raises:
         ImportError: the library of an 8-bit optimizer is missing.
@@ -29,10 +31,18 @@ def build_optimizer(
     how = _settings(settings)
     if settings.optimizer == "radam":
         return torch.optim.RAdam(trained, decoupled_weight_decay=True, **how)
-    if settings.optimizer == "adamw8bit":
-        library = "torchao" if any(isinstance(p, DTensor) for p in trained) else "bitsandbytes"
-        return adamw_8bit(trained, library=library, **how)
+    if settings.optimizer == "adamw8bit" or (saved or "").endswith("AdamW8bit"):
+        return adamw_8bit(trained, **how)
+    if saved is not None:
+        return torch.optim.AdamW(trained, fused=True, **how)
     return memory.adamw(trained, **how)
+
+
+def saved_kind(state: Any) -> str | None:
+    """The kind of the optimizer in the state of a checkpoint; None where there is none."""
+    saved = state["shared"]["optimizer"] if isinstance(state, dict) and isinstance(state.get("shared"), dict) else None
+    kind = saved.get("kind") if isinstance(saved, dict) else None
+    return kind if isinstance(kind, str) else None
 
 
 def warm_up(optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:

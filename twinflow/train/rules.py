@@ -16,6 +16,7 @@ NO_EMA = (
     "TwinFlow requires an EMA teacher; enable use_ema or set twinflow_allow_no_ema_teacher to fall back to student "
     "weights explicitly."
 )
+NO_BRIDGE = "train: diff2flow_enabled must be true for a model that predicts no velocity, got False"
 FLAT = (
     "one step without twinflow_adversarial_enabled tends to look flat: enable it, or sample in 2 to 4 steps "
     "(twinflow_target_step_count)"
@@ -109,7 +110,7 @@ def _bridge(found: Mapping[str, Any], config: TwinFlowConfig | None, options: Ma
     if config is not None:
         require_bridge(prediction or "epsilon", options)
     elif not options["diff2flow_enabled"]:
-        raise ValueError("train: diff2flow_enabled must be true for a model that predicts no velocity, got False")
+        raise ValueError(NO_BRIDGE)
 
 
 def _steps(found: dict[str, Any], warnings: list[str]) -> None:

@@ -66,6 +66,7 @@ class Sampler:
         run: where images go.
         device: where the student computes.
         autocast: makes the context of the student's calls.
+        stop: asked after each image, on every rank: whether to give the drawing up.
     """
 
     def __init__(
@@ -77,9 +78,10 @@ class Sampler:
         device: torch.device,
         *,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self._settings, self._prompts, self._run, self._device = settings, prompts, run, device
-        self._autocast = autocast
+        self._autocast, self._stop = autocast, stop
         self._shift = pipeline_shift(folder, prompts.latent_shape[1:])
         half = device.type != "cpu" and settings.mixed_precision == "bf16"
         self._decoder = Decoder(folder, device=device, dtype=torch.bfloat16 if half else torch.float32)
@@ -92,7 +94,7 @@ class Sampler:
             return [Method(settings.validation_num_inference_steps, "mul", settings.validation_guidance, self._shift)]
         return [Method(steps) for steps in sorted({settings.validation_num_inference_steps, *COMPARED})]
 
-    def draw(self, step: int, student: Student, teacher: Teacher | None = None) -> str:
+    def draw(self, step: int, student: Student, teacher: Teacher | None = None) -> str | None:
         """Draws after some steps, with the teacher where it is an average of the weights, else with the student.
 
         Args:
@@ -101,7 +103,7 @@ class Sampler:
             teacher: of the run.
 
         Returns:
-            What was drawn, in words.
+            What was drawn, in words; None: it was given up, and nothing was written.
 
         Raises:
             FloatingPointError: images that are not finite.
@@ -112,7 +114,7 @@ class Sampler:
         network = teacher if isinstance(teacher, EMATeacher) else None
         return self._drawn(student, network, self.methods, step, "ema" if average else "student", told)
 
-    def base(self, student: Student) -> str:
+    def base(self, student: Student) -> str | None:
         """Draws the untrained model as stock pipelines do: 30 Euler steps with guidance; for step 0 of a run.
 
         Args and Returns as for `draw`.
@@ -123,14 +125,17 @@ class Sampler:
 
     def _drawn(
         self, student: Student, average: Student | None, methods: Sequence[Method], step: int, weights: str, told: str
-    ) -> str:
+    ) -> str | None:
         prompts = self._prompts
         latents = []
         with observed(student, self._device) as plain, self._autocast():
             for number, cond in enumerate(prompts.conditions):
                 seed = self._settings.validation_seed + number
                 conditions = [on_device(c, self._device) for c in (cond, prompts.negative)]
-                latents += [self._walk(average or plain, method, seed, *conditions).cpu() for method in methods]
+                for method in methods:
+                    latents.append(self._walk(average or plain, method, seed, *conditions).cpu())
+                    if self._stop():
+                        return None
         height, width = prompts.size
         folder = self._run.samples_at(None if weights == "base" else step)
 

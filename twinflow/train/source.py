@@ -1,5 +1,6 @@
 """`pipeline_folder()`, `configurations()`: the diffusers pipeline that a run starts from, on this machine."""
 
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def _downloaded(name: str, download: Callable[[str], str]) -> Path:
                 f"{_WHERE} a model that exists, got {name!r}: see {page}; if it is private, run `hf auth login`"
             ) from None
         if isinstance(error, (OSError, ConnectionError)) or found is not None:
-            brief = " ".join(str(error).split())[:200]
+            brief = textwrap.shorten(str(error), 200, placeholder=" ...")
             raise ValueError(
                 f"{_WHERE} a model that is here or can be downloaded, got {name!r} ({page}) and no way to it: {brief}; "
                 "give the folder of a copy, or log in with `hf auth login` where it is private"

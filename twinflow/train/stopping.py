@@ -1,10 +1,23 @@
-"""`StopRequest`: Ctrl-C and SIGTERM as a wish to stop between two steps."""
+"""`StopRequest`: Ctrl-C and SIGTERM as a wish to stop between two steps; `terminable()`: SIGTERM as Ctrl-C."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+_INTERRUPTS = signal.default_int_handler
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM interrupts at once inside, as Ctrl-C does: for what goes on by itself when it is begun again."""
+    before = signal.signal(signal.SIGTERM, _INTERRUPTS)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class StopRequest:

@@ -1,7 +1,8 @@
 """`train()`: a run from its settings: where it goes on, data, model, memory, and the loop."""
 
 import json
-from collections.abc import Iterator
+import shlex
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -15,28 +16,28 @@ from rich.console import Console
 from twinflow.ranks import agreed, world
 from twinflow.train.assembly import Assembled, assemble
 from twinflow.train.cache import Cache
-from twinflow.train.cache_index import held_out
+from twinflow.train.cache_index import Entry, held_out
 from twinflow.train.cache_shards import write_whole
 from twinflow.train.checkpoint import read_checkpoint, write_checkpoint
 from twinflow.train.checkpoint_files import read_summary
 from twinflow.train.checks import Checks, checks_of
-from twinflow.train.data import encoders_of, prepare_data
-from twinflow.train.display import Display, said_by
+from twinflow.train.data import encoders_of, prepare_data, unread
+from twinflow.train.display import Display, counted, said_by
 from twinflow.train.families import BRIDGED
 from twinflow.train.folder_lock import lock_folder, unlock_folder
+from twinflow.train.foresight import require_trainable
 from twinflow.train.gathering import on_rank_zero
 from twinflow.train.headline import headline
 from twinflow.train.loading_bars import without_loading_bars
 from twinflow.train.loop import Due
 from twinflow.train.memory_choice import after_out_of_memory
-from twinflow.train.model import model_of
-from twinflow.train.optimizer import renew
+from twinflow.train.optimizer import renew, saved_kind
 from twinflow.train.record import Record
 from twinflow.train.resuming import checkpoint_to_resume
 from twinflow.train.run_folder import RunFolder
 from twinflow.train.settings import TrainSettings
 from twinflow.train.source import pipeline_folder
-from twinflow.train.stopping import StopRequest
+from twinflow.train.stopping import StopRequest, terminable
 from twinflow.train.surroundings import surroundings
 from twinflow.train.trackers import wanted
 from twinflow.train.validation_prompts import ValidationPrompts, require_resolution, validation_prompts
@@ -80,29 +81,47 @@ def _train(settings: TrainSettings, run: RunFolder, accelerator: Accelerator, di
     checkpoint = _begin(settings, run, display)
     done = 0 if checkpoint is None else int(read_summary(checkpoint)["step"])
     if done >= settings.max_train_steps:
-        display.say(f"{run.root} has taken its {done} steps; raise max_train_steps to go on")
+        display.say(f"{run.root} has taken its {counted(done)}; raise max_train_steps to go on")
         return done
-    folder, device = _pipeline(settings), accelerator.device
-    model_of(settings, folder)  # a wrong one is refused before hours of encoding
-    for warning in settings.warnings:
+    folder = _pipeline(settings)
+    require_trainable(settings, folder, accelerator)
+    for warning in (*settings.warnings, *unread(settings)):
         display.say(f"warning: {warning}", style="yellow")
-    with without_loading_bars():
-        with _room("encoding", device, "lower vae_batch_size or text_batch_size"):
+    with without_loading_bars(), _stoppable():
+        with _room("encoding", accelerator.device, "lower vae_batch_size or text_batch_size"):
             cache, prompts = _encoded(settings, folder, accelerator, display)
         _tell(cache, display)
         entries, held = held_out(cache.entries, 0.0 if settings.data_free else settings.eval_share)
-        advice = "`twinflow train --dry-run` shows what each memory_preset needs"
-        with _room("loading the model", device, advice), said_by(display):
-            parts = assemble(settings, folder, cache, entries, accelerator)
-    display.say(headline(settings, parts, len(entries)))
-    if checkpoint is not None:
+        parts = _assembled(settings, folder, (cache, entries), accelerator, display, checkpoint)
+    with Record(settings, run, parts.loop.step) as record, StopRequest() as stop:
+        looks: dict[str, Any] = dict(folder=folder, run=run, prompts=prompts, data=(cache, held))
+        asked = lambda: agreed(bool(stop))  # noqa: E731
+        checks = checks_of(settings, parts, record, display, stop=asked, **looks)
+        _run(settings, run, parts, checks, asked)
+    _part(settings, run, parts, display, stop)
+    return parts.loop.step
+
+
+def _assembled(
+    settings: TrainSettings,
+    folder: Path,
+    data: tuple[Cache, list[Entry]],
+    accelerator: Accelerator,
+    display: Display,
+    checkpoint: Path | None,
+) -> Assembled:
+    """The run's parts, as the checkpoint left them."""
+    tree = None if checkpoint is None else read_checkpoint(checkpoint)
+    advice = "`twinflow train --dry-run` shows what each memory_preset needs"
+    with _room("loading the model", accelerator.device, advice), said_by(display):
+        parts = assemble(settings, folder, *data, accelerator, None if tree is None else saved_kind(tree))
+    display.say(headline(settings, parts, len(data[1])))
+    if tree is not None:
         state = parts.loop.state
-        state.restore(read_checkpoint(checkpoint))
+        state.restore(tree)
         renew(settings, state.optimizer, state.scheduler)  # type: ignore[arg-type]
         display.say(f"going on after step {parts.loop.step}, from {checkpoint}")
-    with Record(settings, run, parts.loop.step) as record:
-        looks: dict[str, Any] = dict(folder=folder, run=run, prompts=prompts, data=(cache, held))
-        return _run(settings, run, parts, checks_of(settings, parts, record, display, **looks))
+    return parts
 
 
 def _encoded(
@@ -121,6 +140,16 @@ def _encoded(
 
 
 @contextmanager
+def _stoppable() -> Iterator[None]:
+    """Before the steps, Ctrl-C and SIGTERM end the run at once; what was encoded is kept."""
+    try:
+        with terminable():
+            yield
+    except KeyboardInterrupt:
+        raise TrainingStopped("train: stopped before its steps; the same command goes on") from None
+
+
+@contextmanager
 def _room(doing: str, device: torch.device, advice: str) -> Iterator[None]:
     """Says what to do where the device has no memory left."""
     try:
@@ -133,6 +162,8 @@ def _begin(settings: TrainSettings, run: RunFolder, display: Display) -> Path | 
     """Takes the folder, finds the checkpoint to go on from, and writes the config down."""
 
     def take() -> str:
+        if run.root.exists() and not run.root.is_dir():
+            raise ValueError(f"train: output_dir must be a folder, got the file {run.root}")
         try:
             lock_folder(run.root)
         except ValueError as error:
@@ -167,35 +198,38 @@ def _tell(cache: Cache, display: Display) -> None:
         display.say(f"left out: {name}: {why}", style="yellow")
 
 
-def _run(settings: TrainSettings, run: RunFolder, parts: Assembled, checks: Checks) -> int:
+def _run(settings: TrainSettings, run: RunFolder, parts: Assembled, checks: Checks, stop: Callable[[], bool]) -> None:
     """The loop, and what can end it."""
-    loop, display, keep = parts.loop, checks.display, settings.checkpoints_total_limit or None
+    loop, keep = parts.loop, settings.checkpoints_total_limit or None
 
     def save(step: int) -> None:
         metadata = {"seconds": loop.state.extra["seconds"]}
         write_checkpoint(run.root, step, loop.state.collect(), keep=keep, metadata=metadata)
 
     due = Due(checks.record.steps, checks.evaluate, checks.draw, save)
-    with StopRequest() as stop:
-        try:
-            checks.begin(settings)
-            loop.run(due, display, lambda: agreed(bool(stop)))
-        except FloatingPointError as error:
-            raise TrainingStopped(f"{error}; {_standing(run)}; lower learning_rate or twinflow_target_clamp") from error
-        except torch.OutOfMemoryError as error:
-            said = after_out_of_memory(settings, parts.model, parts.memory, loop.device)
-            raise TrainingStopped(f"train: no memory left on {loop.device}: {said}; {_standing(run)}") from error
-    if loop.step < settings.max_train_steps:
+    try:
+        checks.begin(settings)
+        loop.run(due, checks.display, stop)
+    except FloatingPointError as error:
+        raise TrainingStopped(f"{error}; {_standing(run)}; lower learning_rate or twinflow_target_clamp") from error
+    except torch.OutOfMemoryError as error:
+        said = after_out_of_memory(settings, parts.model, parts.memory, loop.device)
+        raise TrainingStopped(f"train: no memory left on {loop.device}: {said}; {_standing(run)}") from error
+
+
+def _part(settings: TrainSettings, run: RunFolder, parts: Assembled, display: Display, stop: StopRequest) -> None:
+    """Says how the run ended, and what comes next."""
+    step, folder = parts.loop.step, shlex.quote(str(run.root))
+    if step < settings.max_train_steps:
         by = stop.signal or "a signal to another process"
-        display.say(f"stopped by {by} after step {loop.step}: saved; the same command goes on")
-    else:
-        bridged = parts.model.family == BRIDGED  # stock pipelines do not draw with it
-        after = f"export {run.root}, or report" if bridged else f"sample {run.root} --prompt ..., export or report"
-        display.say(f"done: {loop.step} steps; next: twinflow {after}")
-    return loop.step
+        display.say(f"stopped by {by} after step {step}: saved; the same command goes on")
+        return
+    bridged = parts.model.family == BRIDGED  # stock pipelines do not draw with it
+    after = f"export {folder}, or report" if bridged else f"sample {folder} --prompt ..., export or report"
+    display.say(f"done: {counted(step)}; next: twinflow {after}")
 
 
 def _standing(run: RunFolder) -> str:
     """Where a run stands that cannot go on; asked of no other rank, as this one may be alone in trouble."""
-    found = max(run.root.glob("checkpoint-" + "[0-9]" * 6), default=None)
+    found = max(run.root.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.rpartition("-")[2]), default=None)
     return f"the last checkpoint is {found}" if found is not None else "there is no checkpoint yet"
