@@ -57,9 +57,11 @@ def _data(settings: TrainSettings) -> str:
     items = items_of(settings)
     kind = "prompts without images" if settings.data_free else "images with captions"
     rows = settings.step_rows
+    epochs = settings.max_train_steps * rows / len(items)
+    passes = f"{epochs:,.0f}" if epochs >= 100 else f"{epochs:.2g}"
     return (
         f"  {len(items)} {kind}; {rows} rows a step on each process ({settings.train_batch_size} at a time), "
-        f"{settings.max_train_steps * rows / len(items):.3g} epochs in {settings.max_train_steps} steps on one process"
+        f"{passes} epochs in {settings.max_train_steps} steps on one process"
     )
 
 
@@ -110,5 +112,5 @@ def _forecast(settings: TrainSettings, folder: Path, console: Console) -> None:
             f"{found.host_bytes / 1e9:.3g}" if found.host_bytes else "", fits, style="bold" if first else None,
         )  # fmt: skip
     console.print(shown)
-    if usable is None:
+    if usable is None and named == "auto":
         say("  no CUDA device here: on one, memory_preset auto takes the first of these that fits")
