@@ -72,10 +72,9 @@ def assemble(
         ValueError, ImportError: a model, a preset or a library that does not go with the settings.
     """
     device = accelerator.device
-    random.seed(settings.seed)
-    np.random.seed(settings.seed)
+    _seed(settings.seed)
     model = build_student(settings, folder)
-    counts = (sum(p.numel() for p in trained_parameters(model).values()), sum(p.numel() for p in model.parameters()))
+    counts = [sum(p.numel() for p in of) for of in (trained_parameters(model).values(), model.parameters())]
     memory = put_memory(settings, model, device, cache, sharded=launched(accelerator) == "fsdp2")
     if settings.compile_blocks:
         _compile(model)
@@ -104,6 +103,12 @@ def assemble(
         device=device,
     )
     return Assembled(loop, model, teacher, memory, *counts)
+
+
+def _seed(seed: int) -> None:
+    """Seeds the global streams that `build_student` does not."""
+    random.seed(seed)
+    np.random.seed(seed)
 
 
 def _compile(model: FlowModel) -> None:

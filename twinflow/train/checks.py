@@ -66,7 +66,6 @@ def checks_of(
     display: Display,
     *,
     folder: Path,
-    run: RunFolder,
     prompts: ValidationPrompts | None,
     stop: Callable[[], bool],
     data: tuple[Cache, list[Entry]],
@@ -77,14 +76,17 @@ def checks_of(
         settings: of the run.
         parts, record, display: see `Checks`.
         folder: of its pipeline.
-        run: its folder.
         prompts: of its samples; None: there are none.
         stop: see `Sampler`.
         data: the cache, and the entries held out.
     """
     device, (cache, held) = parts.loop.device, data
     how: dict[str, Any] = {"device": device, "autocast": lambda: autocast(settings, device)}
-    sampler = None if prompts is None else Sampler(settings, folder, prompts, run, stop=stop, **how)
+    sampler = (
+        None
+        if prompts is None
+        else Sampler(settings, folder, prompts, RunFolder(settings.output_dir), stop=stop, **how)
+    )
     evaluation = None
     if settings.eval_steps and held:
         evaluation = Evaluation(settings.objective, cache, held, seed=settings.validation_seed, **how)

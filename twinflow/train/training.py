@@ -94,7 +94,7 @@ def _train(settings: TrainSettings, run: RunFolder, accelerator: Accelerator, di
         entries, held = held_out(cache.entries, 0.0 if settings.data_free else settings.eval_share)
         parts = _assembled(settings, folder, (cache, entries), accelerator, display, checkpoint)
     with Record(settings, run, parts.loop.step) as record, StopRequest() as stop:
-        looks: dict[str, Any] = dict(folder=folder, run=run, prompts=prompts, data=(cache, held))
+        looks: dict[str, Any] = dict(folder=folder, prompts=prompts, data=(cache, held))
         asked = lambda: agreed(bool(stop))  # noqa: E731
         checks = checks_of(settings, parts, record, display, stop=asked, **looks)
         _run(settings, run, parts, checks, asked)
