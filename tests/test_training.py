@@ -158,7 +158,7 @@ def test_what_a_run_began_with_stays(tmp_path):
     with pytest.raises(ValueError, match=r"resume_from_checkpoint must be latest, no or a folder, got 'nowhere'"):
         train(settings(tmp_path, resume_from_checkpoint="nowhere"), quiet())
     console = quiet()
-    assert train(run, console) == 1 and "has taken its 1 steps; raise max_train_steps" in console.export_text()
+    assert train(run, console) == 1 and "has taken its 1 step; raise max_train_steps" in console.export_text()
     changes = {"learning_rate": 1e-5, "adam_beta2": 0.5, "lr_warmup_steps": 4, "memory_preset": "rows"}
     assert train(settings(tmp_path, max_train_steps=3, **changes), quiet()) == 3
     assert json.loads((run.output_dir / "config.json").read_text())["learning_rate"] == 1e-5
