@@ -22,13 +22,13 @@ from harness import quantiles
 from torch import nn
 
 from twinflow import EMATeacher, TwinFlowLoss
-from twinflow.draws import Draws, draw_step
 from twinflow.memory import PRESETS, apply_memory
 from twinflow.memory.adamw_8bit import adamw_8bit
 from twinflow.memory.planner.fused_attention import replaced
 from twinflow.memory.planner.simulation import WORST_LAST
 from twinflow.memory.planner.workload import Workload
 from twinflow.models import FlowModel
+from twinflow.objective.draws import Draws, draw_step
 
 PUBLISHED = "published"  # the published schedule on the whole batch, every block under gradient checkpointing
 OUT_OF_MEMORY = "out of memory"

@@ -6,7 +6,7 @@ import torch
 from toy import ToyNet, make_teacher
 
 from twinflow import Draws, TwinFlowConfig, TwinFlowLoss
-from twinflow.draws import draw_step
+from twinflow.objective.draws import draw_step
 
 DIM, COND = 5, 3
 FOUR = ("e2e", "mul", "any", "adv")

@@ -10,7 +10,7 @@ import torch
 from family_batches import make_batch
 from tiny_pipelines import image_size, saved_pipeline
 
-from twinflow.loss import TwinFlowLoss
+from twinflow.objective.loss import TwinFlowLoss
 from twinflow.train.checkpoint import write_checkpoint
 from twinflow.train.model import build_student, build_teacher
 from twinflow.train.run_folder import RunFolder

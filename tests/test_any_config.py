@@ -22,7 +22,7 @@ from restatement import PlainTeacher, all_terms_loss, partition_loss
 from toy import ToyNet, make_teacher
 
 from twinflow import TwinFlowConfig, TwinFlowLoss
-from twinflow.config import ROLES
+from twinflow.objective.config import ROLES
 
 WEIGHT = st.sampled_from([0.0, 0.3, 1.0])
 

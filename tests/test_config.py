@@ -7,7 +7,7 @@ import math
 import pytest
 
 from twinflow import TwinFlowConfig, TwinFlowLoss
-from twinflow.config import ROLES
+from twinflow.objective.config import ROLES
 
 FLAGS = {
     "twinflow_enabled": (False, True),

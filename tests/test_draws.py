@@ -7,9 +7,9 @@ import torch
 from batches import toy_draws
 
 from twinflow import TwinFlowConfig, TwinFlowLoss
-from twinflow.config import ROLES
-from twinflow.draws import draw_step
 from twinflow.grid import sampling_grid
+from twinflow.objective.config import ROLES
+from twinflow.objective.draws import draw_step
 
 MANY = 4000
 

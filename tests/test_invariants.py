@@ -10,7 +10,7 @@ from torch import nn
 from toy import ToyNet, make_teacher
 
 from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss
-from twinflow.draws import draw_step
+from twinflow.objective.draws import draw_step
 
 
 class Constant(nn.Module):

@@ -9,10 +9,11 @@ from test_data_parallel import STARTED
 from torch import distributed
 from toy import ToyNet, make_teacher
 
-from twinflow import StudentTeacher, TwinFlowConfig, TwinFlowLoss, loss
-from twinflow.draws import draw_step
-from twinflow.passes import Request
-from twinflow.plan import make_plan
+from twinflow import StudentTeacher, TwinFlowConfig, TwinFlowLoss
+from twinflow.objective import loss
+from twinflow.objective.draws import draw_step
+from twinflow.objective.passes import Request
+from twinflow.objective.plan import make_plan
 
 ROLES = [("e2e", "mul"), ("any", "adv"), ("mul", "mul"), ("adv", "adv"), ("e2e", "e2e"), ("any", "any")]
 

@@ -7,7 +7,7 @@ from restatement import PlainTeacher, all_terms_loss, partition_loss
 from toy import ToyNet, make_teacher
 
 from twinflow import TwinFlowConfig, TwinFlowLoss
-from twinflow.config import ROLES
+from twinflow.objective.config import ROLES
 
 SHARES_WITH_ONE = {"e2e": 1, "mul": 1, "any": 1, "one": 1, "adv": 1}
 SCHEDULES = ("planned", "published", "pieces")

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twinflow import TwinFlowConfig, TwinFlowLoss
-from twinflow.config import ROLES
-from twinflow.roles import RoleCounter
+from twinflow.objective.config import ROLES
+from twinflow.objective.roles import RoleCounter
 
 SHARES = st.lists(st.floats(0, 1e3, allow_subnormal=False), min_size=5, max_size=5).filter(lambda s: max(s) > 1e-3)
 
@@ -104,9 +104,9 @@ def test_ranks_share_one_sequence(monkeypatch, ranks):
     for _ in range(5):
         dealt = []
         for rank, criterion in enumerate(per_rank):
-            monkeypatch.setattr("twinflow.loss.world", lambda rank=rank: (rank, ranks))
+            monkeypatch.setattr("twinflow.objective.loss.world", lambda rank=rank: (rank, ranks))
             dealt += criterion.draw(latents).roles
             state = criterion.state_dict()
-        monkeypatch.setattr("twinflow.loss.world", lambda: (0, 1))
+        monkeypatch.setattr("twinflow.objective.loss.world", lambda: (0, 1))
         assert tuple(dealt) == one.draw(torch.zeros(3 * ranks, 1)).roles
         assert state == one.state_dict()

@@ -8,7 +8,7 @@ import torch
 from batches import EIGHT, TEACHERS, assert_close, assert_same, backward, step, toy_batch, toy_draws, trained_pair
 
 from twinflow import TwinFlowConfig, TwinFlowLoss
-from twinflow.plan import make_plan
+from twinflow.objective.plan import make_plan
 
 RECIPES = ("partition", "all_terms")
 

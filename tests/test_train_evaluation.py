@@ -8,9 +8,9 @@ import torch
 from validation_cases import CPU, cached, settings_for, student_of
 
 from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss
-from twinflow.draws import Draws, draw_step
 from twinflow.memory.deferred import defer_modulation
-from twinflow.roles import RoleCounter
+from twinflow.objective.draws import Draws, draw_step
+from twinflow.objective.roles import RoleCounter
 from twinflow.train import evaluation
 from twinflow.train.evaluation import Evaluation
 from twinflow.train.objective import FLOW_MATCHING

@@ -4,10 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from twinflow.config import TwinFlowConfig
-    from twinflow.draws import Draws
-    from twinflow.loss import TwinFlowLoss, TwinFlowOutput
-    from twinflow.passes import Plan
+    from twinflow.objective.config import TwinFlowConfig
+    from twinflow.objective.draws import Draws
+    from twinflow.objective.loss import TwinFlowLoss, TwinFlowOutput
+    from twinflow.objective.passes import Plan
     from twinflow.pipeline import attach as attach
     from twinflow.teacher import EMATeacher, FrozenTeacher, StudentTeacher
 
@@ -25,10 +25,16 @@ __all__ = [
 # Imported when asked for: the command line answers `--help` without torch, training a module of one's own needs neither
 # diffusers nor peft, which `attach` does.
 _HOMES = {
-    "Draws": "draws", "EMATeacher": "teacher", "FrozenTeacher": "teacher", "Plan": "passes",
-    "StudentTeacher": "teacher", "TwinFlowConfig": "config", "TwinFlowLoss": "loss", "TwinFlowOutput": "loss",
+    "Draws": "objective.draws",
+    "EMATeacher": "teacher",
+    "FrozenTeacher": "teacher",
+    "Plan": "objective.passes",
+    "StudentTeacher": "teacher",
+    "TwinFlowConfig": "objective.config",
+    "TwinFlowLoss": "objective.loss",
+    "TwinFlowOutput": "objective.loss",
     "attach": "pipeline",
-}  # fmt: skip
+}
 
 
 def __getattr__(name: str) -> Any:

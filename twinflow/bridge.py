@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from twinflow.flags import parse_flags
+from twinflow.objective.flags import parse_flags
 
 _NAMES = {
     "epsilon": "epsilon", "eps": "epsilon",

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from twinflow.flags import parse_flags
 from twinflow.interface import Student, Teacher, trained_parameters, unwrap
+from twinflow.objective.flags import parse_flags
 from twinflow.teacher import EMATeacher, StudentTeacher
 
 

@@ -15,7 +15,7 @@ from twinflow.memory.modulation_table import ModulationTable
 from twinflow.memory.replaced_forward import hide_from_ddp, passed_on, refuse_moves, replace_forward, sliced
 from twinflow.memory.streamed_weights import StreamedWeights
 from twinflow.models import FlowModel
-from twinflow.passes import Pass, Plan
+from twinflow.objective.passes import Pass, Plan
 
 DEVICES = ("cuda", "cpu")
 _ALONE = Pass("call", "student", (0,), ("main",), (0.0,), (0.0,))  # a call outside of a step

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from twinflow.conditioning import MODES, TimeConditioning, TimeEmbedder
 from twinflow.models.modulation import Deferral, Modulation
 from twinflow.models.prompts import prompt_groups, prompt_lengths, row_index, trim
-from twinflow.passes import Pass, Plan
+from twinflow.objective.passes import Pass, Plan
 
 CFG_TIMES = ("published", "t")
 

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from twinflow.passes import Pass, Plan
+from twinflow.objective.passes import Pass, Plan
 
 
 @dataclass(frozen=True)

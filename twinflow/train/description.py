@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from twinflow.config import TwinFlowConfig
+from twinflow.objective.config import TwinFlowConfig
 from twinflow.train.options import OPTIONS
 from twinflow.train.rules import DERIVED
 

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from twinflow.interface import Teacher
-from twinflow.loss import TwinFlowLoss
 from twinflow.memory.presets import MemoryPreset
+from twinflow.objective.loss import TwinFlowLoss
 from twinflow.teacher import StudentTeacher
 from twinflow.train.data import items_of
 from twinflow.train.memory_choice import workload_of_run

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from twinflow.interface import Student, Teacher, data_parallel
-from twinflow.loss import TwinFlowLoss, TwinFlowOutput
+from twinflow.objective.loss import TwinFlowLoss, TwinFlowOutput
 from twinflow.ranks import world
 from twinflow.train.batches import Batches
 from twinflow.train.cache_index import Cache, Entry, on_device, uploaded

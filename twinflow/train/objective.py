@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from twinflow.config import TwinFlowConfig
+from twinflow.objective.config import TwinFlowConfig
 from twinflow.train.kinds import shown
 from twinflow.train.options import OPTIONS
 from twinflow.train.recipes import Recipe

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from twinflow.interface import Teacher, trained_parameters, unwrap
-from twinflow.loss import TwinFlowLoss
+from twinflow.objective.loss import TwinFlowLoss
 from twinflow.ranks import world
 from twinflow.train.gathering import gather_bytes, together
 from twinflow.train.optimizer_state import check_optimizer, collect_optimizer, kind_of, load_optimizer

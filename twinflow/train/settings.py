@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from twinflow.config import TwinFlowConfig
+from twinflow.objective.config import TwinFlowConfig
 from twinflow.train.command_line import given_options
 from twinflow.train.objective import FLOW_MATCHING
 from twinflow.train.options import OPTIONS, named

@@ -11,7 +11,7 @@ from twinflow.memory.planner.reduction import Reduction, reduce
 from twinflow.memory.planner.workload import Workload
 from twinflow.memory.presets import PRESETS, MemoryPreset
 from twinflow.models import FlowModel
-from twinflow.passes import Pass
+from twinflow.objective.passes import Pass
 
 SWEEP = "modulation"  # name of the regions in which the weights pass
 

@@ -6,7 +6,6 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from twinflow.loss import TwinFlowLoss
 from twinflow.memory.offload import window_bytes
 from twinflow.memory.planner.costs import Cost, CostOf
 from twinflow.memory.planner.deferral import SWEEP, applicable, obstacle
@@ -21,6 +20,7 @@ from twinflow.memory.planner.timeline import Peak, splice
 from twinflow.memory.planner.workload import Workload
 from twinflow.memory.presets import MemoryPreset
 from twinflow.models import FlowModel
+from twinflow.objective.loss import TwinFlowLoss
 from twinflow.teacher import EMATeacher, StudentTeacher
 
 CUBLAS_BYTES = 2 * 4 * 2**20 + 8 * 16 * 2**10  # one handle's workspace, as torch allocates it

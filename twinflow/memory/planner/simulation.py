@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from twinflow.draws import Draws, draw_step
-from twinflow.loss import TwinFlowLoss
 from twinflow.memory.blocks import repeated_blocks
 from twinflow.memory.offload import offload_activations
 from twinflow.memory.planner.autocast import MetaAutocast
@@ -23,6 +21,8 @@ from twinflow.memory.planner.workload import Workload
 from twinflow.memory.presets import MemoryPreset
 from twinflow.memory.recompute import selective_recompute
 from twinflow.models import FlowModel
+from twinflow.objective.draws import Draws, draw_step
+from twinflow.objective.loss import TwinFlowLoss
 from twinflow.teacher import EMATeacher
 
 # The row with most to hold comes last, when every gradient is there: rectification runs while its graph is held.

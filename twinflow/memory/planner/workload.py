@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from twinflow.conditioning import LORA_MODE, MODES
-from twinflow.config import RECIPES, TwinFlowConfig
 from twinflow.memory.planner.architectures import Architecture, architecture_of
 from twinflow.memory.presets import MemoryPreset
+from twinflow.objective.config import RECIPES, TwinFlowConfig
 
 BASES = ("bfloat16", "float32", "int8", "nf4")
 OPTIMIZERS = ("adamw", "adamw8bit", "sgd")
@@ -23,7 +23,7 @@ class Workload:
         lora_rank: rank of the LoRA on a frozen base; None: all weights are trained.
         lora_targets: layers of the LoRA; None: the family's.
         conditioning: one of `twinflow.conditioning.MODES`.
-        recipe: one of `twinflow.config.RECIPES`.
+        recipe: one of `twinflow.objective.config.RECIPES`.
         order: teacher steps N of the rollout.
         text_tokens: length of the prompts; None: as usual for the model.
         base: dtype of the weights: `bfloat16`, or `float32` with autocast to bf16; of a frozen base also `int8`, `nf4`.

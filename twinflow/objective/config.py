@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from twinflow.flags import parse_flags
+from twinflow.objective.flags import parse_flags
 
 RECIPES = ("partition", "all_terms")
 ROLES = ("e2e", "mul", "any", "one", "adv")  # docs/method.md, equation 4

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from twinflow.config import TwinFlowConfig
-from twinflow.draws import Draws
-from twinflow.passes import Pass, Plan, Request
-from twinflow.rows import Rows
+from twinflow.objective.config import TwinFlowConfig
+from twinflow.objective.draws import Draws
+from twinflow.objective.passes import Pass, Plan, Request
+from twinflow.objective.rows import Rows
 
 Entry = tuple[int, str, float, float]  # row, kind, t, r
 

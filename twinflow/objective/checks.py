@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from twinflow.config import TwinFlowConfig
-from twinflow.draws import Draws
 from twinflow.interface import Student, Teacher
-from twinflow.rows import check_condition
+from twinflow.objective.config import TwinFlowConfig
+from twinflow.objective.draws import Draws
+from twinflow.objective.rows import check_condition
 
 
 @dataclass(frozen=True)

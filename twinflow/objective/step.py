@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from twinflow.coefficients import RowTable
-from twinflow.config import TwinFlowConfig
-from twinflow.draws import Draws
 from twinflow.interface import Student, Teacher, unwrap, without_collectives
-from twinflow.passes import Pass, Plan
-from twinflow.plan import time_table
-from twinflow.query import ask
-from twinflow.rng import StepRandomState
-from twinflow.rows import Rows, RowSelector, concatenate
+from twinflow.objective.config import TwinFlowConfig
+from twinflow.objective.draws import Draws
+from twinflow.objective.passes import Pass, Plan
+from twinflow.objective.plan import time_table
+from twinflow.objective.query import ask
+from twinflow.objective.random_state import StepRandomState
+from twinflow.objective.row_coefficients import RowTable
+from twinflow.objective.rows import Rows, RowSelector, concatenate
 from twinflow_kernels import rollout_start, rollout_step_
 
 

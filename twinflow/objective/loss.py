@@ -6,18 +6,18 @@ from typing import Any
 
 import torch
 
-from twinflow.arguments import Given, check_arguments, check_latents, check_micro_batch, check_teacher
-from twinflow.coefficients import row_table
-from twinflow.config import TwinFlowConfig
-from twinflow.draws import Draws, check_draws, check_roles_and_times, draw_step
 from twinflow.interface import Student, Teacher
-from twinflow.passes import Plan, Request
-from twinflow.plan import make_plan
+from twinflow.objective.checks import Given, check_arguments, check_latents, check_micro_batch, check_teacher
+from twinflow.objective.config import TwinFlowConfig
+from twinflow.objective.draws import Draws, check_draws, check_roles_and_times, draw_step
+from twinflow.objective.passes import Plan, Request
+from twinflow.objective.plan import make_plan
+from twinflow.objective.roles import RoleCounter
+from twinflow.objective.row_coefficients import row_table
+from twinflow.objective.rows import broadcast_condition, same_leaf_shapes
+from twinflow.objective.runner import StepRun, run_step
+from twinflow.objective.step import Batch
 from twinflow.ranks import kept_calls, world
-from twinflow.roles import RoleCounter
-from twinflow.rows import broadcast_condition, same_leaf_shapes
-from twinflow.runner import StepRun, run_step
-from twinflow.step import Batch
 
 
 @dataclass(frozen=True)

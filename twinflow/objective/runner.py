@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from twinflow.coefficients import RowTable
-from twinflow.config import TwinFlowConfig
 from twinflow.interface import Student, Teacher, data_parallel, unwrap
-from twinflow.passes import TARGET_CALLS, Pass, Plan
-from twinflow.piece import PieceLoss
-from twinflow.step import Batch, Step
+from twinflow.objective.config import TwinFlowConfig
+from twinflow.objective.passes import TARGET_CALLS, Pass, Plan
+from twinflow.objective.row_coefficients import RowTable
+from twinflow.objective.step import Batch, Step
+from twinflow.objective.terms import PieceLoss
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from twinflow.interface import Student, Teacher, guidance_times
-from twinflow.passes import Pass
+from twinflow.objective.passes import Pass
 
 
 def ask(

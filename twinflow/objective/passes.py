@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from twinflow.rows import Rows
+from twinflow.objective.rows import Rows
 
 SCHEDULES = ("planned", "published")
 TARGET_CALLS = ("fake", "data", "cfg", "rollout")  # what the regression targets are made of

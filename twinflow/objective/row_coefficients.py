@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from twinflow.config import TwinFlowConfig
-from twinflow.draws import Draws
-from twinflow.plan import Plan
+from twinflow.objective.config import TwinFlowConfig
+from twinflow.objective.draws import Draws
+from twinflow.objective.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 import torch
 
-from twinflow.rows import Rows
-from twinflow.step import Step
+from twinflow.objective.rows import Rows
+from twinflow.objective.step import Step
 from twinflow_kernels import velocity_loss
 
 

@@ -1,0 +1,1 @@
+"""The TwinFlow objective: from the random draws of a step to its loss."""
