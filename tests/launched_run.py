@@ -8,8 +8,8 @@ import torch
 from accelerate import Accelerator
 
 from twinflow import Draws, TwinFlowConfig, TwinFlowLoss
+from twinflow.distributed import agreed, world
 from twinflow.interface import trained_parameters, unwrap
-from twinflow.ranks import agreed, world
 from twinflow.train.checkpoint import write_checkpoint
 from twinflow.train.model import build_student
 from twinflow.train.run_state import RunState

@@ -20,10 +20,10 @@ from tiny_pipelines import saved_pipeline
 from torch import distributed
 
 from twinflow import TwinFlowConfig, TwinFlowLoss
+from twinflow.distributed import world
 from twinflow.interface import data_parallel, trained_parameters, unwrap
 from twinflow.memory import apply_memory
 from twinflow.memory.blocks import repeated_blocks
-from twinflow.ranks import world
 from twinflow.train.model import build_student
 from twinflow.train.optimizer import build_optimizer
 from twinflow.train.run_state import RunState

@@ -9,9 +9,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from twinflow import EMATeacher, TwinFlowLoss
-from twinflow.adapter_dtype import FollowingLinear, compute_in_input_dtype
-from twinflow.adapter_slot import adapter_layers
+from twinflow.adapters import FollowingLinear, compute_in_input_dtype
 from twinflow.lora import add_lora
+from twinflow.teachers.adapter_slot import adapter_layers
 
 
 def adapted(dtype: torch.dtype, **options) -> nn.Module:

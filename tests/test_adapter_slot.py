@@ -7,9 +7,9 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from tiny_pipelines import tiny_transformer
 
 from twinflow import EMATeacher, FrozenTeacher, TwinFlowLoss
-from twinflow.adapter_slot import adapter_layers
 from twinflow.lora import add_lora
 from twinflow.models import load
+from twinflow.teachers.adapter_slot import adapter_layers
 
 TARGETS = ["to_q", "to_k", "timestep_embedder.linear_1"]
 

@@ -9,10 +9,10 @@ from family_batches import FAMILIES, make_batch, make_student, relative
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from twinflow.adapter_slot import adapter_layers
 from twinflow.conditioning import LORA_MODE, MODES
 from twinflow.lora import add_lora, load_lora, lora_tensors
 from twinflow.manifest import LORA, SECOND_EMBEDDERS
+from twinflow.teachers.adapter_slot import adapter_layers
 
 T = torch.tensor([0.9, 0.31])
 

@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from twinflow import EMATeacher, FrozenTeacher, StudentTeacher, TwinFlowConfig, TwinFlowLoss
-from twinflow.adapter_slot import adapter_layers
 from twinflow.models import load
+from twinflow.teachers.adapter_slot import adapter_layers
 
 T, R = torch.tensor([0.9, 0.31, 0.5, 1.0]), torch.tensor([0.2, 0.31, 0.0, 0.7])
 TEACHERS = {"ema": lambda student: EMATeacher(student, 0.9), "frozen": FrozenTeacher, "student": StudentTeacher}

@@ -8,7 +8,7 @@ from batches import COND, DIM, toy_batch
 from toy import ToyNet
 
 from twinflow import EMATeacher, StudentTeacher, TwinFlowConfig, TwinFlowLoss
-from twinflow.teacher_choice import teacher_from_options
+from twinflow.teachers.from_options import teacher_from_options
 
 NO_EMA = (
     "TwinFlow requires an EMA teacher; enable use_ema or set twinflow_allow_no_ema_teacher to fall back to student "

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from twinflow import TwinFlowConfig
-from twinflow.teacher_choice import teacher_from_options
+from twinflow.teachers.from_options import teacher_from_options
 from twinflow.train import TrainSettings, add_options, read_config, require_known, settings_from
 from twinflow.train.command_line import given_options
 from twinflow.train.options import ALIASES, OPTIONS

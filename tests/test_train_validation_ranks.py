@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from ranked_steps import CONFIG, Run, on_two_ranks
 from validation_cases import CPU, cached, drawn, encoded, sampler_of, settings_for
 
-from twinflow.ranks import world
+from twinflow.distributed import world
 from twinflow.train.evaluation import Evaluation
 from twinflow.train.observation import observed
 from twinflow.train.run_folder import RunFolder

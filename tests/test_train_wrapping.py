@@ -15,10 +15,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss
+from twinflow.distributed import agreed
 from twinflow.lora import add_lora
 from twinflow.memory import PRESETS, defer_modulation
 from twinflow.memory.quantised_base import quantised_form
-from twinflow.ranks import agreed
 from twinflow.train.memory_choice import put_memory
 from twinflow.train.wrapping import check_sharded, clip, launched, wrap
 

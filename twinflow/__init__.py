@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from twinflow.objective.loss import TwinFlowLoss, TwinFlowOutput
     from twinflow.objective.passes import Plan
     from twinflow.pipeline import attach as attach
-    from twinflow.teacher import EMATeacher, FrozenTeacher, StudentTeacher
+    from twinflow.teachers.teachers import EMATeacher, FrozenTeacher, StudentTeacher
 
 __all__ = [
     "Draws",
@@ -26,10 +26,10 @@ __all__ = [
 # diffusers nor peft, which `attach` does.
 _HOMES = {
     "Draws": "objective.draws",
-    "EMATeacher": "teacher",
-    "FrozenTeacher": "teacher",
+    "EMATeacher": "teachers.teachers",
+    "FrozenTeacher": "teachers.teachers",
     "Plan": "objective.passes",
-    "StudentTeacher": "teacher",
+    "StudentTeacher": "teachers.teachers",
     "TwinFlowConfig": "objective.config",
     "TwinFlowLoss": "objective.loss",
     "TwinFlowOutput": "objective.loss",

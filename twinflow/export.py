@@ -13,7 +13,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from twinflow import comfyui
-from twinflow.adapter_slot import adapter_layers, trained_adapter
 from twinflow.export_folder import check_folder, new_export
 from twinflow.interface import Student, unwrap
 from twinflow.lora import BASE
@@ -30,7 +29,8 @@ from twinflow.manifest import (
 )
 from twinflow.memory.quantised_base import quantised_form
 from twinflow.models.base import FlowModel
-from twinflow.teacher import EMATeacher
+from twinflow.teachers.adapter_slot import adapter_layers, trained_adapter
+from twinflow.teachers.teachers import EMATeacher
 from twinflow.usage import Usage
 
 _SAVERS = {

@@ -9,7 +9,6 @@ from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from twinflow.adapter_slot import adapter_layers, adapter_parameters, as_float32, on_meta
 from twinflow.conditioning import LORA_MODE
 from twinflow.manifest import (
     LORA,
@@ -22,6 +21,7 @@ from twinflow.manifest import (
     read_tensors,
     saved_conditioning,
 )
+from twinflow.teachers.adapter_slot import adapter_layers, adapter_parameters, as_float32, on_meta
 
 if TYPE_CHECKING:
     from twinflow.models.base import FlowModel

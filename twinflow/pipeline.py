@@ -11,7 +11,6 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from torch import nn
 
-from twinflow.adapter_slot import adapter_layers
 from twinflow.binding import Binding
 from twinflow.conditioning import TimeConditioning, TimeEmbedder
 from twinflow.export_folder import without_refusal
@@ -31,6 +30,7 @@ from twinflow.manifest import (
 )
 from twinflow.models import FAMILIES, FlowModel, load
 from twinflow.scheduler import TwinFlowScheduler
+from twinflow.teachers.adapter_slot import adapter_layers
 
 # Of a LoRA's two weights: the axis along its layer, and the layer's width there.
 _WIDTHS = {

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from twinflow.nearest import lookup
+from twinflow.suggest import lookup
 
 
 @dataclass(frozen=True)

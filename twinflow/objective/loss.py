@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from twinflow.distributed import kept_calls, world
 from twinflow.interface import Student, Teacher
 from twinflow.objective.checks import Given, check_arguments, check_latents, check_micro_batch, check_teacher
 from twinflow.objective.config import TwinFlowConfig
@@ -17,7 +18,6 @@ from twinflow.objective.row_coefficients import row_table
 from twinflow.objective.rows import broadcast_condition, same_leaf_shapes
 from twinflow.objective.runner import StepRun, run_step
 from twinflow.objective.step import Batch
-from twinflow.ranks import kept_calls, world
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from twinflow.distributed import world
 from twinflow.interface import Teacher, trained_parameters, unwrap
 from twinflow.memory import AppliedMemory
 from twinflow.memory.blocks import repeated_blocks
 from twinflow.models import FlowModel
 from twinflow.objective.loss import TwinFlowLoss
-from twinflow.ranks import world
 from twinflow.train.batches import Batches
 from twinflow.train.cache import Cache
 from twinflow.train.cache_index import Entry

@@ -11,7 +11,7 @@ from rich.table import Table
 from twinflow.interface import Teacher
 from twinflow.memory.presets import MemoryPreset
 from twinflow.objective.loss import TwinFlowLoss
-from twinflow.teacher import StudentTeacher
+from twinflow.teachers.teachers import StudentTeacher
 from twinflow.train.data import items_of
 from twinflow.train.memory_choice import workload_of_run
 from twinflow.train.model import build_student

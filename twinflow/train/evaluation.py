@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from twinflow.distributed import kept_calls, world
 from twinflow.interface import Student, Teacher
 from twinflow.objective.config import TwinFlowConfig
 from twinflow.objective.draws import Draws, draw_step
 from twinflow.objective.loss import TwinFlowLoss, TwinFlowOutput
 from twinflow.objective.roles import RoleCounter
-from twinflow.ranks import kept_calls, world
 from twinflow.train.cache_index import Cache, Entry, on_device
 from twinflow.train.gathering import gather_bytes
 from twinflow.train.observation import observed

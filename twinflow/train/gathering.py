@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import distributed
 
-from twinflow.ranks import world
+from twinflow.distributed import world
 
 
 def gather_bytes(data: bytes) -> list[bytes]:

@@ -1,6 +1,6 @@
 """`headline()`: what is about to be trained, in a line."""
 
-from twinflow.ranks import world
+from twinflow.distributed import world
 from twinflow.train.assembly import Assembled
 from twinflow.train.settings import TrainSettings
 

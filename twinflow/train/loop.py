@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from twinflow.distributed import world
 from twinflow.interface import Student, Teacher, data_parallel
 from twinflow.objective.loss import TwinFlowLoss, TwinFlowOutput
-from twinflow.ranks import world
 from twinflow.train.batches import Batches
 from twinflow.train.cache_index import Cache, Entry, on_device, uploaded
 from twinflow.train.display import Display

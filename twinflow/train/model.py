@@ -11,8 +11,8 @@ from twinflow.interface import Student, Teacher
 from twinflow.lora import add_lora
 from twinflow.models import FlowModel, load
 from twinflow.models.loading import FAMILIES
-from twinflow.teacher import EMATeacher
-from twinflow.teacher_choice import teacher_from_options
+from twinflow.teachers.from_options import teacher_from_options
+from twinflow.teachers.teachers import EMATeacher
 from twinflow.train.families import BRIDGED
 from twinflow.train.rules import NO_BRIDGE
 from twinflow.train.settings import TrainSettings

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from twinflow.nearest import lookup
+from twinflow.suggest import lookup
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from datetime import datetime, timezone
 from types import TracebackType
 from typing import Any
 
-from twinflow.ranks import world
+from twinflow.distributed import world
 from twinflow.train.metrics_file import MetricsFile, keep_until
 from twinflow.train.run_folder import RunFolder
 from twinflow.train.sample_folder import SUMMARY

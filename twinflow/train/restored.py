@@ -9,7 +9,7 @@ import torch
 from twinflow.export import export
 from twinflow.interface import trained_parameters
 from twinflow.models import FlowModel
-from twinflow.teacher import EMATeacher
+from twinflow.teachers.teachers import EMATeacher
 from twinflow.train.checkpoint import latest_checkpoint, read_checkpoint
 from twinflow.train.checkpoint_files import read_files, read_summary
 from twinflow.train.model import build_student, build_teacher

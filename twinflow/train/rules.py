@@ -5,8 +5,8 @@ from typing import Any
 
 from twinflow.bridge import require_bridge
 from twinflow.conditioning import LORA_MODE
-from twinflow.nearest import lookup
 from twinflow.objective.config import TwinFlowConfig
+from twinflow.suggest import lookup
 from twinflow.train.families import BRIDGED
 from twinflow.train.objective import objective
 from twinflow.train.options import OPTIONS

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from twinflow.distributed import world
 from twinflow.interface import Teacher, trained_parameters, unwrap
 from twinflow.objective.loss import TwinFlowLoss
-from twinflow.ranks import world
 from twinflow.train.gathering import gather_bytes, together
 from twinflow.train.optimizer_state import check_optimizer, collect_optimizer, kind_of, load_optimizer
 from twinflow.train.placing import check_form, check_names, check_tensor, placed, snapshot

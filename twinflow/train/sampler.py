@@ -10,7 +10,7 @@ import torch
 from twinflow.interface import Student, Teacher
 from twinflow.models.packing import pack, unpack
 from twinflow.scheduler import TwinFlowScheduler
-from twinflow.teacher import EMATeacher
+from twinflow.teachers.teachers import EMATeacher
 from twinflow.train.cache_index import on_device
 from twinflow.train.decoding import Decoder
 from twinflow.train.encoding import Condition

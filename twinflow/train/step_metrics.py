@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from twinflow.ranks import world
+from twinflow.distributed import world
 
 # Names of the objective's terms, in an order that every rank knows.
 TERMS = ("rcgm", "velocity", "real_velocity", "adversarial", "rectify", "consistency")

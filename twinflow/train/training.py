@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from rich.console import Console
 
-from twinflow.ranks import agreed, world
+from twinflow.distributed import agreed, world
 from twinflow.train.assembly import Assembled, assemble
 from twinflow.train.cache import Cache
 from twinflow.train.cache_index import Entry, held_out

@@ -7,7 +7,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from twinflow.nearest import lookup
+from twinflow.suggest import lookup
 
 # diffusers' class -> setting that counts its blocks, and the list that holds them, in order of execution
 LISTS: dict[str, tuple[tuple[str, str], ...]] = {

@@ -21,7 +21,7 @@ from twinflow.memory.planner.workload import Workload
 from twinflow.memory.presets import MemoryPreset
 from twinflow.models import FlowModel
 from twinflow.objective.loss import TwinFlowLoss
-from twinflow.teacher import EMATeacher, StudentTeacher
+from twinflow.teachers.teachers import EMATeacher, StudentTeacher
 
 CUBLAS_BYTES = 2 * 4 * 2**20 + 8 * 16 * 2**10  # one handle's workspace, as torch allocates it
 _PIECES = 4  # pieces of a step that are run: one of each role, the gradients there from the second on

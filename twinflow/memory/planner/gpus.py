@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from twinflow.nearest import lookup
+from twinflow.suggest import lookup
 
 CONTEXT_BYTES = 500_000_000  # CUDA's context and loaded kernels, outside the allocator
 

@@ -13,7 +13,7 @@ from twinflow.memory.planner.architectures import Architecture
 from twinflow.memory.planner.workload import Workload
 from twinflow.memory.quantised_linear import ALIGNED, LIBRARIES, PackedProduct, PackedWeight, Packing, part_sizes
 from twinflow.models import FlowModel, load
-from twinflow.teacher import EMATeacher
+from twinflow.teachers.teachers import EMATeacher
 
 META = torch.device("meta")
 

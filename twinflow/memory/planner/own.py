@@ -6,7 +6,6 @@ from typing import Any
 import diffusers
 import torch
 
-from twinflow.adapter_slot import adapter_layers, trained_adapter
 from twinflow.conditioning import LORA_MODE
 from twinflow.memory.blocks import repeated_blocks
 from twinflow.memory.deferrable import deferrable_layers
@@ -14,7 +13,8 @@ from twinflow.memory.planner.architectures import LISTS, Architecture
 from twinflow.memory.planner.workload import Workload
 from twinflow.memory.quantised_base import quantised_form
 from twinflow.models import FlowModel
-from twinflow.teacher_weights import trains_adapter
+from twinflow.teachers.adapter_slot import adapter_layers, trained_adapter
+from twinflow.teachers.weights import trains_adapter
 
 _LATENT_FACTORS = {"sana": 32}  # pixels per latent; 8 elsewhere
 

@@ -23,7 +23,7 @@ from twinflow.memory.recompute import selective_recompute
 from twinflow.models import FlowModel
 from twinflow.objective.draws import Draws, draw_step
 from twinflow.objective.loss import TwinFlowLoss
-from twinflow.teacher import EMATeacher
+from twinflow.teachers.teachers import EMATeacher
 
 # The row with most to hold comes last, when every gradient is there: rectification runs while its graph is held.
 WORST_LAST = ("mul", "any", "adv", "e2e")

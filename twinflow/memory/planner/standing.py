@@ -8,7 +8,7 @@ from torch import nn
 
 from twinflow.memory.planner.live import aligned
 from twinflow.memory.planner.reduction import Reduction
-from twinflow.teacher import EMATeacher
+from twinflow.teachers.teachers import EMATeacher
 
 # Bytes that an update reads and writes per parameter, float32: itself, its gradient, the optimizer's states.
 TRAFFIC = {"adamw": 16 + 12, "adamw8bit": 10 + 6, "sgd": 8 + 4}

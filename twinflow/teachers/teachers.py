@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from twinflow.average import flat, load_tensors, local, shadow_of
 from twinflow.interface import Student, Teacher, check_same_student, trained_parameters, unwrap, without_collectives
-from twinflow.teacher_weights import Weights, ema_weights, frozen_weights, require_trainable
+from twinflow.teachers.ema_tensors import flat, load_tensors, local, shadow_of
+from twinflow.teachers.weights import Weights, ema_weights, frozen_weights, require_trainable
 from twinflow_kernels import ema_update_
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from twinflow.interface import Student, Teacher, trained_parameters, unwrap
 from twinflow.objective.flags import parse_flags
-from twinflow.teacher import EMATeacher, StudentTeacher
+from twinflow.teachers.teachers import EMATeacher, StudentTeacher
 
 
 def teacher_from_options(

@@ -18,9 +18,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from twinflow.adapter_dtype import compute_in_input_dtype
+from twinflow.adapters import compute_in_input_dtype
 from twinflow.interface import Student, unwrap, without_collectives
-from twinflow.sharded_weights import ShardedWeights, is_sharded
+from twinflow.teachers.sharded_weights import ShardedWeights, is_sharded
 
 
 def adapter_layers(module: nn.Module) -> dict[str, BaseTunerLayer]:

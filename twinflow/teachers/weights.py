@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, TypeAlias, Union
 from torch import nn
 
 from twinflow.interface import Student, unwrap
-from twinflow.module_copy import ModuleCopy
-from twinflow.sharded_weights import ShardedWeights, is_sharded
+from twinflow.teachers.module_copy import ModuleCopy
+from twinflow.teachers.sharded_weights import ShardedWeights, is_sharded
 
 if TYPE_CHECKING:
-    from twinflow.adapter_slot import AdapterSlot
+    from twinflow.teachers.adapter_slot import AdapterSlot
 
 DEFAULT_SLOT = "ema"
 Weights: TypeAlias = Union[ModuleCopy, "AdapterSlot", ShardedWeights]
@@ -30,7 +30,7 @@ def ema_weights(student: nn.Module, adapter: str | None) -> tuple[Weights, str |
         raise ValueError(f"EMATeacher: adapter must be None where the student {lack}, got {adapter!r}")
     if not adapted or sharded:
         return ShardedWeights(student) if sharded else ModuleCopy(student), None
-    from twinflow.adapter_slot import AdapterSlot
+    from twinflow.teachers.adapter_slot import AdapterSlot
 
     return AdapterSlot(student, adapter or DEFAULT_SLOT), adapter or DEFAULT_SLOT
 
@@ -39,7 +39,7 @@ def frozen_weights(student: nn.Module) -> Weights:
     """The student's weights as they are now; of a student that trains an adapter those without it."""
     if not trains_adapter(student):
         return ShardedWeights(student) if is_sharded(student) else ModuleCopy(student)
-    from twinflow.adapter_slot import AdapterSlot
+    from twinflow.teachers.adapter_slot import AdapterSlot
 
     return AdapterSlot(student, None)
 
@@ -49,7 +49,7 @@ def trains_adapter(student: Student) -> bool:
     module = unwrap(student)
     if not isinstance(module, nn.Module) or not any(hasattr(m, "active_adapters") for m in module.modules()):
         return False  # peft is not imported where it is not in use
-    from twinflow.adapter_slot import adapter_layers, adapter_parameters
+    from twinflow.teachers.adapter_slot import adapter_layers, adapter_parameters
 
     return any(
         p.requires_grad

@@ -1,0 +1,1 @@
+"""Teachers: EMA, the student itself, frozen weights; and where their weights live."""
