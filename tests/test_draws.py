@@ -7,9 +7,9 @@ import torch
 from batches import toy_draws
 
 from twinflow import TwinFlowConfig, TwinFlowLoss
-from twinflow.grid import sampling_grid
 from twinflow.objective.config import ROLES
 from twinflow.objective.draws import draw_step
+from twinflow.sampling.grid import sampling_grid
 
 MANY = 4000
 

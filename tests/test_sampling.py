@@ -6,9 +6,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from twinflow.grid import default_gap_end, sampling_grid
 from twinflow.sampling import sample
-from twinflow.walk import Walk
+from twinflow.sampling.grid import default_gap_end, sampling_grid
+from twinflow.sampling.sampler import Walk
 
 GAPLESS = dict(gap_start=0.0, gap_end=0.0)
 

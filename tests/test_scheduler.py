@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from twinflow.grid import sampling_grid
 from twinflow.sampling import sample
+from twinflow.sampling.grid import sampling_grid
 from twinflow.scheduler import TwinFlowScheduler
 
 

@@ -8,7 +8,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import retrieve_timesteps
 
-from twinflow.grid import sampling_grid
+from twinflow.sampling.grid import sampling_grid
 from twinflow.scheduler import TwinFlowScheduler
 
 

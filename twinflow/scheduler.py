@@ -9,10 +9,10 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 
-from twinflow.grid import check_steps
-from twinflow.scheduler_settings import checked_walk, plain
-from twinflow.timetable import Timetable, given_times
-from twinflow.walk import Generators, Query, WalkState, check_generators, working_dtype
+from twinflow.sampling.grid import check_steps
+from twinflow.sampling.sampler import Generators, Query, WalkState, check_generators, working_dtype
+from twinflow.sampling.scheduler_config import checked_walk, plain
+from twinflow.sampling.timestep_schedule import Timetable, given_times
 
 _NAME = "TwinFlowScheduler"
 # Seed 0 here and for latents drawn on the CPU would otherwise noise the first step with the initial noise again.
@@ -36,8 +36,8 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):
         num_train_timesteps: timestep of a share of noise of 1.
         prediction_type: `flow_matching` or its synonym `flow_prediction`: the model returns the noise-ward velocity.
         shift: factor of equation 34, of the grid and of `sigmas` given to `set_timesteps`.
-        time_dist_ctrl, gap_start, gap_end, stochasticity, style, extrapolation, order: see `twinflow.walk.Walk`;
-            None takes the published value for the number of steps.
+        time_dist_ctrl, gap_start, gap_end, stochasticity, style, extrapolation, order: see
+            `twinflow.sampling.sampler.Walk`; None takes the published value for the number of steps.
         seed: seed of the noise drawn where `step` gets no generator, set anew by each `set_timesteps`.
         use_pipeline_sigmas: walk the linspace(1, 1/N, N) that stock pipelines send unasked, not our grid of N steps.
         time_condition: `t`, or `midpoint`: the model gets (sigma - r/2) num_train_timesteps (equation 31).

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from twinflow.grid import sampling_grid
 from twinflow.objective.config import TwinFlowConfig
+from twinflow.sampling.grid import sampling_grid
 
 # r lies at most this share of t below t for `mul` rows (docs/method.md, equation 4).
 _MUL_SPAN = 0.05

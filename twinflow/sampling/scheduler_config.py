@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from twinflow.grid import check_steps, is_number
-from twinflow.walk import Walk
+from twinflow.sampling.grid import check_steps, is_number
+from twinflow.sampling.sampler import Walk
 
 _CHOICES = {"prediction_type": ("flow_matching", "flow_prediction"), "time_condition": ("t", "midpoint")}
 _ALIASES = {"gap_start": "rfba_gap_start", "gap_end": "rfba_gap_end", "stochasticity": "stochast_ratio"}

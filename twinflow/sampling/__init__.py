@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from twinflow.grid import check_steps
 from twinflow.interface import Student
-from twinflow.walk import Generators, Walk, WalkState, check_generators
+from twinflow.sampling.grid import check_steps
+from twinflow.sampling.sampler import Generators, Walk, WalkState, check_generators
 
 
 @torch.no_grad()
@@ -31,7 +31,8 @@ def sample(
         style: the target time asked for: `few` r = 0, `any` r = the next time, `mul` r = t.
         stochasticity: share rho in [0, 1] of fresh noise, or "SDE"; None: 1 for `few`, 0 for `any` and `mul`.
         generator: source of fresh noise, or a list of B; drawn on the generator's device. None: torch's global stream.
-        walk: further fields of `twinflow.walk.Walk`: gap_start, gap_end, time_dist_ctrl, shift, extrapolation, order.
+        walk: further fields of `twinflow.sampling.sampler.Walk`:
+            gap_start, gap_end, time_dist_ctrl, shift, extrapolation, order.
 
     Returns:
         Samples, (B, ...), in z's dtype.

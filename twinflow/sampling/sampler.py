@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from twinflow.grid import GAP_START, check_grid, default_gap_end, is_number, sampling_grid
+from twinflow.sampling.grid import GAP_START, check_grid, default_gap_end, is_number, sampling_grid
 
 STYLES = ("few", "any", "mul")
 SDE = "SDE"

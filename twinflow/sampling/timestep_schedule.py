@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from twinflow.grid import check_times, is_stock_grid
-from twinflow.walk import Query, Walk
+from twinflow.sampling.grid import check_times, is_stock_grid
+from twinflow.sampling.sampler import Query, Walk
 
 
 class Timetable:
