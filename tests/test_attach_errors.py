@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import twinflow
 from twinflow.binding import Binding
 from twinflow.export import export
-from twinflow.manifest import ADAPTER_SETTINGS, CONDITIONING, LORA, MANIFEST
+from twinflow.formats.manifest import ADAPTER_SETTINGS, CONDITIONING, LORA, MANIFEST
 from twinflow.models import load
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

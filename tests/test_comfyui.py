@@ -6,7 +6,7 @@ from export_cases import lora_student, stock_pipeline, velocity, whole_student
 from safetensors.torch import load_file
 
 from twinflow.export import export
-from twinflow.manifest import COMFYUI_LORA, COMFYUI_MODEL, CONDITIONING, MANIFEST
+from twinflow.formats.manifest import COMFYUI_LORA, COMFYUI_MODEL, CONDITIONING, MANIFEST
 from twinflow.models import load
 
 FAMILIES = ("qwen_image", "z_image")

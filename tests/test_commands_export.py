@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tiny_pipelines import saved_pipeline
 
 from twinflow.cli import main
-from twinflow.manifest import COMFYUI_LORA, CONDITIONING, LORA, read_manifest
+from twinflow.formats.manifest import COMFYUI_LORA, CONDITIONING, LORA, read_manifest
 from twinflow.train.checkpoint import read_checkpoint
 
 

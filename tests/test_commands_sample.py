@@ -18,7 +18,7 @@ from tiny_pipelines import saved_pipeline
 import twinflow
 from twinflow.cli import main
 from twinflow.drawer import Drawer
-from twinflow.manifest import MANIFEST
+from twinflow.formats.manifest import MANIFEST
 from twinflow.models import FAMILIES
 from twinflow.train.checkpoint_files import TENSORS
 

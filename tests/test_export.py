@@ -22,9 +22,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from twinflow import EMATeacher
 from twinflow.export import export, merged
-from twinflow.export_folder import without_refusal
+from twinflow.formats.export_folder import without_refusal
+from twinflow.formats.manifest import CONDITIONING, LORA, read_manifest
 from twinflow.lora import add_lora
-from twinflow.manifest import CONDITIONING, LORA, read_manifest
 from twinflow.models import load
 from twinflow.models.sd3 import SD3Model
 

@@ -11,7 +11,7 @@ from tiny_pipelines import tiny_transformer
 
 from twinflow import EMATeacher, FrozenTeacher
 from twinflow.export import export
-from twinflow.manifest import CONDITIONING, LORA, MANIFEST, Manifest, read_manifest
+from twinflow.formats.manifest import CONDITIONING, LORA, MANIFEST, Manifest, read_manifest
 from twinflow.models import load
 
 

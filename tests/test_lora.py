@@ -10,8 +10,8 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from twinflow.conditioning import LORA_MODE, MODES
+from twinflow.formats.manifest import LORA, SECOND_EMBEDDERS
 from twinflow.lora import add_lora, load_lora, lora_tensors
-from twinflow.manifest import LORA, SECOND_EMBEDDERS
 from twinflow.teachers.adapter_slot import adapter_layers
 
 T = torch.tensor([0.9, 0.31])

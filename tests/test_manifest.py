@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from tiny_pipelines import tiny_transformer
 
 from twinflow.conditioning import MODES
-from twinflow.manifest import (
+from twinflow.formats.manifest import (
     CONDITIONING,
     MANIFEST,
     Manifest,

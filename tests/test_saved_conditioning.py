@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from test_loading import WEIGHTS, answer
 
 from twinflow.conditioning import MODES
-from twinflow.manifest import Manifest, write_manifest
+from twinflow.formats.manifest import Manifest, write_manifest
 from twinflow.models import load
 
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from twinflow.manifest import MANIFEST, Manifest, read_manifest, write_manifest
-from twinflow.usage import Usage
+from twinflow.formats.generation_config import Usage
+from twinflow.formats.manifest import MANIFEST, Manifest, read_manifest, write_manifest
 
 MINE = Manifest("sd3", "dual", "lora", "ema", usage=Usage("stabilityai/sd3", 2, (768, 1024), 0.0))
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from twinflow.manifest import Manifest, read_manifest
+from twinflow.formats.manifest import Manifest, read_manifest
 from twinflow.models.flux import FluxModel
 from twinflow.pipeline import attach
 from twinflow.scheduler import TwinFlowScheduler

@@ -12,11 +12,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from twinflow import comfyui
-from twinflow.export_folder import check_folder, new_export
-from twinflow.interface import Student, unwrap
-from twinflow.lora import BASE
-from twinflow.manifest import (
+from twinflow.formats import comfyui
+from twinflow.formats.export_folder import check_folder, new_export
+from twinflow.formats.generation_config import Usage
+from twinflow.formats.manifest import (
     ADAPTER_SETTINGS,
     COMFYUI_LORA,
     COMFYUI_MODEL,
@@ -27,11 +26,12 @@ from twinflow.manifest import (
     conditioning_tensors,
     write_conditioning,
 )
+from twinflow.interface import Student, unwrap
+from twinflow.lora import BASE
 from twinflow.memory.quantised_base import quantised_form
 from twinflow.models.base import FlowModel
 from twinflow.teachers.adapter_slot import adapter_layers, trained_adapter
 from twinflow.teachers.teachers import EMATeacher
-from twinflow.usage import Usage
 
 _SAVERS = {
     "qwen_image": "QwenImagePipeline", "sd3": "StableDiffusion3Pipeline", "sana": "SanaPipeline",

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from twinflow.conditioning import LORA_MODE
-from twinflow.manifest import (
+from twinflow.formats.manifest import (
     LORA,
     REFUSAL,
     SECOND_EMBEDDERS,

@@ -13,9 +13,8 @@ from torch import nn
 
 from twinflow.binding import Binding
 from twinflow.conditioning import TimeConditioning, TimeEmbedder
-from twinflow.export_folder import without_refusal
-from twinflow.interface import unwrap
-from twinflow.manifest import (
+from twinflow.formats.export_folder import without_refusal
+from twinflow.formats.manifest import (
     LORA,
     REFUSAL,
     Manifest,
@@ -28,6 +27,7 @@ from twinflow.manifest import (
     read_tensors,
     saved_conditioning,
 )
+from twinflow.interface import unwrap
 from twinflow.models import FAMILIES, FlowModel, load
 from twinflow.scheduler import TwinFlowScheduler
 from twinflow.teachers.adapter_slot import adapter_layers

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from twinflow.commands.weights import add_weight_options, chosen_weights, described
 
 if TYPE_CHECKING:
-    from twinflow.manifest import Manifest
+    from twinflow.formats.manifest import Manifest
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Exports, and lists the files."""
-    from twinflow.manifest import LAYOUTS, MANIFEST, read_manifest
+    from twinflow.formats.manifest import LAYOUTS, MANIFEST, read_manifest
 
     if options.format not in LAYOUTS:
         raise ValueError(f"export: format must be one of {', '.join(LAYOUTS)}, got {options.format!r}")

@@ -10,8 +10,8 @@ from twinflow.commands.png_file import new_png
 from twinflow.commands.weights import add_weight_options, chosen_weights, described, named_model, say
 
 if TYPE_CHECKING:
-    from twinflow.manifest import Manifest
-    from twinflow.usage import Usage
+    from twinflow.formats.generation_config import Usage
+    from twinflow.formats.manifest import Manifest
 
 _FEW, _MANY = 2, 30  # steps where an export does not say
 _WEIGHTS = {"ema": "EMA weights", "student": "student weights"}
@@ -100,7 +100,7 @@ def _prompts(options: argparse.Namespace) -> list[str]:
 def _source(options: argparse.Namespace, temporary: Path) -> _Source:
     """The export: what is given, or one of the run's weights in a temporary folder."""
     from twinflow.drawer import drawable
-    from twinflow.manifest import MANIFEST
+    from twinflow.formats.manifest import MANIFEST
 
     source = options.source
     if not source.is_dir():
@@ -117,7 +117,7 @@ def _source(options: argparse.Namespace, temporary: Path) -> _Source:
 
 def _usage(options: argparse.Namespace, source: _Source) -> "Usage":
     """How it is drawn with: what is asked for, else as the export says."""
-    from twinflow.usage import Usage
+    from twinflow.formats.generation_config import Usage
 
     said = source.usage
     model = options.model or (None if said is None else said.model)

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from twinflow.export_folder import without_refusal
-from twinflow.manifest import SIGN_TABLE, inferred_mode, put_conditioning, read_manifest, saved_conditioning
+from twinflow.formats.export_folder import without_refusal
+from twinflow.formats.manifest import SIGN_TABLE, inferred_mode, put_conditioning, read_manifest, saved_conditioning
 from twinflow.models.base import FlowModel
 from twinflow.models.flux import FluxModel
 from twinflow.models.generic import GenericModel

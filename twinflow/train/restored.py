@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from twinflow.export import export
+from twinflow.formats.generation_config import Usage
 from twinflow.interface import trained_parameters
 from twinflow.models import FlowModel
 from twinflow.teachers.teachers import EMATeacher
@@ -18,7 +19,6 @@ from twinflow.train.placing import check_form, check_names, check_tensor
 from twinflow.train.run_folder import RunFolder
 from twinflow.train.settings import TrainSettings, read_config
 from twinflow.train.source import pipeline_folder
-from twinflow.usage import Usage
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from twinflow.conditioning import MODES
-from twinflow.usage import Usage
+from twinflow.formats.generation_config import Usage
 
 MANIFEST = "twinflow.json"
 LORA = "pytorch_lora_weights.safetensors"  # diffusers' default

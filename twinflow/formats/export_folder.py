@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from twinflow.manifest import (
+from twinflow.formats.manifest import (
     COMFYUI_LORA,
     COMFYUI_MODEL,
     CONDITIONING,

@@ -7,7 +7,7 @@ stay out; second time embedders have the names that nodes for two-time models lo
 
 import torch
 
-from twinflow.manifest import SIGN_TABLE
+from twinflow.formats.manifest import SIGN_TABLE
 
 FAMILIES = ("qwen_image", "z_image")
 _PREFIX = "diffusion_model."

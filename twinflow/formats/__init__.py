@@ -1,0 +1,1 @@
+"""Files on disk: the manifest of an export, its folder, ComfyUI's names, generation settings."""
