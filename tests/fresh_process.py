@@ -35,7 +35,7 @@ def main() -> None:
         else:
             pipe.load_lora_weights(job["export"])
             pipe.scheduler = TwinFlowScheduler()
-            unasked = {"twinflow.pipeline", "twinflow.conditioning", "twinflow.models"} & sys.modules.keys()
+            unasked = {"twinflow.pipelines.attach", "twinflow.conditioning", "twinflow.models"} & sys.modules.keys()
             assert not unasked, unasked
         for steps in (1, 2):
             drawn[f"{job['name']}.{steps}.latents"] = draw(pipe, job, steps, "latent")

@@ -15,10 +15,10 @@ from tiny_pipelines import image_size, tiny_transformer
 
 import twinflow
 from twinflow import EMATeacher
-from twinflow.binding import Binding
 from twinflow.export import export
 from twinflow.lora import add_lora
 from twinflow.models import load
+from twinflow.pipelines.time_hooks import Binding
 from twinflow.scheduler import TwinFlowScheduler
 
 # A matrix product of other batch or sequence lengths rounds otherwise; latents are of size 5.

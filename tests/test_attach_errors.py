@@ -11,10 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import twinflow
-from twinflow.binding import Binding
 from twinflow.export import export
 from twinflow.formats.manifest import ADAPTER_SETTINGS, CONDITIONING, LORA, MANIFEST
 from twinflow.models import load
+from twinflow.pipelines.time_hooks import Binding
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

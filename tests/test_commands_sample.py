@@ -17,9 +17,9 @@ from tiny_pipelines import saved_pipeline
 
 import twinflow
 from twinflow.cli import main
-from twinflow.drawer import Drawer
 from twinflow.formats.manifest import MANIFEST
 from twinflow.models import FAMILIES
+from twinflow.pipelines.generator import Drawer
 from twinflow.train.checkpoint_files import TENSORS
 
 ROOT = Path(__file__).resolve().parent.parent

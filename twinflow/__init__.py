@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from twinflow.objective.draws import Draws
     from twinflow.objective.loss import TwinFlowLoss, TwinFlowOutput
     from twinflow.objective.passes import Plan
-    from twinflow.pipeline import attach as attach
+    from twinflow.pipelines.attach import attach as attach
     from twinflow.teachers.teachers import EMATeacher, FrozenTeacher, StudentTeacher
 
 __all__ = [
@@ -33,7 +33,7 @@ _HOMES = {
     "TwinFlowConfig": "objective.config",
     "TwinFlowLoss": "objective.loss",
     "TwinFlowOutput": "objective.loss",
-    "attach": "pipeline",
+    "attach": "pipelines.attach",
 }
 
 

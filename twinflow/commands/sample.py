@@ -99,8 +99,8 @@ def _prompts(options: argparse.Namespace) -> list[str]:
 
 def _source(options: argparse.Namespace, temporary: Path) -> _Source:
     """The export: what is given, or one of the run's weights in a temporary folder."""
-    from twinflow.drawer import drawable
     from twinflow.formats.manifest import MANIFEST
+    from twinflow.pipelines.generator import drawable
 
     source = options.source
     if not source.is_dir():
@@ -142,7 +142,7 @@ def _size(options: argparse.Namespace, usual: tuple[int, int] | None) -> tuple[i
 
 
 def _draw(options: argparse.Namespace, prompts: list[str], source: _Source) -> None:
-    from twinflow.drawer import Drawer
+    from twinflow.pipelines.generator import Drawer
     from twinflow.train.source import pipeline_folder
 
     usage = source.usage

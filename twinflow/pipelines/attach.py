@@ -11,7 +11,6 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from torch import nn
 
-from twinflow.binding import Binding
 from twinflow.conditioning import TimeConditioning, TimeEmbedder
 from twinflow.formats.export_folder import without_refusal
 from twinflow.formats.manifest import (
@@ -29,6 +28,7 @@ from twinflow.formats.manifest import (
 )
 from twinflow.interface import unwrap
 from twinflow.models import FAMILIES, FlowModel, load
+from twinflow.pipelines.time_hooks import Binding
 from twinflow.scheduler import TwinFlowScheduler
 from twinflow.teachers.adapter_slot import adapter_layers
 

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 
 from twinflow.formats.manifest import Manifest, read_manifest
 from twinflow.models.flux import FluxModel
-from twinflow.pipeline import attach
+from twinflow.pipelines.attach import attach
 from twinflow.scheduler import TwinFlowScheduler
 
 _TRUE_CFG = ("qwen_image", "flux")  # whose pipelines guide by true_cfg_scale

@@ -1,0 +1,1 @@
+"""Few-step weights in stock diffusers pipelines."""
