@@ -92,7 +92,7 @@ def test_what_is_raised_becomes_a_line_and_a_status(error, status, message, caps
     def run(options):
         raise error
 
-    monkeypatch.setattr(import_module("twinflow.commands.export"), "run", run)
+    monkeypatch.setattr(import_module("twinflow.cli.export"), "run", run)
     assert main(["export", "somewhere"]) == status
     assert capsys.readouterr().err == f"twinflow export: {message}\n"
     for debugging in (["--debug", "export", "somewhere"], ["export", "somewhere", "--debug"]):
@@ -109,7 +109,7 @@ def test_bugs_are_shown_whole(error, monkeypatch):
     def run(options):
         raise error
 
-    monkeypatch.setattr(import_module("twinflow.commands.export"), "run", run)
+    monkeypatch.setattr(import_module("twinflow.cli.export"), "run", run)
     with pytest.raises(type(error)):
         main(["export", "somewhere"])
 
@@ -117,7 +117,7 @@ def test_bugs_are_shown_whole(error, monkeypatch):
 @pytest.mark.parametrize("work", ["[print('line') for _ in range(100_000)]", "time.sleep(0.5) or print('line')"])
 def test_a_reader_that_goes_away_is_no_error(work):
     code = (
-        "import sys, time\nfrom twinflow.cli import main\nfrom twinflow.commands import report\n"
+        "import sys, time\nfrom twinflow.cli import main\nfrom twinflow.cli import report\n"
         f"report.run = lambda options: {work} and 0 or 0\nsys.exit(main(['report', 'x']))"
     )
     script = '"$0" -c "$1" | true; echo "${PIPESTATUS[0]}"'

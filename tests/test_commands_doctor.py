@@ -8,9 +8,8 @@ from importlib import metadata
 import pytest
 import torch
 
-from twinflow.cli import main
-from twinflow.commands import machine
-from twinflow.commands.packages import PACKAGES
+from twinflow.cli import machine, main
+from twinflow.cli.packages import PACKAGES
 
 _VERSION = metadata.version
 

@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from twinflow.commands.weights import add_weight_options, chosen_weights, described
+from twinflow.cli.run_weights import add_weight_options, chosen_weights, described
 
 if TYPE_CHECKING:
     from twinflow.formats.manifest import Manifest

@@ -3,7 +3,7 @@
 import re
 import sys
 
-from twinflow.commands.packages import pip_install
+from twinflow.cli.packages import pip_install
 
 _FUNCTION = re.compile(r"^[A-Za-z_]+: (?=.* must )")
 

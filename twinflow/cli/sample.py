@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twinflow.commands.png_file import new_png
-from twinflow.commands.weights import add_weight_options, chosen_weights, described, named_model, say
+from twinflow.cli.png_file import new_png
+from twinflow.cli.run_weights import add_weight_options, chosen_weights, described, named_model, say
 
 if TYPE_CHECKING:
     from twinflow.formats.generation_config import Usage

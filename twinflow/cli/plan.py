@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twinflow.commands.complaint import complain
+from twinflow.cli.print_error import complain
 
 if TYPE_CHECKING:
     from twinflow.memory.planner.forecast import Forecast

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from twinflow.commands.packages import PACKAGES, Package, install
+from twinflow.cli.packages import PACKAGES, Package, install
 
 _LITTLE_GB = 5.0  # GB (1e9 bytes): a checkpoint and a cache need more
 

@@ -11,8 +11,8 @@ from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import version
 
-from twinflow.commands.complaint import complain
-from twinflow.commands.parser import Parser, nearest
+from twinflow.cli.parser import Parser, nearest
+from twinflow.cli.print_error import complain
 
 # command -> what it is for; each is a file of twinflow/commands, imported when it is asked for
 COMMANDS = {
@@ -67,7 +67,7 @@ def _run(name: str, given: list[str]) -> int:
     for command, purpose in COMMANDS.items():
         subparser = commands.add_parser(command, help=purpose)
         if command == name:
-            module = import_module(f"twinflow.commands.{command}")
+            module = import_module(f"twinflow.cli.{command}")
             module.add_options(subparser)
             chosen = subparser
             with suppress(argparse.ArgumentError):  # the command has a --debug of its own

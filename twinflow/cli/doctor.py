@@ -4,7 +4,7 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 
-from twinflow.commands.machine import Library, Machine, look_around
+from twinflow.cli.machine import Library, Machine, look_around
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
