@@ -5,7 +5,7 @@ from family_batches import make_batch, make_student, randomised
 
 from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss
 from twinflow.lora import add_lora
-from twinflow.memory.streamed_weights import StreamedWeights
+from twinflow.memory.modulation.streamed_weights import StreamedWeights
 
 FAMILIES = ("qwen_image", "sd3", "flux", "flux_guidance", "z_image")
 

@@ -7,9 +7,9 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from twinflow.memory import offload_hooks
-from twinflow.memory.offload import offload_activations
-from twinflow.memory.pinned_pool import Transfers
+from twinflow.memory.offload import hooks as offload_hooks
+from twinflow.memory.offload.activations import offload_activations
+from twinflow.memory.offload.host_pool import Transfers
 
 KB = 4096  # what one row of these tests' tensors takes
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from twinflow import EMATeacher, FrozenTeacher, StudentTeacher, TwinFlowConfig
 from twinflow.memory import selective_recompute
-from twinflow.memory.deferred import defer_modulation
-from twinflow.memory.offload import offload_activations
+from twinflow.memory.modulation.defer import defer_modulation
+from twinflow.memory.offload.activations import offload_activations
 
 ALL_TERMS = TwinFlowConfig(recipe="all_terms")
 

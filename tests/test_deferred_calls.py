@@ -8,7 +8,7 @@ from tiny_pipelines import latent_shape
 
 from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss
 from twinflow.memory import selective_recompute
-from twinflow.memory.deferred import defer_modulation
+from twinflow.memory.modulation.defer import defer_modulation
 from twinflow.sampling import sample
 
 ALL_TERMS = TwinFlowConfig(recipe="all_terms")

@@ -12,7 +12,7 @@ from test_memory_together import fail_once, live_storages
 
 from twinflow import EMATeacher, TwinFlowLoss
 from twinflow.export import export
-from twinflow.memory.deferred import defer_modulation
+from twinflow.memory.modulation.defer import defer_modulation
 from twinflow.models import load
 
 

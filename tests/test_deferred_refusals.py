@@ -10,7 +10,7 @@ from torch import distributed, nn
 from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss
 from twinflow.lora import add_lora
 from twinflow.memory import quantise_base
-from twinflow.memory.deferred import defer_modulation
+from twinflow.memory.modulation.defer import defer_modulation
 from twinflow.models import load
 
 

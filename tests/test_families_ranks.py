@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss
 from twinflow.lora import add_lora
-from twinflow.memory.deferred import defer_modulation
+from twinflow.memory.modulation.defer import defer_modulation
 
 
 def ranks_step(rank=None):

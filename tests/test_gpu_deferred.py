@@ -18,9 +18,9 @@ from torch import nn  # noqa: E402
 
 from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss  # noqa: E402
 from twinflow.memory import adamw_8bit, apply_memory, defer_modulation  # noqa: E402
-from twinflow.memory.pinned_pool import CudaTransfers  # noqa: E402
+from twinflow.memory.modulation.streamed_weights import StreamedWeights  # noqa: E402
+from twinflow.memory.offload.host_pool import CudaTransfers  # noqa: E402
 from twinflow.memory.quantised_linear import PackedWeight, dequantised  # noqa: E402
-from twinflow.memory.streamed_weights import StreamedWeights  # noqa: E402
 
 FAMILIES = ("qwen_image", "sd3", "flux", "flux_guidance", "z_image")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}

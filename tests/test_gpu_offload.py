@@ -15,8 +15,8 @@ from test_gpu_families import FAMILIES, student_and_batch  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss  # noqa: E402
-from twinflow.memory.offload import offload_activations  # noqa: E402
-from twinflow.memory.pinned_pool import CudaTransfers  # noqa: E402
+from twinflow.memory.offload.activations import offload_activations  # noqa: E402
+from twinflow.memory.offload.host_pool import CudaTransfers  # noqa: E402
 
 MB = 1 << 20
 

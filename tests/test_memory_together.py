@@ -11,7 +11,7 @@ from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss
 from twinflow.lora import add_lora
 from twinflow.memory import PRESETS, MemoryPreset, apply_memory, selective_recompute
 from twinflow.memory.apply import AppliedMemory
-from twinflow.memory.offload import offload_activations
+from twinflow.memory.offload.activations import offload_activations
 
 FAMILIES = ("qwen_image", "sd3", "sana", "flux", "z_image")
 LEVELS = ("all", "products", "attention", "input")

@@ -6,7 +6,7 @@ from offload_cases import KB, copies, drained, kept, make, rows
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from twinflow.memory.offload import offload_activations
+from twinflow.memory.offload.activations import offload_activations
 
 
 @pytest.fixture(params=["at once", "late"])

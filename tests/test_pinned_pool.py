@@ -5,10 +5,10 @@ import random
 import pytest
 import torch
 
-from twinflow.memory import pinned_pool
 from twinflow.memory.host_memory import available_host_bytes
-from twinflow.memory.offload import offload_activations
-from twinflow.memory.pinned_pool import GRAIN, HostPool, slab_sizes
+from twinflow.memory.offload import host_pool as pinned_pool
+from twinflow.memory.offload.activations import offload_activations
+from twinflow.memory.offload.host_pool import GRAIN, HostPool, slab_sizes
 
 
 def test_slabs_are_powers_of_two_and_waste_nothing():
@@ -69,11 +69,11 @@ def test_pinned_memory_that_is_refused_names_the_way_out(monkeypatch):
 def test_available_memory_is_what_the_budget_is_held_to(monkeypatch):
     available = available_host_bytes()
     assert available is None or 1e6 < available < 1e14
-    monkeypatch.setattr("twinflow.memory.offload.available_host_bytes", lambda: 2_000_000_000)
+    monkeypatch.setattr("twinflow.memory.offload.activations.available_host_bytes", lambda: 2_000_000_000)
     with pytest.raises(ValueError, match=r"at most the host memory available, 2\.0 GB, got 3$"):
         offload_activations(3)
     offload_activations(3, device="meta")
-    monkeypatch.setattr("twinflow.memory.offload.available_host_bytes", lambda: None)
+    monkeypatch.setattr("twinflow.memory.offload.activations.available_host_bytes", lambda: None)
     offload_activations(3)
 
 

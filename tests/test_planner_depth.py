@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from twinflow.memory.offload import window_bytes
+from twinflow.memory.offload.activations import window_bytes
 from twinflow.memory.planner.architectures import Architecture, architecture_of
 from twinflow.memory.planner.forecasting import CUBLAS_BYTES, Planner
 from twinflow.memory.planner.gpus import GPUS

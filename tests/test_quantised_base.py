@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss
 from twinflow.lora import add_lora
-from twinflow.memory.offload import offload_activations
+from twinflow.memory.offload.activations import offload_activations
 from twinflow.memory.quantised_base import QuantisedBase, quantise_base, quantised_form
 from twinflow.memory.quantised_linear import PackedWeight, dequantised
 from twinflow.memory.recompute import selective_recompute

@@ -17,7 +17,7 @@ from torch import nn
 from twinflow import EMATeacher
 from twinflow.export import export
 from twinflow.lora import add_lora
-from twinflow.memory.deferred import defer_modulation
+from twinflow.memory.modulation.defer import defer_modulation
 from twinflow.memory.quantised_base import quantise_base, quantised_form
 from twinflow.memory.quantised_linear import PackedWeight, load_library
 from twinflow.models import load

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from twinflow.memory import streamed_weights
-from twinflow.memory.streamed_weights import GRAIN, StreamedWeights, slabs
+from twinflow.memory.modulation import streamed_weights
+from twinflow.memory.modulation.streamed_weights import GRAIN, StreamedWeights, slabs
 
 
 def test_too_little_host_memory(monkeypatch):

@@ -8,7 +8,7 @@ import torch
 from validation_cases import CPU, cached, settings_for, student_of
 
 from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss
-from twinflow.memory.deferred import defer_modulation
+from twinflow.memory.modulation.defer import defer_modulation
 from twinflow.objective.draws import Draws, draw_step
 from twinflow.objective.roles import RoleCounter
 from twinflow.train import evaluation

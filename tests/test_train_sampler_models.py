@@ -6,7 +6,7 @@ import torch
 from validation_cases import PROMPTS, drawn, encoded, sampler_of, settings_for, student_of
 
 from twinflow import EMATeacher
-from twinflow.memory.deferred import defer_modulation
+from twinflow.memory.modulation.defer import defer_modulation
 
 
 def images_of(settings, student, teacher=None, step: int = 1, **more) -> np.ndarray:

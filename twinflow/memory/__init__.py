@@ -2,8 +2,8 @@
 
 from twinflow.memory.adamw_8bit import adamw_8bit
 from twinflow.memory.apply import AppliedMemory, apply_memory
-from twinflow.memory.deferred import DeferredModulation, defer_modulation
-from twinflow.memory.offload import offload_activations
+from twinflow.memory.modulation.defer import DeferredModulation, defer_modulation
+from twinflow.memory.offload.activations import offload_activations
 from twinflow.memory.presets import PRESETS, MemoryPreset
 from twinflow.memory.quantised_base import QuantisedBase, quantise_base, quantised_form
 from twinflow.memory.recompute import SAVED, selective_recompute

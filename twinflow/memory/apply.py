@@ -8,9 +8,9 @@ from torch import nn
 
 from twinflow.interface import unwrap
 from twinflow.memory.adamw_8bit import adamw_8bit
-from twinflow.memory.deferrable import deferrable_layers
-from twinflow.memory.deferred import defer_modulation
-from twinflow.memory.offload import offload_activations
+from twinflow.memory.modulation.defer import defer_modulation
+from twinflow.memory.modulation.layers import deferrable_layers
+from twinflow.memory.offload.activations import offload_activations
 from twinflow.memory.presets import MemoryPreset, preset_of
 from twinflow.memory.quantised_base import quantise_base, quantised_form
 from twinflow.memory.recompute import selective_recompute

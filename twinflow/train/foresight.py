@@ -4,7 +4,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from twinflow.memory.deferrable import deferrable_layers
+from twinflow.memory.modulation.layers import deferrable_layers
 from twinflow.memory.presets import preset_of
 from twinflow.memory.quantised_linear import LIBRARIES, load_library
 from twinflow.train.model import build_student

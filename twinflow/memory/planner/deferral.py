@@ -72,7 +72,7 @@ class SimulatedDeferral:
         mark: Callable[[str, str | None], None],
         live: Callable[[], int],
     ) -> None:
-        from twinflow.memory.deferred import defer_modulation
+        from twinflow.memory.modulation.defer import defer_modulation
 
         self.rehearsing, self.sweeps, self._mark, self._live = False, 0, mark, live
         self._rows, self._graphs = 0, 0  # of calls from the first with a graph on; bytes of embeddings and their graphs

@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from twinflow.memory.offload import window_bytes
+from twinflow.memory.offload.activations import window_bytes
 from twinflow.memory.planner.costs import Cost, CostOf
 from twinflow.memory.planner.deferral import SWEEP, applicable, obstacle
 from twinflow.memory.planner.forecast import Forecast

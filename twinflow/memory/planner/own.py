@@ -8,7 +8,7 @@ import torch
 
 from twinflow.conditioning import LORA_MODE
 from twinflow.memory.blocks import repeated_blocks
-from twinflow.memory.deferrable import deferrable_layers
+from twinflow.memory.modulation.layers import deferrable_layers
 from twinflow.memory.planner.architectures import LISTS, Architecture
 from twinflow.memory.planner.workload import Workload
 from twinflow.memory.quantised_base import quantised_form

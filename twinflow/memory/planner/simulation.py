@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from twinflow.memory.blocks import repeated_blocks
-from twinflow.memory.offload import offload_activations
+from twinflow.memory.offload.activations import offload_activations
 from twinflow.memory.planner.autocast import MetaAutocast
 from twinflow.memory.planner.deferral import SimulatedDeferral
 from twinflow.memory.planner.fused_attention import fused_attention, workspace

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from twinflow.memory.pinned_pool import Extent, Ticket, Transfers
+from twinflow.memory.offload.host_pool import Extent, Ticket, Transfers
 
 
 def stretch(tensor: torch.Tensor) -> tuple[int, int]:

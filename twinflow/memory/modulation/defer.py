@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from twinflow.interface import unwrap
-from twinflow.memory.deferrable import activation_before, deferrable_layers
-from twinflow.memory.deferred_step import DeferredStep, Entry, connect
-from twinflow.memory.modulation_table import ModulationTable
-from twinflow.memory.replaced_forward import hide_from_ddp, passed_on, refuse_moves, replace_forward, sliced
-from twinflow.memory.streamed_weights import StreamedWeights
+from twinflow.memory.modulation.layers import activation_before, deferrable_layers
+from twinflow.memory.modulation.patches import hide_from_ddp, passed_on, refuse_moves, replace_forward, sliced
+from twinflow.memory.modulation.step import DeferredStep, Entry, connect
+from twinflow.memory.modulation.streamed_weights import StreamedWeights
+from twinflow.memory.modulation.table import ModulationTable
 from twinflow.models import FlowModel
 from twinflow.objective.passes import Pass, Plan
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from twinflow.memory.modulation_table import Autocast, ModulationTable
+from twinflow.memory.modulation.table import Autocast, ModulationTable
 from twinflow.objective.passes import Pass, Plan
 
 # Whether the backward that runs now was asked to keep its graph; True where torch does not say: it is freed with it.

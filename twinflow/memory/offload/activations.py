@@ -17,9 +17,9 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from twinflow.memory.host_memory import available_host_bytes
-from twinflow.memory.offload_hooks import DEVICES, OffloadHooks, OffloadStats
-from twinflow.memory.pinned_pool import HostPool
-from twinflow.memory.saved_storages import Window
+from twinflow.memory.offload.hooks import DEVICES, OffloadHooks, OffloadStats
+from twinflow.memory.offload.host_pool import HostPool
+from twinflow.memory.offload.records import Window
 
 __all__ = ["AttachedOffload", "OffloadStats", "offload_activations"]
 

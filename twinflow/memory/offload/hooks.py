@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from twinflow.memory.pinned_pool import Extent, HostPool, Transfers, transfers_for
-from twinflow.memory.saved_storages import Record, SavedTensor, UntouchedTensor, Window, stays, stretch
+from twinflow.memory.offload.host_pool import Extent, HostPool, Transfers, transfers_for
+from twinflow.memory.offload.records import Record, SavedTensor, UntouchedTensor, Window, stays, stretch
 
 DEVICES = ("cuda", "cpu", "meta")
 LOOKAHEAD = 64  # saved tensors among which backward looks for the next ones to fetch

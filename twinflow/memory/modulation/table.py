@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from twinflow.memory.streamed_weights import StreamedWeights
+from twinflow.memory.modulation.streamed_weights import StreamedWeights
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from twinflow.memory.modulation_table import Slot
+from twinflow.memory.modulation.table import Slot
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"  # where DDP looks for names
 

@@ -1,0 +1,1 @@
+"""Deferred modulation: layers whose weights need not stay on the GPU."""

@@ -1,0 +1,1 @@
+"""Activation offload: saved tensors wait in pinned host memory."""
