@@ -24,8 +24,8 @@ from torch import nn
 from twinflow import EMATeacher, TwinFlowLoss
 from twinflow.memory import PRESETS, apply_memory
 from twinflow.memory.adamw_8bit import adamw_8bit
-from twinflow.memory.planner.fused_attention import replaced
-from twinflow.memory.planner.simulation import WORST_LAST
+from twinflow.memory.planner.simulation.fused_attention import replaced
+from twinflow.memory.planner.simulation.run import WORST_LAST
 from twinflow.memory.planner.workload import Workload
 from twinflow.models import FlowModel
 from twinflow.objective.draws import Draws, draw_step

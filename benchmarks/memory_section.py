@@ -13,11 +13,11 @@ import torch
 from memory_run import MEASURED, PUBLISHED, Configuration
 
 from twinflow.memory import PRESETS, MemoryPreset
-from twinflow.memory.planner.choice import choose
-from twinflow.memory.planner.deferral import obstacle
+from twinflow.memory.planner.choose import choose
 from twinflow.memory.planner.forecast import Forecast
 from twinflow.memory.planner.forecasting import Planner
 from twinflow.memory.planner.gpus import GPUS
+from twinflow.memory.planner.simulation.deferral import obstacle
 
 RUNS = (PUBLISHED, *PRESETS)
 LIMIT_S = 300.0  # of one configuration: building 20B parameters at random, and seven steps

@@ -16,13 +16,13 @@ import torch
 from fit_tables import markdown
 
 from twinflow.memory.planner.architectures import architectures
-from twinflow.memory.planner.choice import forecasts
+from twinflow.memory.planner.choose import forecasts
 from twinflow.memory.planner.forecast import Forecast
 from twinflow.memory.planner.forecasting import Planner
 from twinflow.memory.planner.gpus import GPUS
 from twinflow.memory.planner.overview import deferral_head, deferral_rows, head, rows
-from twinflow.memory.planner.peers import peer_forecasts
-from twinflow.memory.planner.picture import picture
+from twinflow.memory.planner.peers.forecast import peer_forecasts
+from twinflow.memory.planner.plot import picture
 from twinflow.memory.planner.report import as_json
 from twinflow.memory.planner.workload import Workload, workload_of
 

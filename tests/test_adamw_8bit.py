@@ -11,7 +11,7 @@ from torch import nn
 
 from twinflow import EMATeacher, TwinFlowLoss
 from twinflow.memory.adamw_8bit import adamw_8bit
-from twinflow.memory.planner.standing import BLOCKWISE
+from twinflow.memory.planner.simulation.static_memory import BLOCKWISE
 from twinflow.memory.quantised_linear import load_library
 
 LIBRARIES = ("bitsandbytes", "torchao")

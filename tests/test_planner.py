@@ -14,13 +14,13 @@ from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss
 from twinflow.lora import add_lora
 from twinflow.memory.planner import forecasting
 from twinflow.memory.planner.architectures import architecture_of, architectures
-from twinflow.memory.planner.choice import choose, forecasts, mixed
+from twinflow.memory.planner.choose import choose, forecasts, mixed
 from twinflow.memory.planner.forecasting import CUBLAS_BYTES, Planner
+from twinflow.memory.planner.from_student import own_workload
 from twinflow.memory.planner.gpus import GPUS, gpu_of
-from twinflow.memory.planner.live import LiveStorages
-from twinflow.memory.planner.own import own_workload
 from twinflow.memory.planner.report import headline
-from twinflow.memory.planner.standing import standing
+from twinflow.memory.planner.simulation.static_memory import standing
+from twinflow.memory.planner.simulation.storage_tracker import LiveStorages
 from twinflow.memory.planner.workload import Workload, workload_of
 from twinflow.memory.presets import PRESETS, preset_of
 from twinflow.models import load

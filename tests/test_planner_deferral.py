@@ -11,15 +11,15 @@ from twinflow.lora import add_lora
 from twinflow.memory import quantise_base
 from twinflow.memory.planner import forecasting
 from twinflow.memory.planner.architectures import architecture_of
-from twinflow.memory.planner.choice import choose, forecasts
+from twinflow.memory.planner.choose import choose, forecasts
 from twinflow.memory.planner.costs import CostOf
-from twinflow.memory.planner.deferral import applicable, modulation_sizes
 from twinflow.memory.planner.forecasting import Planner
+from twinflow.memory.planner.from_student import own_workload
 from twinflow.memory.planner.gpus import GPUS
 from twinflow.memory.planner.overview import cards, deferral_rows, rows
-from twinflow.memory.planner.own import own_workload
 from twinflow.memory.planner.report import gain, notes
-from twinflow.memory.planner.standing import TRAFFIC
+from twinflow.memory.planner.simulation.deferral import applicable, modulation_sizes
+from twinflow.memory.planner.simulation.static_memory import TRAFFIC
 from twinflow.memory.planner.workload import Workload, workload_of
 from twinflow.memory.presets import PRESETS, MemoryPreset
 from twinflow.models import load

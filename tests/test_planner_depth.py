@@ -9,9 +9,9 @@ from twinflow.memory.offload.activations import window_bytes
 from twinflow.memory.planner.architectures import Architecture, architecture_of
 from twinflow.memory.planner.forecasting import CUBLAS_BYTES, Planner
 from twinflow.memory.planner.gpus import GPUS
-from twinflow.memory.planner.meta_student import meta_student, meta_teacher
-from twinflow.memory.planner.reduction import reduce
-from twinflow.memory.planner.simulation import StepSimulation, worst_draws
+from twinflow.memory.planner.simulation.meta_student import meta_student, meta_teacher
+from twinflow.memory.planner.simulation.run import StepSimulation, worst_draws
+from twinflow.memory.planner.simulation.shortened_model import reduce
 from twinflow.memory.planner.workload import Workload
 from twinflow.memory.presets import PRESETS, MemoryPreset
 

@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from twinflow.memory.planner import simulation
-from twinflow.memory.planner.autocast import MetaAutocast
 from twinflow.memory.planner.costs import CostOf
 from twinflow.memory.planner.forecasting import Planner
-from twinflow.memory.planner.fused_attention import fused_attention, workspace
 from twinflow.memory.planner.gpus import GPUS
-from twinflow.memory.planner.live import LiveStorages, aligned
-from twinflow.memory.planner.timeline import Region, Repeat, splice
+from twinflow.memory.planner.simulation import run as simulation
+from twinflow.memory.planner.simulation.autocast import MetaAutocast
+from twinflow.memory.planner.simulation.fused_attention import fused_attention, workspace
+from twinflow.memory.planner.simulation.storage_tracker import LiveStorages, aligned
+from twinflow.memory.planner.simulation.timeline import Region, Repeat, splice
 from twinflow.memory.planner.workload import workload_of
 from twinflow.memory.presets import PRESETS
 

@@ -14,9 +14,9 @@ from twinflow.lora import add_lora
 from twinflow.memory.planner.architectures import architecture_of
 from twinflow.memory.planner.forecasting import Planner
 from twinflow.memory.planner.gpus import GPUS
-from twinflow.memory.planner.live import LiveStorages
-from twinflow.memory.planner.peer_networks import LiveDerivative
-from twinflow.memory.planner.peers import peer_forecasts
+from twinflow.memory.planner.peers.forecast import peer_forecasts
+from twinflow.memory.planner.peers.networks import LiveDerivative
+from twinflow.memory.planner.simulation.storage_tracker import LiveStorages
 from twinflow.memory.planner.workload import Workload
 from twinflow.memory.presets import PRESETS
 

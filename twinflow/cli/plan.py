@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
     """Prints the forecasts; 1 where no preset fits."""
     from rich.console import Console
 
-    from twinflow.memory.planner.choice import choose, forecasts
+    from twinflow.memory.planner.choose import choose, forecasts
     from twinflow.memory.planner.forecasting import Planner
     from twinflow.memory.planner.gpus import gpu_of
     from twinflow.memory.planner.report import as_json, notes, table
@@ -111,13 +111,13 @@ def _peers(options: argparse.Namespace, workload: "Workload") -> list["Forecast"
     if options.no_peers:
         return []
     from twinflow.memory.planner.gpus import gpu_of
-    from twinflow.memory.planner.peers import peer_forecasts
+    from twinflow.memory.planner.peers.forecast import peer_forecasts
 
     return peer_forecasts(workload, gpu_of(options.gpu))
 
 
 def _write(options: argparse.Namespace, groups: list[list["Forecast"]], reports: list[dict[str, Any]]) -> None:
-    from twinflow.memory.planner.picture import picture
+    from twinflow.memory.planner.plot import picture
 
     if options.json is not None:
         text = json.dumps(reports if len(reports) > 1 else reports[0], indent=1)
@@ -133,7 +133,7 @@ def _plan_all(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from twinflow.memory.planner.architectures import architectures
-    from twinflow.memory.planner.choice import forecasts
+    from twinflow.memory.planner.choose import forecasts
     from twinflow.memory.planner.forecasting import Planner
     from twinflow.memory.planner.gpus import gpu_of
     from twinflow.memory.planner.overview import overview

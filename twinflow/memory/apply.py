@@ -145,9 +145,9 @@ def _weights(
 def _chosen(
     student: nn.Module, memory_gb: float | None, device: torch.device | None, workload: dict[str, Any]
 ) -> MemoryPreset:
-    from twinflow.memory.planner.choice import choose
+    from twinflow.memory.planner.choose import choose
     from twinflow.memory.planner.forecasting import Planner
-    from twinflow.memory.planner.own import own_workload
+    from twinflow.memory.planner.from_student import own_workload
 
     if memory_gb is None:
         device = next(student.parameters()).device if device is None else device

@@ -56,7 +56,7 @@ def put_memory(
         return apply_memory(student, UNKNOWN, device=device)
     free, _ = torch.cuda.mem_get_info(device)
     usable = free + torch.cuda.memory_reserved(device) - SPARE_BYTES - held_bytes(settings, workload)
-    from twinflow.memory.planner.choice import choose
+    from twinflow.memory.planner.choose import choose
     from twinflow.memory.planner.forecasting import Planner
 
     return apply_memory(student, choose(Planner(workload), usable / 1e9).preset, device=device)
@@ -73,7 +73,7 @@ def workload_of_run(settings: TrainSettings, student: FlowModel, text_tokens: in
     Raises:
         ValueError: a family that the planner does not know.
     """
-    from twinflow.memory.planner.own import own_workload
+    from twinflow.memory.planner.from_student import own_workload
 
     objective = settings.objective
     return own_workload(

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import flop_registry
 
 import twinflow_kernels  # noqa: F401 - its operations
 from twinflow.memory.planner.gpus import GPU
-from twinflow.memory.planner.live import tensors
+from twinflow.memory.planner.simulation.storage_tracker import tensors
 
 _HALF = (torch.bfloat16, torch.float16)
 _FREE = {  # operations that move no memory though they are no views, and the average's, which is counted by parameter

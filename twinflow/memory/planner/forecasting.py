@@ -8,15 +8,15 @@ from torch import nn
 
 from twinflow.memory.offload.activations import window_bytes
 from twinflow.memory.planner.costs import Cost, CostOf
-from twinflow.memory.planner.deferral import SWEEP, applicable, obstacle
 from twinflow.memory.planner.forecast import Forecast
 from twinflow.memory.planner.gpus import GPU
-from twinflow.memory.planner.live import LiveStorages
-from twinflow.memory.planner.meta_student import META, meta_student, meta_teacher
-from twinflow.memory.planner.reduction import Reduction, reduce
-from twinflow.memory.planner.simulation import StepSimulation, worst_draws
-from twinflow.memory.planner.standing import TRAFFIC, Standing, standing
-from twinflow.memory.planner.timeline import Peak, splice
+from twinflow.memory.planner.simulation.deferral import SWEEP, applicable, obstacle
+from twinflow.memory.planner.simulation.meta_student import META, meta_student, meta_teacher
+from twinflow.memory.planner.simulation.run import StepSimulation, worst_draws
+from twinflow.memory.planner.simulation.shortened_model import Reduction, reduce
+from twinflow.memory.planner.simulation.static_memory import TRAFFIC, Standing, standing
+from twinflow.memory.planner.simulation.storage_tracker import LiveStorages
+from twinflow.memory.planner.simulation.timeline import Peak, splice
 from twinflow.memory.planner.workload import Workload
 from twinflow.memory.presets import MemoryPreset
 from twinflow.models import FlowModel

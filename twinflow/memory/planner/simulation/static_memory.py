@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from twinflow.memory.planner.live import aligned
-from twinflow.memory.planner.reduction import Reduction
+from twinflow.memory.planner.simulation.shortened_model import Reduction
+from twinflow.memory.planner.simulation.storage_tracker import aligned
 from twinflow.teachers.teachers import EMATeacher
 
 # Bytes that an update reads and writes per parameter, float32: itself, its gradient, the optimizer's states.

@@ -13,7 +13,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from twinflow.memory.planner.timeline import Region
+from twinflow.memory.planner.simulation.timeline import Region
 
 ALIGNMENT = 512  # bytes; the CUDA caching allocator rounds every request up to it
 Cost = Callable[[Any, tuple, dict, Any], Any]

@@ -12,12 +12,12 @@ from torch import nn
 
 from twinflow.memory.blocks import repeated_blocks
 from twinflow.memory.planner.architectures import Architecture
-from twinflow.memory.planner.autocast import MetaAutocast
-from twinflow.memory.planner.fused_attention import fused_attention, replaced, workspace
-from twinflow.memory.planner.live import Cost, LiveStorages, aligned, tensors
-from twinflow.memory.planner.meta_student import META, meta_network, quantise, random_condition
-from twinflow.memory.planner.simulation import mark_block
-from twinflow.memory.planner.timeline import Region
+from twinflow.memory.planner.simulation.autocast import MetaAutocast
+from twinflow.memory.planner.simulation.fused_attention import fused_attention, replaced, workspace
+from twinflow.memory.planner.simulation.meta_student import META, meta_network, quantise, random_condition
+from twinflow.memory.planner.simulation.run import mark_block
+from twinflow.memory.planner.simulation.storage_tracker import Cost, LiveStorages, aligned, tensors
+from twinflow.memory.planner.simulation.timeline import Region
 from twinflow.memory.planner.workload import Workload
 from twinflow.memory.recompute import selective_recompute
 from twinflow.models import FlowModel

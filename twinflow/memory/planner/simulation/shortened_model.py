@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from twinflow.memory.planner.architectures import Architecture, Block
-from twinflow.memory.planner.timeline import Repeat
+from twinflow.memory.planner.simulation.timeline import Repeat
 from twinflow.memory.presets import MemoryPreset
 
 

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from twinflow.memory.planner.meta_student import META
-from twinflow.memory.planner.peer_networks import PeerRun
+from twinflow.memory.planner.peers.networks import PeerRun
+from twinflow.memory.planner.simulation.meta_student import META
 
 HEADS = 4  # of SANA-Sprint's discriminator
 

@@ -6,8 +6,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from twinflow.memory.planner.architectures import Architecture
-from twinflow.memory.planner.meta_student import META, meta_network
-from twinflow.memory.planner.reduction import Reduction, reduce
+from twinflow.memory.planner.simulation.meta_student import META, meta_network
+from twinflow.memory.planner.simulation.shortened_model import Reduction, reduce
 from twinflow.memory.planner.workload import Workload
 from twinflow.memory.presets import PRESETS, MemoryPreset
 from twinflow.models import FlowModel

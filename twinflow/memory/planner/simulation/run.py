@@ -10,13 +10,13 @@ from torch import nn
 
 from twinflow.memory.blocks import repeated_blocks
 from twinflow.memory.offload.activations import offload_activations
-from twinflow.memory.planner.autocast import MetaAutocast
-from twinflow.memory.planner.deferral import SimulatedDeferral
-from twinflow.memory.planner.fused_attention import fused_attention, workspace
-from twinflow.memory.planner.live import Cost, LiveStorages, aligned, tensors
-from twinflow.memory.planner.meta_student import META, random_condition
-from twinflow.memory.planner.reduction import Reduction
-from twinflow.memory.planner.timeline import Region
+from twinflow.memory.planner.simulation.autocast import MetaAutocast
+from twinflow.memory.planner.simulation.deferral import SimulatedDeferral
+from twinflow.memory.planner.simulation.fused_attention import fused_attention, workspace
+from twinflow.memory.planner.simulation.meta_student import META, random_condition
+from twinflow.memory.planner.simulation.shortened_model import Reduction
+from twinflow.memory.planner.simulation.storage_tracker import Cost, LiveStorages, aligned, tensors
+from twinflow.memory.planner.simulation.timeline import Region
 from twinflow.memory.planner.workload import Workload
 from twinflow.memory.presets import MemoryPreset
 from twinflow.memory.recompute import selective_recompute

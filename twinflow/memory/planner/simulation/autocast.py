@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from twinflow.memory.planner.fused_attention import replaced
+from twinflow.memory.planner.simulation.fused_attention import replaced
 
 # Of CUDA's lists of operations, what networks call; (owner, name).
 _LOW = (

@@ -10,12 +10,12 @@ from twinflow.memory.planner.costs import Cost, CostOf
 from twinflow.memory.planner.forecast import Forecast
 from twinflow.memory.planner.forecasting import CUBLAS_BYTES, Planner
 from twinflow.memory.planner.gpus import GPU
-from twinflow.memory.planner.meta_student import as_trained, meta_network
-from twinflow.memory.planner.peer_networks import PeerRun, frozen_copy, width_of
-from twinflow.memory.planner.peer_steps import Heads, dmd2_step, sana_sprint_step
-from twinflow.memory.planner.reduction import Reduction, reduce
-from twinflow.memory.planner.standing import TRAFFIC, standing
-from twinflow.memory.planner.timeline import Peak, splice
+from twinflow.memory.planner.peers.networks import PeerRun, frozen_copy, width_of
+from twinflow.memory.planner.peers.steps import Heads, dmd2_step, sana_sprint_step
+from twinflow.memory.planner.simulation.meta_student import as_trained, meta_network
+from twinflow.memory.planner.simulation.shortened_model import Reduction, reduce
+from twinflow.memory.planner.simulation.static_memory import TRAFFIC, standing
+from twinflow.memory.planner.simulation.timeline import Peak, splice
 from twinflow.memory.planner.workload import Workload
 from twinflow.memory.presets import MemoryPreset
 from twinflow.models import FlowModel

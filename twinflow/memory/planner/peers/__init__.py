@@ -1,0 +1,1 @@
+"""Forecasts of other methods, by the same accounting."""

@@ -1,0 +1,1 @@
+"""One step of a model without weights, and the bytes and operations that it takes."""
