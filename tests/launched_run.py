@@ -11,9 +11,9 @@ from twinflow import Draws, TwinFlowConfig, TwinFlowLoss
 from twinflow.distributed import agreed, world
 from twinflow.interface import trained_parameters, unwrap
 from twinflow.train.checkpoint import write_checkpoint
+from twinflow.train.config.settings import read_config
 from twinflow.train.model import build_student
 from twinflow.train.run_state import RunState
-from twinflow.train.settings import read_config
 from twinflow.train.wrapping import clip, wrap
 
 

@@ -14,8 +14,8 @@ from toy import ToyNet
 
 from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss
 from twinflow.train import read_config
+from twinflow.train.config.run_folder import RunFolder
 from twinflow.train.metrics_file import MetricsFile
-from twinflow.train.run_folder import RunFolder
 from twinflow.train.step_metrics import StepMetrics
 from twinflow.train.surroundings import surroundings
 

@@ -10,8 +10,8 @@ from tiny_pipelines import saved_pipeline
 from training_cases import CONFIG, photos
 
 from twinflow.cli import main
+from twinflow.train.config.settings import read_config
 from twinflow.train.dry_run import step_plan
-from twinflow.train.settings import read_config
 
 
 @pytest.fixture

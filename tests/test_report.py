@@ -15,8 +15,8 @@ from PIL import Image
 
 from twinflow.report import write_report
 from twinflow.train import read_config
+from twinflow.train.config.run_folder import RunFolder
 from twinflow.train.metrics_file import MetricsFile, read_metrics
-from twinflow.train.run_folder import RunFolder
 
 STEPS = 40
 HOSTILE = """</script></style></title>--><x-evil onload="1">&amp;"'`\u2028<!--<script>"""

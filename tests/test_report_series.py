@@ -13,8 +13,8 @@ from twinflow.report.content import MOST_IMAGES, samples_content
 from twinflow.report.pictures import WIDTHS, data_uris
 from twinflow.report.samples import Sample, SampleSet, thinned
 from twinflow.report.series import MOST_DOTS, MOST_POINTS, TERM, curves, read_series
+from twinflow.train.config.run_folder import RunFolder
 from twinflow.train.metrics_file import MetricsFile
-from twinflow.train.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twinflow.train import TrainSettings, add_options, read_config, settings_from
-from twinflow.train.options import ALIASES, OPTIONS, option_name
-from twinflow.train.recipes import RECIPES
-from twinflow.train.unsupported import HARMLESS, UNSUPPORTED
+from twinflow.train.config.options import ALIASES, OPTIONS, option_name
+from twinflow.train.config.presets import RECIPES
+from twinflow.train.config.simpletuner import HARMLESS, UNSUPPORTED
 
 PARSER = argparse.ArgumentParser()
 add_options(PARSER)

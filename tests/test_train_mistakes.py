@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from twinflow.train import read_config
-from twinflow.train.options import OPTIONS
-from twinflow.train.unsupported import HARMLESS, UNSUPPORTED
+from twinflow.train.config.options import OPTIONS
+from twinflow.train.config.simpletuner import HARMLESS, UNSUPPORTED
 
 MODEL = {"pretrained_model_name_or_path": "some/model"}
 ON = {**MODEL, "use_ema": True, "twinflow_enabled": True}

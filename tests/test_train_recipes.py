@@ -5,7 +5,7 @@ import pytest
 from twinflow import TwinFlowConfig
 from twinflow.memory import PRESETS
 from twinflow.train import read_config
-from twinflow.train.recipes import RECIPES
+from twinflow.train.config.presets import RECIPES
 
 # Table 6 of arXiv 2512.05150, column by column; a clip of None is a dash there, a rank of None trains all weights.
 TABLE_6 = {

@@ -10,9 +10,9 @@ import pytest
 from twinflow import TwinFlowConfig
 from twinflow.teachers.from_options import teacher_from_options
 from twinflow.train import TrainSettings, add_options, read_config, require_known, settings_from
-from twinflow.train.command_line import given_options
-from twinflow.train.options import ALIASES, OPTIONS
-from twinflow.train.unsupported import HARMLESS, UNSUPPORTED
+from twinflow.train.config.command_line import given_options
+from twinflow.train.config.options import ALIASES, OPTIONS
+from twinflow.train.config.simpletuner import HARMLESS, UNSUPPORTED
 
 FILE = """{"model_family": "sd3", "model_type": "lora",
 "pretrained_model_name_or_path": "stabilityai/stable-diffusion-3.5-large", "output_dir": "output/sd3-twinflow",

@@ -13,7 +13,7 @@ from looked_at_runs import PROMPTS, records, samples, start
 from PIL import Image
 
 from twinflow.train import read_config
-from twinflow.train.run_folder import RunFolder
+from twinflow.train.config.run_folder import RunFolder
 from twinflow.train.trackers import SCATTER_STEPS, scalars, trackers_of
 from twinflow.train.trajectory import COLOURS, TITLE, Trajectory, figure
 

@@ -11,9 +11,9 @@ from ranked_steps import CONFIG, Run, on_two_ranks
 from validation_cases import CPU, cached, drawn, encoded, sampler_of, settings_for
 
 from twinflow.distributed import world
+from twinflow.train.config.run_folder import RunFolder
 from twinflow.train.evaluation import Evaluation
 from twinflow.train.observation import observed
-from twinflow.train.run_folder import RunFolder
 
 
 def looked_at(accelerator: Accelerator, folder: Path) -> None:

@@ -19,7 +19,7 @@ from tiny_pipelines import saved_pipeline
 
 from twinflow.train import read_config
 from twinflow.train.checkpoint import latest_checkpoint, read_checkpoint
-from twinflow.train.settings import TrainSettings
+from twinflow.train.config.settings import TrainSettings
 
 # The config file that users of other trainers bring, as it is.
 CONFIG = json.loads("""{"model_family": "sd3", "model_type": "lora",

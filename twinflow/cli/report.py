@@ -14,7 +14,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Writes the page, and prints where it is."""
     from twinflow.report import write_report
-    from twinflow.train.run_folder import RunFolder
+    from twinflow.train.config.run_folder import RunFolder
 
     print(write_report(RunFolder(options.run_folder), options.out))
     return 0

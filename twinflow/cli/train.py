@@ -4,9 +4,9 @@ import argparse
 import gc
 import traceback
 
-from twinflow.train.command_line import add_options as add_train_options
-from twinflow.train.command_line import require_known
-from twinflow.train.settings import settings_from
+from twinflow.train.config.command_line import add_options as add_train_options
+from twinflow.train.config.command_line import require_known
+from twinflow.train.config.settings import settings_from
 
 __all__ = ["add_options", "require_known", "run"]
 

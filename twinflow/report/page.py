@@ -14,7 +14,7 @@ from twinflow.report import sections
 from twinflow.report.content import content
 from twinflow.report.heading import heading
 from twinflow.report.run import Run, read_run
-from twinflow.train.run_folder import RunFolder
+from twinflow.train.config.run_folder import RunFolder
 
 _ASSETS = Path(__file__).parent / "assets"
 _SCRIPTS = ("drawing.js", "chart.js", "scatter.js", "samples.js", "page.js")

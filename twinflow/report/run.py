@@ -7,8 +7,8 @@ from typing import Any
 
 from twinflow.report.samples import SampleSet, read_samples
 from twinflow.report.series import Series, read_series
-from twinflow.train.run_folder import RunFolder
-from twinflow.train.settings import TrainSettings, read_config
+from twinflow.train.config.run_folder import RunFolder
+from twinflow.train.config.settings import TrainSettings, read_config
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from twinflow.train.run_folder import RunFolder
+from twinflow.train.config.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

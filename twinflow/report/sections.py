@@ -6,8 +6,8 @@ from typing import Any
 
 from twinflow.report.content import SMALL, loss_columns
 from twinflow.report.run import Run
-from twinflow.train.description import Line, described
-from twinflow.train.options import OPTIONS
+from twinflow.train.config.describe import Line, described
+from twinflow.train.config.options import OPTIONS
 from twinflow.train.trajectory import TITLE
 
 _GUIDE = "".join(f"<p>{text}</p>" for text in (

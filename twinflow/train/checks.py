@@ -8,12 +8,12 @@ from typing import Any
 from twinflow.train.assembly import Assembled, autocast
 from twinflow.train.cache import Cache
 from twinflow.train.cache_index import Entry
+from twinflow.train.config.run_folder import RunFolder
+from twinflow.train.config.settings import TrainSettings
 from twinflow.train.display import Display
 from twinflow.train.evaluation import Evaluation
 from twinflow.train.record import Record
-from twinflow.train.run_folder import RunFolder
 from twinflow.train.sampler import Sampler
-from twinflow.train.settings import TrainSettings
 from twinflow.train.validation_prompts import ValidationPrompts
 
 

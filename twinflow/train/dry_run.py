@@ -12,10 +12,10 @@ from twinflow.interface import Teacher
 from twinflow.memory.presets import MemoryPreset
 from twinflow.objective.loss import TwinFlowLoss
 from twinflow.teachers.teachers import StudentTeacher
+from twinflow.train.config.settings import TrainSettings
 from twinflow.train.data import items_of
 from twinflow.train.memory_choice import workload_of_run
 from twinflow.train.model import build_student
-from twinflow.train.settings import TrainSettings
 from twinflow.train.source import configurations
 
 _CALLS = 24  # of a plan that are shown

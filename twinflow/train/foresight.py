@@ -7,8 +7,8 @@ from typing import Any
 from twinflow.memory.modulation.layers import deferrable_layers
 from twinflow.memory.presets import preset_of
 from twinflow.memory.quantised_linear import LIBRARIES, load_library
+from twinflow.train.config.settings import TrainSettings
 from twinflow.train.model import build_student
-from twinflow.train.settings import TrainSettings
 from twinflow.train.wrapping import check_sharded, launched
 
 

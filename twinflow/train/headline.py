@@ -2,7 +2,7 @@
 
 from twinflow.distributed import world
 from twinflow.train.assembly import Assembled
-from twinflow.train.settings import TrainSettings
+from twinflow.train.config.settings import TrainSettings
 
 
 def headline(settings: TrainSettings, parts: Assembled, entries: int) -> str:

@@ -10,7 +10,7 @@ from twinflow.memory.apply import SPARE_BYTES
 from twinflow.memory.presets import preset_of
 from twinflow.models import FlowModel
 from twinflow.train.cache_index import Cache
-from twinflow.train.settings import TrainSettings
+from twinflow.train.config.settings import TrainSettings
 from twinflow.train.wrapping import check_sharded
 
 if TYPE_CHECKING:

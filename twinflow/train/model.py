@@ -13,9 +13,9 @@ from twinflow.models import FlowModel, load
 from twinflow.models.loading import FAMILIES
 from twinflow.teachers.from_options import teacher_from_options
 from twinflow.teachers.teachers import EMATeacher
-from twinflow.train.families import BRIDGED
-from twinflow.train.rules import NO_BRIDGE
-from twinflow.train.settings import TrainSettings
+from twinflow.train.config.families import BRIDGED
+from twinflow.train.config.resolve import NO_BRIDGE
+from twinflow.train.config.settings import TrainSettings
 
 COMPONENTS = ("transformer", "unet")  # folders of a pipeline that may hold what is trained
 

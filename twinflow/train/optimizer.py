@@ -8,7 +8,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from twinflow.memory import AppliedMemory, adamw_8bit
-from twinflow.train.settings import TrainSettings
+from twinflow.train.config.settings import TrainSettings
 
 
 def build_optimizer(

@@ -7,10 +7,10 @@ from types import TracebackType
 from typing import Any
 
 from twinflow.distributed import world
+from twinflow.train.config.run_folder import RunFolder
+from twinflow.train.config.settings import TrainSettings
 from twinflow.train.metrics_file import MetricsFile, keep_until
-from twinflow.train.run_folder import RunFolder
 from twinflow.train.sample_folder import SUMMARY
-from twinflow.train.settings import TrainSettings
 from twinflow.train.trackers import Tracker, trackers_of
 
 

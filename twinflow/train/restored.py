@@ -13,11 +13,11 @@ from twinflow.models import FlowModel
 from twinflow.teachers.teachers import EMATeacher
 from twinflow.train.checkpoint import latest_checkpoint, read_checkpoint
 from twinflow.train.checkpoint_files import read_files, read_summary
+from twinflow.train.config.run_folder import RunFolder
+from twinflow.train.config.settings import TrainSettings, read_config
 from twinflow.train.model import build_student, build_teacher
 from twinflow.train.optimizer_state import kind_of
 from twinflow.train.placing import check_form, check_names, check_tensor
-from twinflow.train.run_folder import RunFolder
-from twinflow.train.settings import TrainSettings, read_config
 from twinflow.train.source import pipeline_folder
 
 

@@ -12,14 +12,14 @@ from twinflow.models.packing import pack, unpack
 from twinflow.scheduler import TwinFlowScheduler
 from twinflow.teachers.teachers import EMATeacher
 from twinflow.train.cache_index import on_device
+from twinflow.train.config.run_folder import RunFolder
+from twinflow.train.config.settings import TrainSettings
 from twinflow.train.decoding import Decoder
 from twinflow.train.encoding import Condition
 from twinflow.train.gathering import on_rank_zero
 from twinflow.train.observation import observed
 from twinflow.train.pipeline_shift import pipeline_shift
-from twinflow.train.run_folder import RunFolder
 from twinflow.train.sample_folder import GRID, write_samples
-from twinflow.train.settings import TrainSettings
 from twinflow.train.validation_prompts import ValidationPrompts
 
 COMPARED = (1, 2, 4)  # numbers of steps that are drawn beside the one that is trained for

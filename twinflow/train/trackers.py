@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from twinflow.train.run_folder import RunFolder
-from twinflow.train.settings import TrainSettings
+from twinflow.train.config.run_folder import RunFolder
+from twinflow.train.config.settings import TrainSettings
 from twinflow.train.trajectory import Point, Trajectory
 
 SCATTER_STEPS = 500  # between two trajectory scatters

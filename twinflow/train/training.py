@@ -21,9 +21,11 @@ from twinflow.train.cache_shards import write_whole
 from twinflow.train.checkpoint import read_checkpoint, write_checkpoint
 from twinflow.train.checkpoint_files import read_summary
 from twinflow.train.checks import Checks, checks_of
+from twinflow.train.config.families import BRIDGED
+from twinflow.train.config.run_folder import RunFolder
+from twinflow.train.config.settings import TrainSettings
 from twinflow.train.data import encoders_of, prepare_data, unread
 from twinflow.train.display import Display, counted, said_by
-from twinflow.train.families import BRIDGED
 from twinflow.train.folder_lock import lock_folder, unlock_folder
 from twinflow.train.foresight import require_trainable
 from twinflow.train.gathering import on_rank_zero
@@ -34,8 +36,6 @@ from twinflow.train.memory_choice import after_out_of_memory
 from twinflow.train.optimizer import renew, saved_kind
 from twinflow.train.record import Record
 from twinflow.train.resuming import checkpoint_to_resume
-from twinflow.train.run_folder import RunFolder
-from twinflow.train.settings import TrainSettings
 from twinflow.train.source import pipeline_folder
 from twinflow.train.stopping import StopRequest, terminable
 from twinflow.train.surroundings import surroundings

@@ -7,8 +7,8 @@ from typing import Any
 from twinflow.train.buckets import Size
 from twinflow.train.cache import Cache, CacheOptions, Progress, build_cache
 from twinflow.train.cache_keys import hashed
+from twinflow.train.config.settings import TrainSettings
 from twinflow.train.encoding import Condition, Encoders
-from twinflow.train.settings import TrainSettings
 
 FOLDER = "validation"  # in the cache's folder
 _CAPTIONS = 4  # of the data, where no prompts are given

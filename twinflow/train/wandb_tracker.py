@@ -8,7 +8,7 @@ from typing import Any
 import wandb
 from PIL import Image
 
-from twinflow.train.run_folder import RunFolder
+from twinflow.train.config.run_folder import RunFolder
 from twinflow.train.trackers import Tracker, captions
 from twinflow.train.trajectory import TITLE, Point, figure
 

@@ -14,8 +14,8 @@ from twinflow.memory import MemoryPreset
 from twinflow.memory.blocks import repeated_blocks
 from twinflow.memory.quantised_base import quantised_form
 from twinflow.models import FlowModel
+from twinflow.train.config.settings import TrainSettings
 from twinflow.train.model import build_teacher
-from twinflow.train.settings import TrainSettings
 
 
 def wrap(

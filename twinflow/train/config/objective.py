@@ -5,9 +5,9 @@ from dataclasses import fields, replace
 from typing import Any
 
 from twinflow.objective.config import TwinFlowConfig
-from twinflow.train.kinds import shown
-from twinflow.train.options import OPTIONS
-from twinflow.train.recipes import Recipe
+from twinflow.train.config.option_types import shown
+from twinflow.train.config.options import OPTIONS
+from twinflow.train.config.presets import Recipe
 
 _SETTINGS = tuple(field.name for field in fields(TwinFlowConfig))
 _MOST_STEPS = 1000

@@ -7,10 +7,10 @@ from twinflow.bridge import require_bridge
 from twinflow.conditioning import LORA_MODE
 from twinflow.objective.config import TwinFlowConfig
 from twinflow.suggest import lookup
-from twinflow.train.families import BRIDGED
-from twinflow.train.objective import objective
-from twinflow.train.options import OPTIONS
-from twinflow.train.recipes import recipe_of
+from twinflow.train.config.families import BRIDGED
+from twinflow.train.config.objective import objective
+from twinflow.train.config.options import OPTIONS
+from twinflow.train.config.presets import recipe_of
 
 NO_EMA = (
     "TwinFlow requires an EMA teacher; enable use_ema or set twinflow_allow_no_ema_teacher to fall back to student "

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from twinflow.objective.config import TwinFlowConfig
-from twinflow.train.options import OPTIONS
-from twinflow.train.rules import DERIVED
+from twinflow.train.config.options import OPTIONS
+from twinflow.train.config.resolve import DERIVED
 
 if TYPE_CHECKING:
-    from twinflow.train.settings import TrainSettings
+    from twinflow.train.config.settings import TrainSettings
 
 # Options whose change would make a resumed run another run.
 _FIXED = (

@@ -6,9 +6,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from twinflow.conditioning import MODES
-from twinflow.train.families import FAMILY
-from twinflow.train.kinds import BOOL, PATH, PIXELS, RAW, SIZE, TEXT, TEXTS, Kind, choice, number, shown, whole
-from twinflow.train.unsupported import HARMLESS, UNSUPPORTED, refuse
+from twinflow.train.config.families import FAMILY
+from twinflow.train.config.option_types import (
+    BOOL,
+    PATH,
+    PIXELS,
+    RAW,
+    SIZE,
+    TEXT,
+    TEXTS,
+    Kind,
+    choice,
+    number,
+    shown,
+    whole,
+)
+from twinflow.train.config.simpletuner import HARMLESS, UNSUPPORTED, refuse
 
 _BF16 = "use adamw, whose states are float32 (what a step adds to bfloat16 weights rounds to zero), or adamw8bit"
 _OPTIMIZER = choice("adamw", "adamw8bit", "radam", instead={

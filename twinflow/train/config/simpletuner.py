@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from twinflow.train.kinds import shown
+from twinflow.train.config.option_types import shown
 
 NEUTRAL = (None, False, 0, "", "none", "default", "no")  # as which every option is accepted
 

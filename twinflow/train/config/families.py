@@ -1,6 +1,6 @@
 """`FAMILY`: the names of `model_family`, and why others cannot be trained."""
 
-from twinflow.train.kinds import Kind, choice
+from twinflow.train.config.option_types import Kind, choice
 
 _OWN_LOOP = "it has no family here; twinflow.models.load(family='generic') takes it in a training loop of your own"
 _VIDEO = "video models are not trained here"

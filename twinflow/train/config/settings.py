@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from twinflow.objective.config import TwinFlowConfig
-from twinflow.train.command_line import given_options
-from twinflow.train.objective import FLOW_MATCHING
-from twinflow.train.options import OPTIONS, named
-from twinflow.train.reading import read_json
-from twinflow.train.rules import resolve
+from twinflow.train.config.command_line import given_options
+from twinflow.train.config.json_file import read_json
+from twinflow.train.config.objective import FLOW_MATCHING
+from twinflow.train.config.options import OPTIONS, named
+from twinflow.train.config.resolve import resolve
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """The settings of a run; `twinflow.train.options` says what each means.
+    """The settings of a run; `twinflow.train.config.options` says what each means.
 
     Args:
         twinflow: the objective; None: plain flow matching.
@@ -124,7 +124,7 @@ class TrainSettings:
         return json.dumps(found, indent=1, default=str) + "\n"
 
     def __str__(self) -> str:
-        from twinflow.train.description import describe
+        from twinflow.train.config.describe import describe
 
         return describe(self)
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from twinflow.train.kinds import BOOL, PATH, TEXT, TEXTS
-from twinflow.train.options import ALIASES, OPTIONS, Option, unknown
-from twinflow.train.unsupported import HARMLESS, UNSUPPORTED
+from twinflow.train.config.option_types import BOOL, PATH, TEXT, TEXTS
+from twinflow.train.config.options import ALIASES, OPTIONS, Option, unknown
+from twinflow.train.config.simpletuner import HARMLESS, UNSUPPORTED
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
