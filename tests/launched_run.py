@@ -12,9 +12,9 @@ from twinflow.distributed import agreed, world
 from twinflow.interface import trained_parameters, unwrap
 from twinflow.train.checkpoint import write_checkpoint
 from twinflow.train.config.settings import read_config
-from twinflow.train.model import build_student
+from twinflow.train.model.parallel import clip, wrap
+from twinflow.train.model.student import build_student
 from twinflow.train.run_state import RunState
-from twinflow.train.wrapping import clip, wrap
 
 
 def step(pipeline: Path, folder: Path) -> None:

@@ -19,8 +19,8 @@ from twinflow.distributed import agreed
 from twinflow.lora import add_lora
 from twinflow.memory import PRESETS, defer_modulation
 from twinflow.memory.quantised_base import quantised_form
-from twinflow.train.memory_choice import put_memory
-from twinflow.train.wrapping import check_sharded, clip, launched, wrap
+from twinflow.train.model.memory import put_memory
+from twinflow.train.model.parallel import check_sharded, clip, launched, wrap
 
 
 @pytest.fixture

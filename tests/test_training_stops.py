@@ -12,7 +12,7 @@ from twinflow.train import read_config
 from twinflow.train.assembly import autocast
 from twinflow.train.display import Display
 from twinflow.train.evaluation import Evaluation
-from twinflow.train.model import build_student
+from twinflow.train.model.student import build_student
 from twinflow.train.sampler import Sampler
 from twinflow.train.training import TrainingStopped, train
 

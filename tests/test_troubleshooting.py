@@ -12,7 +12,8 @@ from training_cases import quiet, settings
 from twinflow import EMATeacher
 from twinflow.lora import add_lora
 from twinflow.models import load
-from twinflow.train import read_config, source
+from twinflow.train import read_config
+from twinflow.train.model import pipeline_source as source
 from twinflow.train.step_metrics import require_finite
 from twinflow.train.training import train
 

@@ -143,7 +143,7 @@ def _size(options: argparse.Namespace, usual: tuple[int, int] | None) -> tuple[i
 
 def _draw(options: argparse.Namespace, prompts: list[str], source: _Source) -> None:
     from twinflow.pipelines.generator import Drawer
-    from twinflow.train.source import pipeline_folder
+    from twinflow.train.model.pipeline_source import pipeline_folder
 
     usage = source.usage
     assert usage is not None

@@ -20,11 +20,11 @@ from twinflow.train.cache import Cache
 from twinflow.train.cache_index import Entry
 from twinflow.train.config.settings import TrainSettings
 from twinflow.train.loop import Loop
-from twinflow.train.memory_choice import put_memory
-from twinflow.train.model import build_student
-from twinflow.train.optimizer import build_optimizer, warm_up
+from twinflow.train.model.memory import put_memory
+from twinflow.train.model.optimizer import build_optimizer, warm_up
+from twinflow.train.model.parallel import launched, wrap
+from twinflow.train.model.student import build_student
 from twinflow.train.run_state import RunState
-from twinflow.train.wrapping import launched, wrap
 
 _VARIANTS = 64  # of a compiled block; torch's own limit is 8
 _RANK_SEEDS = 1 << 20  # between the seeds of two ranks' noises

@@ -11,7 +11,7 @@ from twinflow.train.cache import Cache, CacheOptions, Progress, build_cache
 from twinflow.train.config.settings import TrainSettings
 from twinflow.train.encoding import Encoders
 from twinflow.train.images import IMAGE_SUFFIXES, Item, read_folder, read_prompts, unread_images
-from twinflow.train.model import build_student
+from twinflow.train.model.student import build_student
 
 _OPTION_OF = {
     "read_folder: folder": "instance_data_dir", "read_folder: strategy": "caption_strategy",

@@ -14,9 +14,9 @@ from twinflow.objective.loss import TwinFlowLoss
 from twinflow.teachers.teachers import StudentTeacher
 from twinflow.train.config.settings import TrainSettings
 from twinflow.train.data import items_of
-from twinflow.train.memory_choice import workload_of_run
-from twinflow.train.model import build_student
-from twinflow.train.source import configurations
+from twinflow.train.model.memory import workload_of_run
+from twinflow.train.model.pipeline_source import configurations
+from twinflow.train.model.student import build_student
 
 _CALLS = 24  # of a plan that are shown
 

@@ -15,9 +15,9 @@ from twinflow.train.batches import Batches
 from twinflow.train.cache_index import Cache, Entry, on_device, uploaded
 from twinflow.train.config.settings import TrainSettings
 from twinflow.train.display import Display
+from twinflow.train.model.parallel import clip
 from twinflow.train.run_state import RunState
 from twinflow.train.step_metrics import StepMetrics, require_finite
-from twinflow.train.wrapping import clip
 
 Work = Callable[[int], None]
 

@@ -15,10 +15,10 @@ from twinflow.train.checkpoint import latest_checkpoint, read_checkpoint
 from twinflow.train.checkpoint_files import read_files, read_summary
 from twinflow.train.config.run_folder import RunFolder
 from twinflow.train.config.settings import TrainSettings, read_config
-from twinflow.train.model import build_student, build_teacher
+from twinflow.train.model.pipeline_source import pipeline_folder
+from twinflow.train.model.student import build_student, build_teacher
 from twinflow.train.optimizer_state import kind_of
 from twinflow.train.placing import check_form, check_names, check_tensor
-from twinflow.train.source import pipeline_folder
 
 
 @dataclass(frozen=True)

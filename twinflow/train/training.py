@@ -27,16 +27,16 @@ from twinflow.train.config.settings import TrainSettings
 from twinflow.train.data import encoders_of, prepare_data, unread
 from twinflow.train.display import Display, counted, said_by
 from twinflow.train.folder_lock import lock_folder, unlock_folder
-from twinflow.train.foresight import require_trainable
 from twinflow.train.gathering import on_rank_zero
 from twinflow.train.headline import headline
 from twinflow.train.loading_bars import without_loading_bars
 from twinflow.train.loop import Due
-from twinflow.train.memory_choice import after_out_of_memory
-from twinflow.train.optimizer import renew, saved_kind
+from twinflow.train.model.memory import after_out_of_memory
+from twinflow.train.model.optimizer import renew, saved_kind
+from twinflow.train.model.pipeline_source import pipeline_folder
+from twinflow.train.model.preflight import require_trainable
 from twinflow.train.record import Record
 from twinflow.train.resuming import checkpoint_to_resume
-from twinflow.train.source import pipeline_folder
 from twinflow.train.stopping import StopRequest, terminable
 from twinflow.train.surroundings import surroundings
 from twinflow.train.trackers import wanted

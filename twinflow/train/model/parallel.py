@@ -15,7 +15,7 @@ from twinflow.memory.blocks import repeated_blocks
 from twinflow.memory.quantised_base import quantised_form
 from twinflow.models import FlowModel
 from twinflow.train.config.settings import TrainSettings
-from twinflow.train.model import build_teacher
+from twinflow.train.model.student import build_teacher
 
 
 def wrap(

@@ -8,8 +8,8 @@ from twinflow.memory.modulation.layers import deferrable_layers
 from twinflow.memory.presets import preset_of
 from twinflow.memory.quantised_linear import LIBRARIES, load_library
 from twinflow.train.config.settings import TrainSettings
-from twinflow.train.model import build_student
-from twinflow.train.wrapping import check_sharded, launched
+from twinflow.train.model.parallel import check_sharded, launched
+from twinflow.train.model.student import build_student
 
 
 def require_trainable(settings: TrainSettings, folder: Path, accelerator: Any) -> None:

@@ -11,7 +11,7 @@ from twinflow.memory.presets import preset_of
 from twinflow.models import FlowModel
 from twinflow.train.cache_index import Cache
 from twinflow.train.config.settings import TrainSettings
-from twinflow.train.wrapping import check_sharded
+from twinflow.train.model.parallel import check_sharded
 
 if TYPE_CHECKING:
     from twinflow.memory.planner.forecast import Forecast

@@ -1,0 +1,1 @@
+"""The student of a run, its teacher, optimizer, memory and parallel wrappers."""
