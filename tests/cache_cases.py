@@ -8,10 +8,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from tiny_pipelines import saved_pipeline
 
-from twinflow.train.buckets import buckets
-from twinflow.train.cache import CacheOptions, build_cache
-from twinflow.train.encoding import Encoders
-from twinflow.train.images import read_folder
+from twinflow.train.data.buckets import buckets
+from twinflow.train.data.build_cache import CacheOptions, build_cache
+from twinflow.train.data.encoders import Encoders
+from twinflow.train.data.images import read_folder
 
 FAMILIES = ("sd3", "qwen_image", "flux", "z_image", "sana")
 PROMPTS = ["a cat", "a small dog in front of a house", ""]

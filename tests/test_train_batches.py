@@ -10,11 +10,11 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from tiny_pipelines import saved_pipeline
 
-from twinflow.train.batches import Batches
-from twinflow.train.buckets import buckets
-from twinflow.train.cache import CacheOptions, build_cache, open_cache
-from twinflow.train.encoding import Encoders, together
-from twinflow.train.images import read_folder
+from twinflow.train.data.batches import Batches
+from twinflow.train.data.buckets import buckets
+from twinflow.train.data.build_cache import CacheOptions, build_cache, open_cache
+from twinflow.train.data.encoders import Encoders, together
+from twinflow.train.data.images import read_folder
 
 COUNTS = {(32, 32): 9, (48, 24): 5, (24, 48): 2}  # the last has fewer than a batch
 

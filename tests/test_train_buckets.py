@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
-from twinflow.train.buckets import ImageError, as_model_input, buckets, look, nearest, read_pixels, upscale
+from twinflow.train.data.buckets import ImageError, as_model_input, buckets, look, nearest, read_pixels, upscale
 
 CHINA, FLOWER = map(np.copy, load_sample_images().images)
 

@@ -15,12 +15,12 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from tiny_pipelines import saved_pipeline
 
-from twinflow.train import cache_shards
-from twinflow.train.buckets import buckets
-from twinflow.train.cache import CacheOptions, build_cache, held_out, open_cache
-from twinflow.train.cache_shards import Shards, locked
-from twinflow.train.encoding import Encoders, together
-from twinflow.train.images import read_folder
+from twinflow.train.data import shards as cache_shards
+from twinflow.train.data.buckets import buckets
+from twinflow.train.data.build_cache import CacheOptions, build_cache, held_out, open_cache
+from twinflow.train.data.encoders import Encoders, together
+from twinflow.train.data.images import read_folder
+from twinflow.train.data.shards import Shards, locked
 
 
 @pytest.mark.parametrize("family", FAMILIES)

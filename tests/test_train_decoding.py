@@ -10,8 +10,8 @@ from drawing import PACKED, arguments
 from tiny_pipelines import image_size, latent_shape, saved_pipeline
 
 from twinflow.models.packing import unpack
-from twinflow.train.decoding import Decoder
-from twinflow.train.encoding import encode_images
+from twinflow.train.data.decoder import Decoder
+from twinflow.train.data.encoders import encode_images
 
 FAMILIES = ("sd3", "qwen_image", "sana", "flux", "z_image", "sd15")
 

@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline
 from sklearn.datasets import load_sample_images
 from tiny_pipelines import saved_pipeline
 
-from twinflow.train.encoding import Encoders, apart, encode_images, together
+from twinflow.train.data.encoders import Encoders, apart, encode_images, together
 
 IMG2IMG = {
     "sd3": "StableDiffusion3Img2ImgPipeline", "flux": "FluxImg2ImgPipeline", "z_image": "ZImageImg2ImgPipeline",

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from twinflow.train.images import read_folder, read_prompts
+from twinflow.train.data.images import read_folder, read_prompts
 
 FLOWER = load_sample_images().images[1]
 

@@ -17,9 +17,9 @@ from tiny_pipelines import saved_pipeline
 
 from twinflow.models import FlowModel
 from twinflow.train import TrainSettings, read_config
-from twinflow.train.cache import Cache
 from twinflow.train.config.run_folder import RunFolder
-from twinflow.train.data import encoders_of, prepare_data
+from twinflow.train.data.build_cache import Cache
+from twinflow.train.data.prepare import encoders_of, prepare_data
 from twinflow.train.model.student import build_student
 from twinflow.train.sampler import Sampler
 from twinflow.train.validation_prompts import ValidationPrompts, validation_prompts

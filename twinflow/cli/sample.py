@@ -89,7 +89,7 @@ def _prompts(options: argparse.Namespace) -> list[str]:
         if not prompt.strip():
             raise ValueError(f"sample: prompt must have words, got {prompt!r}")
     if options.prompts_file is not None:
-        from twinflow.train.images import read_prompts
+        from twinflow.train.data.images import read_prompts
 
         prompts += read_prompts(options.prompts_file)
     if not prompts:
@@ -175,7 +175,7 @@ def _without_bars() -> None:
 
 
 def _check_size(folder: Path, size: tuple[int, int] | None) -> None:
-    from twinflow.train.encoding import Encoders
+    from twinflow.train.data.encoders import Encoders
 
     multiple = Encoders(folder).multiple
     for name, edge in zip(("width", "height"), size or (), strict=False):

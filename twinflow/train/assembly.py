@@ -15,10 +15,10 @@ from twinflow.memory import AppliedMemory
 from twinflow.memory.blocks import repeated_blocks
 from twinflow.models import FlowModel
 from twinflow.objective.loss import TwinFlowLoss
-from twinflow.train.batches import Batches
-from twinflow.train.cache import Cache
-from twinflow.train.cache_index import Entry
 from twinflow.train.config.settings import TrainSettings
+from twinflow.train.data.batches import Batches
+from twinflow.train.data.build_cache import Cache
+from twinflow.train.data.cache import Entry
 from twinflow.train.loop import Loop
 from twinflow.train.model.memory import put_memory
 from twinflow.train.model.optimizer import build_optimizer, warm_up

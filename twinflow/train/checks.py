@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from twinflow.train.assembly import Assembled, autocast
-from twinflow.train.cache import Cache
-from twinflow.train.cache_index import Entry
 from twinflow.train.config.run_folder import RunFolder
 from twinflow.train.config.settings import TrainSettings
+from twinflow.train.data.build_cache import Cache
+from twinflow.train.data.cache import Entry
 from twinflow.train.display import Display
 from twinflow.train.evaluation import Evaluation
 from twinflow.train.record import Record

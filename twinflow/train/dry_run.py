@@ -13,7 +13,7 @@ from twinflow.memory.presets import MemoryPreset
 from twinflow.objective.loss import TwinFlowLoss
 from twinflow.teachers.teachers import StudentTeacher
 from twinflow.train.config.settings import TrainSettings
-from twinflow.train.data import items_of
+from twinflow.train.data.prepare import items_of
 from twinflow.train.model.memory import workload_of_run
 from twinflow.train.model.pipeline_source import configurations
 from twinflow.train.model.student import build_student

@@ -15,7 +15,7 @@ from twinflow.objective.config import TwinFlowConfig
 from twinflow.objective.draws import Draws, draw_step
 from twinflow.objective.loss import TwinFlowLoss, TwinFlowOutput
 from twinflow.objective.roles import RoleCounter
-from twinflow.train.cache_index import Cache, Entry, on_device
+from twinflow.train.data.cache import Cache, Entry, on_device
 from twinflow.train.gathering import gather_bytes
 from twinflow.train.observation import observed
 

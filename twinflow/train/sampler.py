@@ -11,11 +11,11 @@ from twinflow.interface import Student, Teacher
 from twinflow.models.packing import pack, unpack
 from twinflow.scheduler import TwinFlowScheduler
 from twinflow.teachers.teachers import EMATeacher
-from twinflow.train.cache_index import on_device
 from twinflow.train.config.run_folder import RunFolder
 from twinflow.train.config.settings import TrainSettings
-from twinflow.train.decoding import Decoder
-from twinflow.train.encoding import Condition
+from twinflow.train.data.cache import on_device
+from twinflow.train.data.decoder import Decoder
+from twinflow.train.data.encoders import Condition
 from twinflow.train.gathering import on_rank_zero
 from twinflow.train.observation import observed
 from twinflow.train.pipeline_shift import pipeline_shift

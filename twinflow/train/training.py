@@ -15,16 +15,16 @@ from rich.console import Console
 
 from twinflow.distributed import agreed, world
 from twinflow.train.assembly import Assembled, assemble
-from twinflow.train.cache import Cache
-from twinflow.train.cache_index import Entry, held_out
-from twinflow.train.cache_shards import write_whole
 from twinflow.train.checkpoint import read_checkpoint, write_checkpoint
 from twinflow.train.checkpoint_files import read_summary
 from twinflow.train.checks import Checks, checks_of
 from twinflow.train.config.families import BRIDGED
 from twinflow.train.config.run_folder import RunFolder
 from twinflow.train.config.settings import TrainSettings
-from twinflow.train.data import encoders_of, prepare_data, unread
+from twinflow.train.data.build_cache import Cache
+from twinflow.train.data.cache import Entry, held_out
+from twinflow.train.data.prepare import encoders_of, prepare_data, unread
+from twinflow.train.data.shards import write_whole
 from twinflow.train.display import Display, counted, said_by
 from twinflow.train.folder_lock import lock_folder, unlock_folder
 from twinflow.train.gathering import on_rank_zero

@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from twinflow.train.buckets import Size
-from twinflow.train.cache import Cache, CacheOptions, Progress, build_cache
-from twinflow.train.cache_keys import hashed
 from twinflow.train.config.settings import TrainSettings
-from twinflow.train.encoding import Condition, Encoders
+from twinflow.train.data.buckets import Size
+from twinflow.train.data.build_cache import Cache, CacheOptions, Progress, build_cache
+from twinflow.train.data.cache_keys import hashed
+from twinflow.train.data.encoders import Condition, Encoders
 
 FOLDER = "validation"  # in the cache's folder
 _CAPTIONS = 4  # of the data, where no prompts are given

@@ -9,8 +9,8 @@ from twinflow.memory import PRESETS, AppliedMemory, MemoryPreset, apply_memory
 from twinflow.memory.apply import SPARE_BYTES
 from twinflow.memory.presets import preset_of
 from twinflow.models import FlowModel
-from twinflow.train.cache_index import Cache
 from twinflow.train.config.settings import TrainSettings
+from twinflow.train.data.cache import Cache
 from twinflow.train.model.parallel import check_sharded
 
 if TYPE_CHECKING:

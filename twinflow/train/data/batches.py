@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from twinflow.train.buckets import Size
-from twinflow.train.cache_index import Cache, Entry
-from twinflow.train.encoding import Condition
+from twinflow.train.data.buckets import Size
+from twinflow.train.data.cache import Cache, Entry
+from twinflow.train.data.encoders import Condition
 
 Group = list[Entry]  # a batch of every rank, in rank order
 

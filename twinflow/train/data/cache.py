@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from twinflow.train.cache_shards import Shards, write_whole
-from twinflow.train.encoding import Condition, at_size, together
+from twinflow.train.data.encoders import Condition, at_size, together
+from twinflow.train.data.shards import Shards, write_whole
 
 INDEX = "index.json"
 FORMAT = 1

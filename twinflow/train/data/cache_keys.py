@@ -4,9 +4,9 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 
-from twinflow.train.buckets import Size
-from twinflow.train.encoding import Encoders
-from twinflow.train.images import Item
+from twinflow.train.data.buckets import Size
+from twinflow.train.data.encoders import Encoders
+from twinflow.train.data.images import Item
 
 
 def entry_name(item: Item) -> str:

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from twinflow.train.buckets import buckets
-from twinflow.train.cache import Cache, CacheOptions, Progress, build_cache
 from twinflow.train.config.settings import TrainSettings
-from twinflow.train.encoding import Encoders
-from twinflow.train.images import IMAGE_SUFFIXES, Item, read_folder, read_prompts, unread_images
+from twinflow.train.data.buckets import buckets
+from twinflow.train.data.build_cache import Cache, CacheOptions, Progress, build_cache
+from twinflow.train.data.encoders import Encoders
+from twinflow.train.data.images import IMAGE_SUFFIXES, Item, read_folder, read_prompts, unread_images
 from twinflow.train.model.student import build_student
 
 _OPTION_OF = {

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from twinflow.train.buckets import (
+from twinflow.train.data.buckets import (
     MAX_UPSCALE,
     RESIZE,
     ImageError,
@@ -20,11 +20,11 @@ from twinflow.train.buckets import (
     read_pixels,
     upscale,
 )
-from twinflow.train.cache_index import Cache, Entry, Index, held_out, open_cache, write_index
-from twinflow.train.cache_keys import check_request, entry_name, hashed, request_of, text_key
-from twinflow.train.cache_shards import Shards, ShardWriter, clear, locked
-from twinflow.train.encoding import Encoders
-from twinflow.train.images import Item
+from twinflow.train.data.cache import Cache, Entry, Index, held_out, open_cache, write_index
+from twinflow.train.data.cache_keys import check_request, entry_name, hashed, request_of, text_key
+from twinflow.train.data.encoders import Encoders
+from twinflow.train.data.images import Item
+from twinflow.train.data.shards import Shards, ShardWriter, clear, locked
 
 __all__ = ["Cache", "CacheOptions", "Entry", "build_cache", "held_out", "open_cache"]
 Progress = Callable[[str, int, int], None]  # what, done, of

@@ -1,0 +1,1 @@
+"""Images, captions, encodings and batches of a run."""
