@@ -11,11 +11,11 @@ from family_batches import make_batch
 from tiny_pipelines import image_size, saved_pipeline
 
 from twinflow.objective.loss import TwinFlowLoss
-from twinflow.train.checkpoint import write_checkpoint
+from twinflow.train.checkpoint.checkpoint import write_checkpoint
+from twinflow.train.checkpoint.run_state import RunState
 from twinflow.train.config.run_folder import RunFolder
 from twinflow.train.config.settings import read_config
 from twinflow.train.model.student import build_student, build_teacher
-from twinflow.train.run_state import RunState
 
 _BRIDGE = {"model_family": "unet", "diff2flow_enabled": True, "twinflow_allow_diff2flow": True}
 

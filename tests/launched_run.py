@@ -10,11 +10,11 @@ from accelerate import Accelerator
 from twinflow import Draws, TwinFlowConfig, TwinFlowLoss
 from twinflow.distributed import agreed, world
 from twinflow.interface import trained_parameters, unwrap
-from twinflow.train.checkpoint import write_checkpoint
+from twinflow.train.checkpoint.checkpoint import write_checkpoint
+from twinflow.train.checkpoint.run_state import RunState
 from twinflow.train.config.settings import read_config
 from twinflow.train.model.parallel import clip, wrap
 from twinflow.train.model.student import build_student
-from twinflow.train.run_state import RunState
 
 
 def step(pipeline: Path, folder: Path) -> None:

@@ -24,11 +24,11 @@ from twinflow.distributed import world
 from twinflow.interface import data_parallel, trained_parameters, unwrap
 from twinflow.memory import apply_memory
 from twinflow.memory.blocks import repeated_blocks
+from twinflow.train.checkpoint.run_state import RunState
 from twinflow.train.config.settings import TrainSettings, read_config
 from twinflow.train.model.optimizer import build_optimizer
 from twinflow.train.model.parallel import clip, wrap
 from twinflow.train.model.student import build_student
-from twinflow.train.run_state import RunState
 
 CONFIG = TwinFlowConfig(delta_t=0.5)
 # Roles of a step's two micro-batches of four rows; the halves of two ranks differ in their calls.

@@ -11,7 +11,7 @@ from tiny_pipelines import saved_pipeline
 
 from twinflow.cli import main
 from twinflow.formats.manifest import COMFYUI_LORA, CONDITIONING, LORA, read_manifest
-from twinflow.train.checkpoint import read_checkpoint
+from twinflow.train.checkpoint.checkpoint import read_checkpoint
 
 
 def exported(folder):

@@ -20,7 +20,7 @@ from twinflow.cli import main
 from twinflow.formats.manifest import MANIFEST
 from twinflow.models import FAMILIES
 from twinflow.pipelines.generator import Drawer
-from twinflow.train.checkpoint_files import TENSORS
+from twinflow.train.checkpoint.files import TENSORS
 
 ROOT = Path(__file__).resolve().parent.parent
 

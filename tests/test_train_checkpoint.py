@@ -13,10 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from train_runs import holds, in_a_fork, names, tree_of
 
-from twinflow.train import checkpoint, checkpoint_files
-from twinflow.train.checkpoint import latest_checkpoint, read_checkpoint, write_checkpoint
-from twinflow.train.checkpoint_files import read_summary
-from twinflow.train.folder_lock import unlock_folder
+from twinflow.train.checkpoint import checkpoint
+from twinflow.train.checkpoint import files as checkpoint_files
+from twinflow.train.checkpoint.checkpoint import latest_checkpoint, read_checkpoint, write_checkpoint
+from twinflow.train.checkpoint.files import read_summary
+from twinflow.train.checkpoint.folder_lock import unlock_folder
 
 FILES = ("state.safetensors", "state.json", "checkpoint.json")
 

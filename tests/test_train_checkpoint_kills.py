@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 from train_runs import holds, in_a_fork, names, tree_of
 
-from twinflow.train.checkpoint import latest_checkpoint, write_checkpoint
-from twinflow.train.folder_lock import lock_folder, unlock_folder
+from twinflow.train.checkpoint.checkpoint import latest_checkpoint, write_checkpoint
+from twinflow.train.checkpoint.folder_lock import lock_folder, unlock_folder
 
 
 def test_a_second_run_is_refused_while_the_first_lives(tmp_path):

@@ -12,9 +12,9 @@ from twinflow.memory.modulation.defer import defer_modulation
 from twinflow.objective.draws import Draws, draw_step
 from twinflow.objective.roles import RoleCounter
 from twinflow.train import evaluation
+from twinflow.train.checkpoint.random_streams import collect_streams
 from twinflow.train.config.objective import FLOW_MATCHING
 from twinflow.train.evaluation import Evaluation
-from twinflow.train.random_streams import collect_streams
 
 CONFIGS = {
     "all_terms": TwinFlowConfig(recipe="all_terms", adversarial=True),

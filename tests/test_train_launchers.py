@@ -12,7 +12,7 @@ import torch
 from launched_run import step
 from tiny_pipelines import saved_pipeline
 
-from twinflow.train.checkpoint import latest_checkpoint, read_checkpoint
+from twinflow.train.checkpoint.checkpoint import latest_checkpoint, read_checkpoint
 
 BIN = Path(sys.executable).parent
 # kind -> (launcher and its options, the option of its port, class of what is called)

@@ -10,7 +10,7 @@ from ranked_steps import MICRO, Run, assert_same_run, on_two_ranks, one_process,
 from test_families_wrapping import Graphs
 from torch.distributed.tensor import DTensor
 
-from twinflow.train.checkpoint import latest_checkpoint, read_checkpoint, write_checkpoint
+from twinflow.train.checkpoint.checkpoint import latest_checkpoint, read_checkpoint, write_checkpoint
 from twinflow.train.gathering import gather_bytes
 
 # name -> (settings, tolerance); bfloat16 sums over blocks are rounded in another order where blocks are units

@@ -9,8 +9,8 @@ from finished_runs import finished_run, kept_run
 from tiny_pipelines import saved_pipeline
 
 from twinflow.interface import trained_parameters
-from twinflow.train.checkpoint import latest_checkpoint, read_checkpoint
-from twinflow.train.checkpoint_files import TENSORS
+from twinflow.train.checkpoint.checkpoint import latest_checkpoint, read_checkpoint
+from twinflow.train.checkpoint.files import TENSORS
 from twinflow.train.restored import restored
 
 
@@ -102,7 +102,7 @@ def change(run, **changes):
 
 @pytest.mark.parametrize("part", ["student", "teacher"])
 def test_a_checkpoint_of_another_dtype_is_refused(tmp_path, part):
-    from twinflow.train.checkpoint import write_checkpoint
+    from twinflow.train.checkpoint.checkpoint import write_checkpoint
 
     run = shutil.copytree(kept_run(), tmp_path / "run")
     tree = read_checkpoint(run / "checkpoint-000002")

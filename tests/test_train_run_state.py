@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from test_train_state_tree import same
 from train_runs import sd3_run, toy_run
 
-from twinflow.train.checkpoint import latest_checkpoint, read_checkpoint, write_checkpoint
-from twinflow.train.run_state import RunState
+from twinflow.train.checkpoint.checkpoint import latest_checkpoint, read_checkpoint, write_checkpoint
+from twinflow.train.checkpoint.run_state import RunState
 
 
 @pytest.fixture(autouse=True)

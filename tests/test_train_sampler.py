@@ -16,10 +16,10 @@ from twinflow import EMATeacher, StudentTeacher
 from twinflow.export import export
 from twinflow.sampling.sampler import Walk
 from twinflow.scheduler import TwinFlowScheduler
+from twinflow.train.checkpoint.random_streams import collect_streams
 from twinflow.train.config.run_folder import RunFolder
 from twinflow.train.observation import observed
 from twinflow.train.pipeline_shift import pipeline_shift
-from twinflow.train.random_streams import collect_streams
 
 # In whose pipelines the steps' noise is in images, in tokens, and from the generator of the first noise.
 FAMILIES = ("sd3", "qwen_image", "sana")

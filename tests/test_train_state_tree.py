@@ -16,7 +16,7 @@ from torch import nn
 
 from twinflow.memory.adamw_8bit import adamw_8bit
 from twinflow.memory.quantised_linear import pack
-from twinflow.train.state_tree import MOST_DEPTH, decode, encode
+from twinflow.train.checkpoint.state_tree import MOST_DEPTH, decode, encode
 
 DTYPES = (
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32,
@@ -226,7 +226,7 @@ def test_other_texts_are_refused(text):
 
 
 def test_a_text_of_an_absurd_size_is_refused_unread(monkeypatch):
-    monkeypatch.setattr("twinflow.train.state_tree.MOST_JSON_BYTES", 10)
+    monkeypatch.setattr("twinflow.train.checkpoint.state_tree.MOST_JSON_BYTES", 10)
     with pytest.raises(ValueError, match="at most 10 bytes, got 11"):
         decode({}, "x" * 11)
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from training_cases import equal, forked, photos, quiet, settings, weights
 
-from twinflow.train.checkpoint import latest_checkpoint
-from twinflow.train.folder_lock import lock_folder, unlock_folder
+from twinflow.train.checkpoint.checkpoint import latest_checkpoint
+from twinflow.train.checkpoint.folder_lock import lock_folder, unlock_folder
 from twinflow.train.metrics_file import read_metrics
 from twinflow.train.stopping import StopRequest
 from twinflow.train.training import TrainingStopped, train
@@ -53,7 +53,7 @@ def test_a_resumed_run_is_the_unbroken_one(tmp_path, run):
 
 
 def weights_at(root: Path, step: int) -> dict:
-    from twinflow.train.checkpoint import read_checkpoint
+    from twinflow.train.checkpoint.checkpoint import read_checkpoint
 
     return read_checkpoint(root / f"checkpoint-{step:06d}")["shared"]
 

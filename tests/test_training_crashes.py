@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from training_cases import equal, forked, photos, quiet, settings, weights
 
-from twinflow.train.checkpoint import latest_checkpoint
+from twinflow.train.checkpoint.checkpoint import latest_checkpoint
 from twinflow.train.metrics_file import read_metrics
 from twinflow.train.training import train
 

@@ -16,8 +16,8 @@ from toy import ToyNet
 from twinflow import EMATeacher, TwinFlowLoss
 from twinflow.lora import add_lora
 from twinflow.memory.adamw_8bit import adamw_8bit
-from twinflow.train.checkpoint import read_checkpoint
-from twinflow.train.run_state import RunState
+from twinflow.train.checkpoint.checkpoint import read_checkpoint
+from twinflow.train.checkpoint.run_state import RunState
 
 
 def tree_of(step: int) -> dict:

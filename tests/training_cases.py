@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits, load_sample_images
 from tiny_pipelines import saved_pipeline
 
 from twinflow.train import read_config
-from twinflow.train.checkpoint import latest_checkpoint, read_checkpoint
+from twinflow.train.checkpoint.checkpoint import latest_checkpoint, read_checkpoint
 from twinflow.train.config.settings import TrainSettings
 
 # The config file that users of other trainers bring, as it is.

@@ -15,6 +15,7 @@ from twinflow.memory import AppliedMemory
 from twinflow.memory.blocks import repeated_blocks
 from twinflow.models import FlowModel
 from twinflow.objective.loss import TwinFlowLoss
+from twinflow.train.checkpoint.run_state import RunState
 from twinflow.train.config.settings import TrainSettings
 from twinflow.train.data.batches import Batches
 from twinflow.train.data.build_cache import Cache
@@ -24,7 +25,6 @@ from twinflow.train.model.memory import put_memory
 from twinflow.train.model.optimizer import build_optimizer, warm_up
 from twinflow.train.model.parallel import launched, wrap
 from twinflow.train.model.student import build_student
-from twinflow.train.run_state import RunState
 
 _VARIANTS = 64  # of a compiled block; torch's own limit is 8
 _RANK_SEEDS = 1 << 20  # between the seeds of two ranks' noises

@@ -11,12 +11,12 @@ import torch
 from twinflow.distributed import world
 from twinflow.interface import Student, Teacher, data_parallel
 from twinflow.objective.loss import TwinFlowLoss, TwinFlowOutput
+from twinflow.train.checkpoint.run_state import RunState
 from twinflow.train.config.settings import TrainSettings
 from twinflow.train.data.batches import Batches
 from twinflow.train.data.cache import Cache, Entry, on_device, uploaded
 from twinflow.train.display import Display
 from twinflow.train.model.parallel import clip
-from twinflow.train.run_state import RunState
 from twinflow.train.step_metrics import StepMetrics, require_finite
 
 Work = Callable[[int], None]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from twinflow.train.checkpoint_files import sync
+from twinflow.train.checkpoint.files import sync
 
 _NUMBERS = ("seconds", "loss", "grad_norm", "learning_rate", "s_per_step", "rows_per_s", "peak_gb")
 KINDS = ("start", "step", "evaluation")

@@ -11,14 +11,14 @@ from twinflow.formats.generation_config import Usage
 from twinflow.interface import trained_parameters
 from twinflow.models import FlowModel
 from twinflow.teachers.teachers import EMATeacher
-from twinflow.train.checkpoint import latest_checkpoint, read_checkpoint
-from twinflow.train.checkpoint_files import read_files, read_summary
+from twinflow.train.checkpoint.checkpoint import latest_checkpoint, read_checkpoint
+from twinflow.train.checkpoint.files import read_files, read_summary
+from twinflow.train.checkpoint.optimizer_state import kind_of
+from twinflow.train.checkpoint.state_checks import check_form, check_names, check_tensor
 from twinflow.train.config.run_folder import RunFolder
 from twinflow.train.config.settings import TrainSettings, read_config
 from twinflow.train.model.pipeline_source import pipeline_folder
 from twinflow.train.model.student import build_student, build_teacher
-from twinflow.train.optimizer_state import kind_of
-from twinflow.train.placing import check_form, check_names, check_tensor
 
 
 @dataclass(frozen=True)

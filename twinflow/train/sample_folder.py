@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from twinflow.train.checkpoint_files import sync
+from twinflow.train.checkpoint.files import sync
 from twinflow.train.image_grid import image_grid
 
 SUMMARY, GRID = "samples.json", "grid.png"

@@ -15,8 +15,10 @@ from rich.console import Console
 
 from twinflow.distributed import agreed, world
 from twinflow.train.assembly import Assembled, assemble
-from twinflow.train.checkpoint import read_checkpoint, write_checkpoint
-from twinflow.train.checkpoint_files import read_summary
+from twinflow.train.checkpoint.checkpoint import read_checkpoint, write_checkpoint
+from twinflow.train.checkpoint.files import read_summary
+from twinflow.train.checkpoint.folder_lock import lock_folder, unlock_folder
+from twinflow.train.checkpoint.resume import checkpoint_to_resume
 from twinflow.train.checks import Checks, checks_of
 from twinflow.train.config.families import BRIDGED
 from twinflow.train.config.run_folder import RunFolder
@@ -26,7 +28,6 @@ from twinflow.train.data.cache import Entry, held_out
 from twinflow.train.data.prepare import encoders_of, prepare_data, unread
 from twinflow.train.data.shards import write_whole
 from twinflow.train.display import Display, counted, said_by
-from twinflow.train.folder_lock import lock_folder, unlock_folder
 from twinflow.train.gathering import on_rank_zero
 from twinflow.train.headline import headline
 from twinflow.train.loading_bars import without_loading_bars
@@ -36,7 +37,6 @@ from twinflow.train.model.optimizer import renew, saved_kind
 from twinflow.train.model.pipeline_source import pipeline_folder
 from twinflow.train.model.preflight import require_trainable
 from twinflow.train.record import Record
-from twinflow.train.resuming import checkpoint_to_resume
 from twinflow.train.stopping import StopRequest, terminable
 from twinflow.train.surroundings import surroundings
 from twinflow.train.trackers import wanted

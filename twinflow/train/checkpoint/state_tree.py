@@ -16,7 +16,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from twinflow.train.state_leaves import as_bytes, as_device, as_dtype, as_float, as_int, refusal, torchao_state
+from twinflow.train.checkpoint.state_leaves import (
+    as_bytes,
+    as_device,
+    as_dtype,
+    as_float,
+    as_int,
+    refusal,
+    torchao_state,
+)
 
 MAGIC, VERSION = "twinflow state", 1
 MOST_DEPTH = 64  # of nested containers

@@ -9,11 +9,11 @@ from torch import nn
 from twinflow.distributed import world
 from twinflow.interface import Teacher, trained_parameters, unwrap
 from twinflow.objective.loss import TwinFlowLoss
+from twinflow.train.checkpoint.optimizer_state import check_optimizer, collect_optimizer, kind_of, load_optimizer
+from twinflow.train.checkpoint.random_streams import check_streams, collect_streams, put_streams
+from twinflow.train.checkpoint.state_checks import check_form, check_names, check_tensor, placed, snapshot
+from twinflow.train.checkpoint.state_tree import decode, encode
 from twinflow.train.gathering import gather_bytes, together
-from twinflow.train.optimizer_state import check_optimizer, collect_optimizer, kind_of, load_optimizer
-from twinflow.train.placing import check_form, check_names, check_tensor, placed, snapshot
-from twinflow.train.random_streams import check_streams, collect_streams, put_streams
-from twinflow.train.state_tree import decode, encode
 
 
 @dataclass

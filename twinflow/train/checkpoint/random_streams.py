@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from twinflow.train.placing import check_names, check_tensor
+from twinflow.train.checkpoint.state_checks import check_names, check_tensor
 
 _NUMPY_WORDS = 624
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from twinflow.train.checkpoint import latest_checkpoint
+from twinflow.train.checkpoint.checkpoint import latest_checkpoint
 from twinflow.train.config.describe import changed
 from twinflow.train.config.run_folder import RunFolder
 from twinflow.train.config.settings import TrainSettings, read_config

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from twinflow.train.state_tree import MOST_JSON_BYTES, decode
+from twinflow.train.checkpoint.state_tree import MOST_JSON_BYTES, decode
 
 TENSORS, TREE, SUMMARY = "state.safetensors", "state.json", "checkpoint.json"
 MAGIC, VERSION = "twinflow checkpoint", 1

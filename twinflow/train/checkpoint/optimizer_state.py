@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from twinflow.train.placing import check_form, check_names, check_tensor, is_8bit, placed
+from twinflow.train.checkpoint.state_checks import check_form, check_names, check_tensor, is_8bit, placed
 
 _BLOCK, _MAP_VALUES = 256, 256  # of both libraries' 8-bit states
 _NESTED = "__bnb_optimizer_quant_state__"  # where bitsandbytes' state_dict has its 8-bit parts

@@ -1,0 +1,1 @@
+"""Checkpoints, and the state that a run resumes from."""
