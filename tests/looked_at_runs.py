@@ -15,9 +15,9 @@ from toy import ToyNet
 from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss
 from twinflow.train import read_config
 from twinflow.train.config.run_folder import RunFolder
-from twinflow.train.metrics_file import MetricsFile
-from twinflow.train.step_metrics import StepMetrics
-from twinflow.train.surroundings import surroundings
+from twinflow.train.logging.environment import surroundings
+from twinflow.train.logging.metrics_file import MetricsFile
+from twinflow.train.logging.step_metrics import StepMetrics
 
 ROWS = 4
 PROMPTS = ("the digit {0} & its <b>twin</b>", 'a second {0} </script><script>document.title="taken"</script>')

@@ -4,8 +4,8 @@ import pytest
 import torch
 from training_cases import quiet, settings, weights
 
+from twinflow.train.logging.metrics_file import read_metrics
 from twinflow.train.loop import Loop
-from twinflow.train.metrics_file import read_metrics
 from twinflow.train.training import TrainingStopped, train
 
 pytestmark = pytest.mark.gpu

@@ -16,7 +16,7 @@ from PIL import Image
 from twinflow.report import write_report
 from twinflow.train import read_config
 from twinflow.train.config.run_folder import RunFolder
-from twinflow.train.metrics_file import MetricsFile, read_metrics
+from twinflow.train.logging.metrics_file import MetricsFile, read_metrics
 
 STEPS = 40
 HOSTILE = """</script></style></title>--><x-evil onload="1">&amp;"'`\u2028<!--<script>"""

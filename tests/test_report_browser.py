@@ -7,7 +7,7 @@ from looked_at_runs import start, whole_run
 
 from twinflow.report import write_report
 from twinflow.train.config.run_folder import RunFolder
-from twinflow.train.metrics_file import MetricsFile
+from twinflow.train.logging.metrics_file import MetricsFile
 
 pytestmark = pytest.mark.skipif(
     chromium.found() is None, reason="no Chromium: apt-get install chromium, or set TWINFLOW_CHROMIUM"

@@ -14,7 +14,7 @@ from twinflow.report.pictures import WIDTHS, data_uris
 from twinflow.report.samples import Sample, SampleSet, thinned
 from twinflow.report.series import MOST_DOTS, MOST_POINTS, TERM, curves, read_series
 from twinflow.train.config.run_folder import RunFolder
-from twinflow.train.metrics_file import MetricsFile
+from twinflow.train.logging.metrics_file import MetricsFile
 
 
 @pytest.fixture(scope="module")

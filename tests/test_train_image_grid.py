@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from twinflow.train import image_grid as grid
-from twinflow.train.image_grid import image_grid, wrapped
+from twinflow.train.logging import image_grid as grid
+from twinflow.train.logging.image_grid import image_grid, wrapped
 
 SENTENCE = "a very old temple on a hill above a lake, with golden light on its roofs, " * 6
 

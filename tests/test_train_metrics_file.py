@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twinflow.train.metrics_file import MetricsFile, keep_until, read_metrics
+from twinflow.train.logging.metrics_file import MetricsFile, keep_until, read_metrics
 
 STEP = {
     "kind": "step", "step": 1, "seconds": 0.5, "loss": 0.25, "terms": {"rcgm": 0.125, "adversarial": 1.0},

@@ -10,8 +10,8 @@ from PIL import Image
 from train_runs import in_a_fork
 from validation_cases import bytes_of
 
-from twinflow.train import sample_folder
-from twinflow.train.sample_folder import write_samples
+from twinflow.train.logging import sample_folder
+from twinflow.train.logging.sample_folder import write_samples
 
 
 def images(seed: int = 0, rows: int = 2) -> list:

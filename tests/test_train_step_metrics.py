@@ -3,7 +3,7 @@
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from twinflow.train.step_metrics import StepMetrics
+from twinflow.train.logging.step_metrics import StepMetrics
 
 
 class Copies(TorchDispatchMode):

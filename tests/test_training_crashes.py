@@ -11,7 +11,7 @@ import pytest
 from training_cases import equal, forked, photos, quiet, settings, weights
 
 from twinflow.train.checkpoint.checkpoint import latest_checkpoint
-from twinflow.train.metrics_file import read_metrics
+from twinflow.train.logging.metrics_file import read_metrics
 from twinflow.train.training import train
 
 SEED = int(os.environ.get("TWINFLOW_CRASH_SEED", time.time_ns() % 10_000))

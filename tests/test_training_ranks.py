@@ -15,7 +15,7 @@ from training_cases import equal, photos, quiet, settings, weights
 
 from twinflow.export import export
 from twinflow.models import load
-from twinflow.train.metrics_file import read_metrics
+from twinflow.train.logging.metrics_file import read_metrics
 from twinflow.train.restored import restored
 from twinflow.train.training import train
 

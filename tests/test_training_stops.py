@@ -10,8 +10,8 @@ from training_cases import quiet, settings, weights
 
 from twinflow.train import read_config
 from twinflow.train.assembly import autocast
-from twinflow.train.display import Display
 from twinflow.train.evaluation import Evaluation
+from twinflow.train.logging.console import Display
 from twinflow.train.model.student import build_student
 from twinflow.train.sampler import Sampler
 from twinflow.train.training import TrainingStopped, train

@@ -13,8 +13,8 @@ from twinflow import EMATeacher
 from twinflow.lora import add_lora
 from twinflow.models import load
 from twinflow.train import read_config
+from twinflow.train.logging.step_metrics import require_finite
 from twinflow.train.model import pipeline_source as source
-from twinflow.train.step_metrics import require_finite
 from twinflow.train.training import train
 
 SECTION = (Path(__file__).resolve().parent.parent / "README.md").read_text().split("## Train on your images")[1]

@@ -6,7 +6,7 @@ from twinflow.report.pictures import data_uris
 from twinflow.report.run import Run
 from twinflow.report.samples import Sample, SampleSet, thinned
 from twinflow.report.series import TERM, curves
-from twinflow.train.trajectory import SIGNS, TITLE
+from twinflow.train.logging.trajectory import SIGNS, TITLE
 
 MOST_IMAGES = 600
 WEIGHTS = {"ema": "EMA weights", "student": "student weights", "base": "base model"}

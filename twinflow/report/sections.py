@@ -8,7 +8,7 @@ from twinflow.report.content import SMALL, loss_columns
 from twinflow.report.run import Run
 from twinflow.train.config.describe import Line, described
 from twinflow.train.config.options import OPTIONS
-from twinflow.train.trajectory import TITLE
+from twinflow.train.logging.trajectory import TITLE
 
 _GUIDE = "".join(f"<p>{text}</p>" for text in (
     "A row is noised to the time <b>t</b>, 1 being noise and 0 data, and asked for the way from there to <b>r</b>.",

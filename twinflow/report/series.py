@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from twinflow.train.metrics_file import each_line
-from twinflow.train.trajectory import Trajectory
+from twinflow.train.logging.metrics_file import each_line
+from twinflow.train.logging.trajectory import Trajectory
 
 Values = list[float | None]
 

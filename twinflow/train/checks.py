@@ -10,9 +10,9 @@ from twinflow.train.config.run_folder import RunFolder
 from twinflow.train.config.settings import TrainSettings
 from twinflow.train.data.build_cache import Cache
 from twinflow.train.data.cache import Entry
-from twinflow.train.display import Display
 from twinflow.train.evaluation import Evaluation
-from twinflow.train.record import Record
+from twinflow.train.logging.console import Display
+from twinflow.train.logging.run_logger import Record
 from twinflow.train.sampler import Sampler
 from twinflow.train.validation_prompts import ValidationPrompts
 

@@ -15,9 +15,9 @@ from twinflow.train.checkpoint.run_state import RunState
 from twinflow.train.config.settings import TrainSettings
 from twinflow.train.data.batches import Batches
 from twinflow.train.data.cache import Cache, Entry, on_device, uploaded
-from twinflow.train.display import Display
+from twinflow.train.logging.console import Display
+from twinflow.train.logging.step_metrics import StepMetrics, require_finite
 from twinflow.train.model.parallel import clip
-from twinflow.train.step_metrics import StepMetrics, require_finite
 
 Work = Callable[[int], None]
 

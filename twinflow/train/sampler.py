@@ -17,9 +17,9 @@ from twinflow.train.data.cache import on_device
 from twinflow.train.data.decoder import Decoder
 from twinflow.train.data.encoders import Condition
 from twinflow.train.gathering import on_rank_zero
+from twinflow.train.logging.sample_folder import GRID, write_samples
 from twinflow.train.observation import observed
 from twinflow.train.pipeline_shift import pipeline_shift
-from twinflow.train.sample_folder import GRID, write_samples
 from twinflow.train.validation_prompts import ValidationPrompts
 
 COMPARED = (1, 2, 4)  # numbers of steps that are drawn beside the one that is trained for

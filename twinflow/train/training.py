@@ -27,19 +27,19 @@ from twinflow.train.data.build_cache import Cache
 from twinflow.train.data.cache import Entry, held_out
 from twinflow.train.data.prepare import encoders_of, prepare_data, unread
 from twinflow.train.data.shards import write_whole
-from twinflow.train.display import Display, counted, said_by
 from twinflow.train.gathering import on_rank_zero
 from twinflow.train.headline import headline
-from twinflow.train.loading_bars import without_loading_bars
+from twinflow.train.logging.console import Display, counted, said_by
+from twinflow.train.logging.environment import surroundings
+from twinflow.train.logging.quiet import without_loading_bars
+from twinflow.train.logging.run_logger import Record
+from twinflow.train.logging.trackers import wanted
 from twinflow.train.loop import Due
 from twinflow.train.model.memory import after_out_of_memory
 from twinflow.train.model.optimizer import renew, saved_kind
 from twinflow.train.model.pipeline_source import pipeline_folder
 from twinflow.train.model.preflight import require_trainable
-from twinflow.train.record import Record
 from twinflow.train.stopping import StopRequest, terminable
-from twinflow.train.surroundings import surroundings
-from twinflow.train.trackers import wanted
 from twinflow.train.validation_prompts import ValidationPrompts, require_resolution, validation_prompts
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from twinflow.train.config.run_folder import RunFolder
 from twinflow.train.config.settings import TrainSettings
-from twinflow.train.trajectory import Point, Trajectory
+from twinflow.train.logging.trajectory import Point, Trajectory
 
 SCATTER_STEPS = 500  # between two trajectory scatters
 _SCALARS = {
@@ -120,11 +120,11 @@ def trackers_of(settings: TrainSettings, folder: RunFolder, step: int = 0) -> li
     found: list[Tracker] = []
     for name in wanted(settings):
         if name == "tensorboard":
-            from twinflow.train.tensorboard_tracker import TensorBoardTracker
+            from twinflow.train.logging.tensorboard_tracker import TensorBoardTracker
 
             found.append(TensorBoardTracker(folder.logs, step))
         else:
-            from twinflow.train.wandb_tracker import WandbTracker
+            from twinflow.train.logging.wandb_tracker import WandbTracker
 
             config = json.loads(settings.to_json())
             found.append(WandbTracker(settings.tracker_project_name, settings.tracker_run_name, config, folder.root))

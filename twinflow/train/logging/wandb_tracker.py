@@ -9,8 +9,8 @@ import wandb
 from PIL import Image
 
 from twinflow.train.config.run_folder import RunFolder
-from twinflow.train.trackers import Tracker, captions
-from twinflow.train.trajectory import TITLE, Point, figure
+from twinflow.train.logging.trackers import Tracker, captions
+from twinflow.train.logging.trajectory import TITLE, Point, figure
 
 
 class WandbTracker(Tracker):

@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from twinflow.train.trackers import Tracker, captions
-from twinflow.train.trajectory import Point, figure
+from twinflow.train.logging.trackers import Tracker, captions
+from twinflow.train.logging.trajectory import Point, figure
 
 _MOST_PIXELS = 2048  # an edge of an image, at most
 

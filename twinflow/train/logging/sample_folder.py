@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from twinflow.train.checkpoint.files import sync
-from twinflow.train.image_grid import image_grid
+from twinflow.train.logging.image_grid import image_grid
 
 SUMMARY, GRID = "samples.json", "grid.png"
 _PARTIAL, _REPLACED = ".partial", ".replaced"

@@ -9,9 +9,9 @@ from typing import Any
 from twinflow.distributed import world
 from twinflow.train.config.run_folder import RunFolder
 from twinflow.train.config.settings import TrainSettings
-from twinflow.train.metrics_file import MetricsFile, keep_until
-from twinflow.train.sample_folder import SUMMARY
-from twinflow.train.trackers import Tracker, trackers_of
+from twinflow.train.logging.metrics_file import MetricsFile, keep_until
+from twinflow.train.logging.sample_folder import SUMMARY
+from twinflow.train.logging.trackers import Tracker, trackers_of
 
 
 class Record:
