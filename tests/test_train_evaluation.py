@@ -11,10 +11,10 @@ from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss
 from twinflow.memory.modulation.defer import defer_modulation
 from twinflow.objective.draws import Draws, draw_step
 from twinflow.objective.roles import RoleCounter
-from twinflow.train import evaluation
 from twinflow.train.checkpoint.random_streams import collect_streams
 from twinflow.train.config.objective import FLOW_MATCHING
-from twinflow.train.evaluation import Evaluation
+from twinflow.train.validation import loss as evaluation
+from twinflow.train.validation.loss import Evaluation
 
 CONFIGS = {
     "all_terms": TwinFlowConfig(recipe="all_terms", adversarial=True),

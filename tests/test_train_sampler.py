@@ -18,8 +18,8 @@ from twinflow.sampling.sampler import Walk
 from twinflow.scheduler import TwinFlowScheduler
 from twinflow.train.checkpoint.random_streams import collect_streams
 from twinflow.train.config.run_folder import RunFolder
-from twinflow.train.observation import observed
-from twinflow.train.pipeline_shift import pipeline_shift
+from twinflow.train.validation.eval_mode import observed
+from twinflow.train.validation.pipeline_shift import pipeline_shift
 
 # In whose pipelines the steps' noise is in images, in tokens, and from the generator of the first noise.
 FAMILIES = ("sd3", "qwen_image", "sana")

@@ -8,7 +8,7 @@ from cache_cases import Counted, unloadable
 from validation_cases import CPU, PROMPTS, data_of, prompts_of, settings_for
 
 from twinflow.train.data.prepare import encoders_of, prepare_data
-from twinflow.train.validation_prompts import captions, require_resolution, validation_prompts
+from twinflow.train.validation.prompts import captions, require_resolution, validation_prompts
 
 
 class Captions:

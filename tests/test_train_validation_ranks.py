@@ -12,8 +12,8 @@ from validation_cases import CPU, cached, drawn, encoded, sampler_of, settings_f
 
 from twinflow.distributed import world
 from twinflow.train.config.run_folder import RunFolder
-from twinflow.train.evaluation import Evaluation
-from twinflow.train.observation import observed
+from twinflow.train.validation.eval_mode import observed
+from twinflow.train.validation.loss import Evaluation
 
 
 def looked_at(accelerator: Accelerator, folder: Path) -> None:

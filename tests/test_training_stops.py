@@ -10,11 +10,11 @@ from training_cases import quiet, settings, weights
 
 from twinflow.train import read_config
 from twinflow.train.assembly import autocast
-from twinflow.train.evaluation import Evaluation
 from twinflow.train.logging.console import Display
 from twinflow.train.model.student import build_student
-from twinflow.train.sampler import Sampler
 from twinflow.train.training import TrainingStopped, train
+from twinflow.train.validation.loss import Evaluation
+from twinflow.train.validation.samples import Sampler
 
 
 def signalled(monkeypatch, owner: type, name: str) -> None:

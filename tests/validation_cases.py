@@ -21,8 +21,8 @@ from twinflow.train.config.run_folder import RunFolder
 from twinflow.train.data.build_cache import Cache
 from twinflow.train.data.prepare import encoders_of, prepare_data
 from twinflow.train.model.student import build_student
-from twinflow.train.sampler import Sampler
-from twinflow.train.validation_prompts import ValidationPrompts, validation_prompts
+from twinflow.train.validation.prompts import ValidationPrompts, validation_prompts
+from twinflow.train.validation.samples import Sampler
 
 CPU = torch.device("cpu")
 PROMPTS = ("a red fox", "two dogs on a green hill")

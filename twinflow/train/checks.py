@@ -10,11 +10,11 @@ from twinflow.train.config.run_folder import RunFolder
 from twinflow.train.config.settings import TrainSettings
 from twinflow.train.data.build_cache import Cache
 from twinflow.train.data.cache import Entry
-from twinflow.train.evaluation import Evaluation
 from twinflow.train.logging.console import Display
 from twinflow.train.logging.run_logger import Record
-from twinflow.train.sampler import Sampler
-from twinflow.train.validation_prompts import ValidationPrompts
+from twinflow.train.validation.loss import Evaluation
+from twinflow.train.validation.prompts import ValidationPrompts
+from twinflow.train.validation.samples import Sampler
 
 
 @dataclass

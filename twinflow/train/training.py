@@ -40,7 +40,7 @@ from twinflow.train.model.optimizer import renew, saved_kind
 from twinflow.train.model.pipeline_source import pipeline_folder
 from twinflow.train.model.preflight import require_trainable
 from twinflow.train.stopping import StopRequest, terminable
-from twinflow.train.validation_prompts import ValidationPrompts, require_resolution, validation_prompts
+from twinflow.train.validation.prompts import ValidationPrompts, require_resolution, validation_prompts
 
 
 class TrainingStopped(RuntimeError):

@@ -18,9 +18,9 @@ from twinflow.train.data.decoder import Decoder
 from twinflow.train.data.encoders import Condition
 from twinflow.train.gathering import on_rank_zero
 from twinflow.train.logging.sample_folder import GRID, write_samples
-from twinflow.train.observation import observed
-from twinflow.train.pipeline_shift import pipeline_shift
-from twinflow.train.validation_prompts import ValidationPrompts
+from twinflow.train.validation.eval_mode import observed
+from twinflow.train.validation.pipeline_shift import pipeline_shift
+from twinflow.train.validation.prompts import ValidationPrompts
 
 COMPARED = (1, 2, 4)  # numbers of steps that are drawn beside the one that is trained for
 BASE_STEPS, BASE_GUIDANCE = 30, 4.0

@@ -17,7 +17,7 @@ from twinflow.objective.loss import TwinFlowLoss, TwinFlowOutput
 from twinflow.objective.roles import RoleCounter
 from twinflow.train.data.cache import Cache, Entry, on_device
 from twinflow.train.gathering import gather_bytes
-from twinflow.train.observation import observed
+from twinflow.train.validation.eval_mode import observed
 
 MOST_ROWS = 64
 _ON_HOST = ("t", "r", "t_rectify")  # of draws
