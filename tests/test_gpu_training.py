@@ -6,7 +6,7 @@ from training_cases import quiet, settings, weights
 
 from twinflow.train.logging.metrics_file import read_metrics
 from twinflow.train.loop import Loop
-from twinflow.train.training import TrainingStopped, train
+from twinflow.train.run import TrainingStopped, train
 
 pytestmark = pytest.mark.gpu
 

@@ -11,7 +11,7 @@ from tiny_pipelines import saved_pipeline
 from twinflow.interface import trained_parameters
 from twinflow.train.checkpoint.checkpoint import latest_checkpoint, read_checkpoint
 from twinflow.train.checkpoint.files import TENSORS
-from twinflow.train.restored import restored
+from twinflow.train.restore import restored
 
 
 def saved(run, number=2):

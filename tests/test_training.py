@@ -14,8 +14,8 @@ from training_cases import equal, forked, photos, quiet, settings, weights
 from twinflow.train.checkpoint.checkpoint import latest_checkpoint
 from twinflow.train.checkpoint.folder_lock import lock_folder, unlock_folder
 from twinflow.train.logging.metrics_file import read_metrics
-from twinflow.train.stopping import StopRequest
-from twinflow.train.training import TrainingStopped, train
+from twinflow.train.run import TrainingStopped, train
+from twinflow.train.signals import StopRequest
 
 RUNS = {
     "sd3, LoRA": ("sd3", {}),

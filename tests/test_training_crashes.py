@@ -12,7 +12,7 @@ from training_cases import equal, forked, photos, quiet, settings, weights
 
 from twinflow.train.checkpoint.checkpoint import latest_checkpoint
 from twinflow.train.logging.metrics_file import read_metrics
-from twinflow.train.training import train
+from twinflow.train.run import train
 
 SEED = int(os.environ.get("TWINFLOW_CRASH_SEED", time.time_ns() % 10_000))
 STEPS = 10

@@ -16,8 +16,8 @@ from training_cases import equal, photos, quiet, settings, weights
 from twinflow.export import export
 from twinflow.models import load
 from twinflow.train.logging.metrics_file import read_metrics
-from twinflow.train.restored import restored
-from twinflow.train.training import train
+from twinflow.train.restore import restored
+from twinflow.train.run import train
 
 KINDS = {
     "DDP, LoRA": ({}, {"twinflow_recipe": "partition", "twinflow_adversarial_enabled": True}),

@@ -9,10 +9,10 @@ from tiny_pipelines import saved_pipeline
 from training_cases import quiet, settings, weights
 
 from twinflow.train import read_config
-from twinflow.train.assembly import autocast
 from twinflow.train.logging.console import Display
 from twinflow.train.model.student import build_student
-from twinflow.train.training import TrainingStopped, train
+from twinflow.train.run import TrainingStopped, train
+from twinflow.train.setup import autocast
 from twinflow.train.validation.loss import Evaluation
 from twinflow.train.validation.samples import Sampler
 

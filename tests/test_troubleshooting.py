@@ -15,7 +15,7 @@ from twinflow.models import load
 from twinflow.train import read_config
 from twinflow.train.logging.step_metrics import require_finite
 from twinflow.train.model import pipeline_source as source
-from twinflow.train.training import train
+from twinflow.train.run import train
 
 SECTION = (Path(__file__).resolve().parent.parent / "README.md").read_text().split("## Train on your images")[1]
 ROWS = re.findall(r"^\| `(.+?)` \| (?!---)", SECTION.split("\n## ")[0], re.MULTILINE)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from twinflow.train.restored import Restored
+    from twinflow.train.restore import Restored
 
 
 def add_weight_options(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +28,7 @@ def chosen_weights(options: argparse.Namespace, run: Path) -> "Restored":
     Raises:
         ValueError: no run, no whole checkpoint, no average where one is asked for, or no pipeline underneath.
     """
-    from twinflow.train.restored import restored
+    from twinflow.train.restore import restored
 
     ema = True if options.ema else False if options.student else None
     with named_model(options):

@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     from accelerate.state import PartialState
 
-    from twinflow.train.training import train
+    from twinflow.train.run import train
 
     try:
         train(settings)

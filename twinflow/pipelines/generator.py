@@ -123,6 +123,6 @@ def drawable(export: Path) -> Manifest:
     if manifest.family == "unet":
         raise ValueError(
             "Drawer: export must be of a transformer, got one of a UNet, with which stock pipelines do not draw in few "
-            "steps; use twinflow.sampling.sample(twinflow.train.restored.restored(RUN).student, ...)"
+            "steps; use twinflow.sampling.sample(twinflow.train.restore.restored(RUN).student, ...)"
         )
     return manifest

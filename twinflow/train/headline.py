@@ -1,8 +1,8 @@
 """`headline()`: what is about to be trained, in a line."""
 
 from twinflow.distributed import world
-from twinflow.train.assembly import Assembled
 from twinflow.train.config.settings import TrainSettings
+from twinflow.train.setup import Assembled
 
 
 def headline(settings: TrainSettings, parts: Assembled, entries: int) -> str:

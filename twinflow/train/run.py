@@ -14,12 +14,11 @@ from accelerate.utils import InitProcessGroupKwargs
 from rich.console import Console
 
 from twinflow.distributed import agreed, world
-from twinflow.train.assembly import Assembled, assemble
+from twinflow.train.callbacks import Checks, checks_of
 from twinflow.train.checkpoint.checkpoint import read_checkpoint, write_checkpoint
 from twinflow.train.checkpoint.files import read_summary
 from twinflow.train.checkpoint.folder_lock import lock_folder, unlock_folder
 from twinflow.train.checkpoint.resume import checkpoint_to_resume
-from twinflow.train.checks import Checks, checks_of
 from twinflow.train.config.families import BRIDGED
 from twinflow.train.config.run_folder import RunFolder
 from twinflow.train.config.settings import TrainSettings
@@ -39,7 +38,8 @@ from twinflow.train.model.memory import after_out_of_memory
 from twinflow.train.model.optimizer import renew, saved_kind
 from twinflow.train.model.pipeline_source import pipeline_folder
 from twinflow.train.model.preflight import require_trainable
-from twinflow.train.stopping import StopRequest, terminable
+from twinflow.train.setup import Assembled, assemble
+from twinflow.train.signals import StopRequest, terminable
 from twinflow.train.validation.prompts import ValidationPrompts, require_resolution, validation_prompts
 
 

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from twinflow.train.assembly import Assembled, autocast
 from twinflow.train.config.run_folder import RunFolder
 from twinflow.train.config.settings import TrainSettings
 from twinflow.train.data.build_cache import Cache
 from twinflow.train.data.cache import Entry
 from twinflow.train.logging.console import Display
 from twinflow.train.logging.run_logger import Record
+from twinflow.train.setup import Assembled, autocast
 from twinflow.train.validation.loss import Evaluation
 from twinflow.train.validation.prompts import ValidationPrompts
 from twinflow.train.validation.samples import Sampler
