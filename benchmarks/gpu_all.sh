@@ -65,10 +65,10 @@ part build 300 "$PYTHON" setup.py build_ext --inplace
 part table 60 "$PYTHON" -m twinflow_kernels
 TESTS=("$PYTHON" -m pytest -p no:cacheprovider -q)
 gpu tests_kernels 420 "${TESTS[@]}" tests/kernels -m "gpu and not slow" --maxfail=20
-gpu tests_objective 420 "${TESTS[@]}" tests --ignore=tests/kernels --ignore=tests/test_gpu_memory.py \
-    --ignore=tests/test_gpu_training.py -m "gpu and not slow" --maxfail=20
-gpu tests_training 300 "${TESTS[@]}" tests/test_gpu_training.py -m gpu
-gpu tests_memory 590 "${TESTS[@]}" tests/test_gpu_memory.py -m gpu
+gpu tests_objective 420 "${TESTS[@]}" tests --ignore=tests/kernels --ignore=tests/gpu/test_memory.py \
+    --ignore=tests/gpu/test_training.py -m "gpu and not slow" --maxfail=20
+gpu tests_training 300 "${TESTS[@]}" tests/gpu/test_training.py -m gpu
+gpu tests_memory 590 "${TESTS[@]}" tests/gpu/test_memory.py -m gpu
 
 # Planned against measured peaks. A part that runs out of time has its finished lines in its log.
 MEMORY=("$PYTHON" benchmarks/a100_1024.py --skip kernels training inference --batches 4 --steps 2)

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from family_batches import FAMILIES, features, make_batch, make_condition, make_student, randomised, relative
-from tiny_pipelines import tiny_transformer
+from helpers.family_batches import FAMILIES, features, make_batch, make_condition, make_student, randomised, relative
+from helpers.tiny_pipelines import tiny_transformer
 
 from twinflow.conditioning import MODES
 from twinflow.models import load

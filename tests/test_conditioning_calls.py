@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from family_batches import FAMILIES, features, make_batch, make_student, randomised
+from helpers.family_batches import FAMILIES, features, make_batch, make_student, randomised
 from torch import nn
 
 from twinflow import EMATeacher, FrozenTeacher, StudentTeacher, TwinFlowConfig, TwinFlowLoss

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from drawing import PROMPTS, SEED, arguments, encoding, sampled, start
-from export_cases import stock_pipeline
+from helpers.drawing import PROMPTS, SEED, arguments, encoding, sampled, start
+from helpers.export_cases import stock_pipeline
+from helpers.tiny_pipelines import image_size, latent_shape, saved_pipeline
 from safetensors.torch import load_file, save_file
-from tiny_pipelines import image_size, latent_shape, saved_pipeline
 
 from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss
 from twinflow.export import export
@@ -72,7 +72,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor 
                 "arguments": arguments(family), "prompts": PROMPTS,
             })  # fmt: skip
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    program = Path(__file__).with_name("fresh_process.py")
+    program = Path(__file__).resolve().parent / "helpers" / "fresh_process.py"
     run = [sys.executable, str(program), str(folder / "jobs.json"), str(folder / "drawn.safetensors")]
     done = subprocess.run(run, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

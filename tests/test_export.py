@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
-from export_cases import (
+from helpers.export_cases import (
     FAMILIES,
     contents,
     lora_student,
@@ -14,10 +14,10 @@ from export_cases import (
     velocity,
     whole_student,
 )
+from helpers.tiny_pipelines import tiny_transformer
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_pipelines import tiny_transformer
 from torch.nn.parallel import DistributedDataParallel
 
 from twinflow import EMATeacher

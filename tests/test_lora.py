@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from family_batches import FAMILIES, make_batch, make_student, relative
+from helpers.family_batches import FAMILIES, make_batch, make_student, relative
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 

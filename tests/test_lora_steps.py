@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from batches import gradients
-from family_batches import FAMILIES, make_batch, make_student, relative
+from helpers.batches import gradients
+from helpers.family_batches import FAMILIES, make_batch, make_student, relative
+from helpers.tiny_pipelines import tiny_transformer
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
-from test_lora_teacher import TEACHERS, T, answer, move
-from tiny_pipelines import tiny_transformer
+from teachers.test_lora_teacher import TEACHERS, T, answer, move
 from torch import nn
 
 from twinflow import EMATeacher, FrozenTeacher, TwinFlowConfig, TwinFlowLoss

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import torch
-from family_batches import make_batch
-from tiny_pipelines import saved_pipeline, tiny_transformer
+from helpers.family_batches import make_batch
+from helpers.tiny_pipelines import saved_pipeline, tiny_transformer
 
 from twinflow import EMATeacher, TwinFlowLoss
 from twinflow.lora import add_lora

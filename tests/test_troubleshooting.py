@@ -5,9 +5,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+from helpers.tiny_pipelines import saved_pipeline
+from helpers.training_cases import quiet, settings
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from tiny_pipelines import saved_pipeline
-from training_cases import quiet, settings
 
 from twinflow import EMATeacher
 from twinflow.lora import add_lora

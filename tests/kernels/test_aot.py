@@ -14,11 +14,10 @@ if _backend.interpreting():
     pytest.skip("kernels are interpreted in this lane, not compiled", allow_module_level=True)
 pytest.importorskip("triton", reason="Triton is not installed")
 
-import aot
-import aot_calls
+from helpers import aot, aot_calls
 
 pytestmark = pytest.mark.aot
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 KERNELS = aot.kernels()
 CAPABILITIES = [80, 90, pytest.param(100, marks=pytest.mark.slow)]
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
@@ -32,7 +31,7 @@ def launches() -> dict[str, list[aot.Launch]]:
 def test_every_kernel_is_reached():
     """A new kernel must be called in aot_calls.py."""
     missing = set(KERNELS) - aot.reached(set(launches()), KERNELS)
-    assert missing == set(), "add a call to tests/kernels/aot_calls.py that launches these"
+    assert missing == set(), "add a call to tests/helpers/aot_calls.py that launches these"
 
 
 def test_launches_fix_the_compiler_option_that_changes_between_versions():

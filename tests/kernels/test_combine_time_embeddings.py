@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from room import DTYPES, assert_accurate, lanes, strided
+from helpers.kernel_checks import DTYPES, assert_accurate, lanes, strided
 
 from twinflow_kernels import _backend
 from twinflow_kernels import combine_time_embeddings as room

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from room import lanes
-from test_time_features import sinusoids
+from helpers.kernel_checks import lanes
+from kernels.test_time_features import sinusoids
 
 from twinflow_kernels import _backend, combine_time_embeddings, dual_time_embedding
 

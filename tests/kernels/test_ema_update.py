@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from room import DTYPES, assert_accurate, interpreted, lanes, strided
+from helpers.kernel_checks import DTYPES, assert_accurate, interpreted, lanes, strided
 
 from twinflow_kernels import _backend, ema_update_, ema_update_triton
 from twinflow_kernels import ema_update as room

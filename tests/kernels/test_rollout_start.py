@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from room import DTYPES, ROW_SIZES, assert_accurate, lanes, strided
+from helpers.kernel_checks import DTYPES, ROW_SIZES, assert_accurate, lanes, strided
 
 from twinflow_kernels import _backend, rollout_start
 

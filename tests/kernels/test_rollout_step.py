@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from room import DTYPES, ROW_SIZES, assert_accurate, lanes, strided
+from helpers.kernel_checks import DTYPES, ROW_SIZES, assert_accurate, lanes, strided
 
 from twinflow_kernels import _backend, rollout_step_
 from twinflow_kernels import rollout_step as room

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from room import assert_accurate, lanes, strided
+from helpers.kernel_checks import assert_accurate, lanes, strided
 
 from twinflow_kernels import _backend, time_features
 

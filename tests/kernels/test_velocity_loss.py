@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from room import DTYPES, ROW_SIZES, assert_accurate, lanes, strided
+from helpers.kernel_checks import DTYPES, ROW_SIZES, assert_accurate, lanes, strided
 
 from twinflow_kernels import _backend, velocity_loss
 

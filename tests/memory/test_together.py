@@ -1,0 +1,227 @@
+"""Mechanisms of memory together: the same gradients and weights as without any, and nothing left behind."""
+
+import gc
+
+import pytest
+import torch
+from helpers.family_batches import make_batch, make_student
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss
+from twinflow.lora import add_lora
+from twinflow.memory import PRESETS, MemoryPreset, apply_memory, selective_recompute
+from twinflow.memory.apply import AppliedMemory
+from twinflow.memory.offload.activations import offload_activations
+
+FAMILIES = ("qwen_image", "sd3", "sana", "flux", "z_image")
+LEVELS = ("all", "products", "attention", "input")
+OFFLOAD = dict(budget_gb=0.02, min_bytes=64, in_flight_bytes=256)
+
+
+def student_of(family: str, lora: bool, seed: int = 0):
+    torch.manual_seed(seed)
+    student = make_student(family, conditioning=None if lora else "dual")
+    return add_lora(student, rank=2, conditioning="dual+sign") if lora else student
+
+
+def trained(student, steps: int, micro_batch: int | None, config=None) -> dict[str, torch.Tensor]:
+    """Gradients of the last step, and weights after it."""
+    torch.manual_seed(1)
+    teacher = EMATeacher(student, 0.9)
+    criterion = TwinFlowLoss(config or TwinFlowConfig())
+    parameters = {n: p for n, p in student.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3)
+    generator = torch.Generator().manual_seed(2)
+    batch = make_batch(student.family, student, 4)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        if micro_batch is None:
+            criterion(student, *batch, teacher=teacher, generator=generator).loss.backward()
+        else:
+            criterion.backward(student, *batch, micro_batch=micro_batch, teacher=teacher, generator=generator)
+        optimizer.step()
+    grads = {f"grad {n}": p.grad.clone() for n, p in parameters.items() if p.grad is not None}
+    return grads | {n: p.detach().clone() for n, p in parameters.items()}
+
+
+def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different, different[:5]
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_offload_and_recompute_row_by_row(family, lora):
+    plain = trained(student_of(family, lora), 3, 1)
+    for level in LEVELS:
+        student = student_of(family, lora)
+        offload = offload_activations(**OFFLOAD)
+        handles = [selective_recompute(student, level), offload.attach(student)]
+        assert_equal(trained(student, 3, 1), plain)
+        assert offload.stats.tensors > 0 and offload.stats.pool_bytes == 0, level
+        for handle in handles:
+            handle.remove()
+
+
+def test_the_other_order_and_the_other_recipe():
+    config = TwinFlowConfig(recipe="all_terms")
+    plain = trained(student_of("sd3", True), 2, None, config)
+    student = student_of("sd3", True)
+    handles = [offload_activations(**OFFLOAD).attach(student), selective_recompute(student, "products")]
+    assert_equal(trained(student, 2, None, config), plain)
+    for handle in handles:
+        handle.remove()
+    assert "forward" not in vars(student) and not any("forward" in vars(m) for m in student.modules())
+
+
+def test_levels_mixed_by_block():
+    plain = trained(student_of("flux", True), 2, 1)
+    student = student_of("flux", True)
+    names = selective_recompute(student, "all")
+    names.remove()
+    levels = tuple(LEVELS[i % len(LEVELS)] for i in range(len(names.blocks)))
+    with apply_memory(student, MemoryPreset("mixed", levels, 1, 0.05)) as applied:
+        assert applied.micro_batch == 1
+        assert_equal(trained(student, 2, 1), plain)
+
+
+@pytest.mark.parametrize("level", [pytest.param(level, marks=pytest.mark.slow) for level in ("products", "input")])
+def test_compiled_blocks_with_everything(level):
+    """Regional compilation: bits differ from eager, so the compiled model without mechanisms is the measure."""
+    results = []
+    for mechanisms in (False, True):
+        torch._dynamo.reset()
+        student = student_of("qwen_image", True)
+        if mechanisms:
+            selective_recompute(student, level)
+            offload_activations(**OFFLOAD).attach(student)
+        student.network.compile_repeated_blocks(backend="aot_eager")
+        results.append(trained(student, 1, 1))
+    plain, both = results
+    assert plain.keys() == both.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(
+            both[name], value, rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def has_storage(x: torch.Tensor) -> bool:
+    return x.layout is torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def live_storages() -> int:
+    """How many there are; what other tests leave behind, sparse tensors and functorch's wrappers, have none."""
+    gc.collect()
+    plain = (x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter))
+    return len({StorageWeakRef(x.untyped_storage()).cdata for x in plain if has_storage(x)})
+
+
+def test_fifty_steps_leave_what_two_leave():
+    student = student_of("qwen_image", True)
+    teacher, criterion = EMATeacher(student, 0.9), TwinFlowLoss()
+    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad])
+    batch = make_batch("qwen_image", student, 2)
+    offload = offload_activations(**OFFLOAD)
+    counts = {}
+    with selective_recompute(student, "products"):
+        handle = offload.attach(student)
+        for step in range(50):
+            criterion.backward(student, *batch, teacher=teacher)
+            optimizer.step()
+            optimizer.zero_grad()
+            if step in (1, 49):
+                counts[step] = live_storages()
+        handle.remove()
+    assert counts[49] == counts[1]
+
+
+def test_an_exception_in_the_middle_leaves_the_model_usable():
+    plain = trained(student_of("qwen_image", True), 2, 1)
+    student = student_of("qwen_image", True)
+    offload = offload_activations(**OFFLOAD)
+    handles = [selective_recompute(student, "products"), offload.attach(student)]
+    block = list(student.network.transformer_blocks)[-1]
+    for when in ("forward", "backward"):
+        breaking = block.attn.to_out[0].register_forward_hook(fail_once(when))
+        with pytest.raises(RuntimeError, match="broken"):
+            trained_once(student)
+        breaking.remove()
+        student.zero_grad()
+    gc.collect()
+    assert offload.stats.pool_bytes == 0
+    for name, parameter in student_of("qwen_image", True).named_parameters():
+        assert torch.equal(dict(student.named_parameters())[name], parameter)
+    assert_equal(trained(student, 2, 1), plain)
+    for handle in handles:
+        handle.remove()
+
+
+def fail_once(when: str):
+    """A hook that fails in the first differentiated forward, or when that is recomputed."""
+    seen = []
+
+    def hook(module, args, output):
+        if torch.is_grad_enabled():
+            seen.append(1)
+            if len(seen) == (1 if when == "forward" else 2):
+                raise RuntimeError("broken")
+
+    return hook
+
+
+def trained_once(student) -> None:
+    batch = make_batch("qwen_image", student, 2)
+    criterion = TwinFlowLoss(TwinFlowConfig(enhanced_ratio=0, estimate_order=0))
+    criterion.backward(student, *batch)
+
+
+def test_presets_are_applied_by_name(capsys):
+    student = student_of("sd3", True)
+    applied = apply_memory(student, "80gb")
+    assert capsys.readouterr().out == "memory preset 80gb: 1 row(s) at a time; blocks keep products\n"
+    assert isinstance(applied, AppliedMemory) and applied.preset is PRESETS["80gb"]
+    with pytest.raises(ValueError, match="blocks must be without it yet"):
+        apply_memory(student, "checkpoint")
+    applied.remove()
+    apply_memory(student, "checkpoint-offload").remove()
+    assert "forward" not in vars(student)
+
+
+def test_a_failed_preset_leaves_nothing(capsys):
+    student = student_of("sd3", True)
+    with pytest.raises(ValueError, match=r"budget_gb must be at most the host memory available, .* GB, got 1e"):
+        apply_memory(student, MemoryPreset("huge", "input", 1, 1e6))
+    assert not any("forward" in vars(m) for m in student.modules())
+    assert capsys.readouterr().out == ""
+
+
+def test_auto_asks_the_planner():
+    student = student_of("sd3", True).to(torch.bfloat16)
+    settings = dict(resolution=256, batch=2, text_tokens=8)
+    with apply_memory(student, "auto", memory_gb=1.0, **settings) as applied:
+        assert applied.preset.name == "batch" and applied.micro_batch is None
+    with pytest.raises(ValueError, match=r"memory must be at least 0\.0 GB.*preset"):
+        apply_memory(student, "auto", memory_gb=0.001, **settings)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("80",), "preset must be auto or 80gb.*got '80'"),
+        (("auto",), "memory_gb must be given where the student is on cpu, got None"),
+        (("80gb", {"batch": 4}), "batch must be left out where preset is not 'auto', got preset '80gb'"),
+        (("80gb", {"memory_gb": 4}), "memory_gb must be left out where preset is not 'auto'"),
+    ],
+)
+def test_bad_presets(arguments, message):
+    name, options = arguments[0], (arguments[1] if len(arguments) > 1 else {})
+    with pytest.raises(ValueError, match=message):
+        apply_memory(student_of("sd3", True), name, **options)
+
+
+def test_checkpointing_by_the_caller_is_a_conflict():
+    student = student_of("sd3", True)
+    student.network.enable_gradient_checkpointing()
+    with pytest.raises(ValueError, match="must have its own gradient checkpointing off, got it on; call"):
+        apply_memory(student, "80gb")

@@ -1,0 +1,219 @@
+"""Teachers of LoRA students of the real classes, whichever way peft is set up: held to copies made by hand."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from helpers.batches import gradients
+from helpers.family_batches import FAMILIES, make_batch, relative
+from helpers.tiny_pipelines import tiny_transformer
+from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from twinflow import EMATeacher, FrozenTeacher, StudentTeacher, TwinFlowConfig, TwinFlowLoss
+from twinflow.models import load
+from twinflow.teachers.adapter_slot import adapter_layers
+
+T, R = torch.tensor([0.9, 0.31, 0.5, 1.0]), torch.tensor([0.2, 0.31, 0.0, 0.7])
+TEACHERS = {"ema": lambda student: EMATeacher(student, 0.9), "frozen": FrozenTeacher, "student": StudentTeacher}
+SETUPS = {
+    "pattern": LoraConfig(r=2, target_modules="proj_out"),  # FLUX has single blocks with a layer of that name too
+    "some blocks": LoraConfig(
+        r=2, target_modules=["to_q"], layers_to_transform=[1], layers_pattern="transformer_blocks"
+    ),
+    "all but": LoraConfig(r=2, target_modules=["to_q"], exclude_modules=["transformer_blocks.0.attn.to_q"]),
+    "ranks by layer": LoraConfig(
+        r=2, target_modules=["to_q", "to_k"], rank_pattern={"to_q": 3}, alpha_pattern={"to_k": 9}
+    ),
+    "dora": LoraConfig(r=2, target_modules=["to_q"], use_dora=True),
+    "modules to save": LoraConfig(r=2, target_modules=["to_q"], modules_to_save=["norm_out"]),
+    "biases": LoraConfig(r=2, target_modules=["to_q"], bias="lora_only"),
+    "loha": LoHaConfig(r=2, target_modules=["to_q"]),
+    "lokr": LoKrConfig(r=2, target_modules=["to_q"]),
+}  # fmt: skip
+
+
+def adapted(config, how, family="flux", mode="dual+sign", dtype=torch.float32):
+    network = tiny_transformer(family).to(dtype)
+    if how == "diffusers":
+        network.add_adapter(config)
+    else:
+        network = get_peft_model(network, config)
+    return move(load(network, conditioning=mode))
+
+
+@torch.no_grad()
+def move(student, scale=0.1):
+    for parameter in student.parameters():
+        if parameter.requires_grad:
+            parameter += scale * torch.randn_like(parameter)
+    return student
+
+
+def answer(network, batch, t=T, r=R):
+    with torch.no_grad():
+        return network(batch[0], t, r, batch[1])
+
+
+def state_of(student, slot="ema"):
+    """Everything of a student that a teacher must leave alone."""
+    active = {
+        name: copy.copy(module._active_adapter)
+        for name, module in student.named_modules()
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+    }
+    own = {name: p for name, p in student.named_parameters() if f".{slot}" not in name}
+    flags = {name: p.requires_grad for name, p in own.items()}
+    return flags, active, {name: (id(p), p.data_ptr()) for name, p in own.items()}
+
+
+CASES = [(setup, how) for setup in SETUPS for how in ("peft", "diffusers") if how == "peft" or setup[:2] != "lo"]
+
+
+@pytest.mark.parametrize("setup, how", CASES)
+def test_making_a_teacher_changes_nothing(setup, how):
+    student = adapted(copy.deepcopy(SETUPS[setup]), how)
+    batch = make_batch("flux", student, 4)
+    before, expected, values = state_of(student), answer(student, batch), copy.deepcopy(student.state_dict())
+    ema, frozen = EMATeacher(student, 0.9), FrozenTeacher(student)
+    assert state_of(student) == before
+    for name, value in student.state_dict().items():
+        assert ".ema" in name or torch.equal(value, values[name])
+    assert torch.equal(answer(student, batch), expected)
+    assert relative(answer(ema, batch), expected) < 1e-6
+    assert relative(answer(frozen, batch), expected) > 1e-4
+    assert ema.parameters().keys() == {name for name, p in student.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("setup, how", CASES)
+def test_the_average_is_the_one_by_hand(setup, how):
+    """A copy of the student whose trainable tensors are averaged in float64 answers as the teacher does."""
+    student = adapted(copy.deepcopy(SETUPS[setup]), how)
+    batch, by_hand = make_batch("flux", student, 4), copy.deepcopy(student)
+    teacher, decay = EMATeacher(student, 0.99), 0.0
+    averages = {name: p.detach().double() for name, p in by_hand.named_parameters() if p.requires_grad}
+    for _ in range(3):
+        move(student)
+        teacher.update()
+        now = dict(student.named_parameters())
+        averages = {name: decay * old + (1 - decay) * now[name].detach().double() for name, old in averages.items()}
+        decay += (1 - decay) * (0.99 - decay) / 2
+    with torch.no_grad():
+        for name, value in averages.items():
+            by_hand.get_parameter(name).copy_(value)
+            torch.testing.assert_close(teacher.parameters()[name].double(), value, rtol=1e-5, atol=1e-6)
+    assert relative(answer(teacher, batch), answer(by_hand, batch)) < 1e-5
+    assert relative(answer(teacher, batch), answer(student, batch)) > 1e-3
+
+
+@pytest.mark.parametrize("how", ["peft", "diffusers"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_frozen_teacher_is_the_base_with_the_conditioning_as_it_was(family, how):
+    student = adapted(LoraConfig(r=2, target_modules=["to_q", "to_k"]), how, family)
+    batch, by_hand = make_batch(family, student, 4), copy.deepcopy(student)
+    with torch.no_grad():
+        for name, parameter in by_hand.named_parameters():
+            if "lora_" in name:
+                parameter.zero_()
+    teacher = FrozenTeacher(student)
+    move(student)
+    teacher.update()
+    assert relative(answer(teacher, batch), answer(by_hand, batch)) < 1e-6
+    assert torch.equal(teacher.velocity(batch[0], T, R, batch[1], "rollout"), answer(student, batch))
+    saved, resumed = teacher.state_dict(), FrozenTeacher(student)
+    assert relative(answer(resumed, batch), answer(by_hand, batch)) > 1e-4
+    resumed.load_state_dict(saved)
+    assert torch.equal(answer(resumed, batch), answer(teacher, batch))
+
+
+# What a call does and does not do.
+
+
+@pytest.mark.parametrize("make", [TEACHERS["ema"], TEACHERS["frozen"]], ids=["ema", "frozen"])
+@pytest.mark.parametrize("how", ["peft", "diffusers"])
+def test_a_call_walks_over_nothing(how, make, monkeypatch):
+    """No `set_adapter`, no `requires_grad_`, no enabling or disabling: slots are pointed at directly."""
+    student = adapted(copy.deepcopy(SETUPS["modules to save"]), how)
+    teacher, batch = make(student), make_batch("flux", student, 4)
+    before = state_of(student)
+
+    def walked(*_args, **_more):
+        raise AssertionError("a teacher's call walked over modules")
+
+    for cls in (BaseTunerLayer, AuxiliaryTrainingWrapper, *{type(m) for m in student.modules()}):
+        for name in ("set_adapter", "enable_adapters", "disable_adapters", "set_requires_grad"):
+            if hasattr(cls, name):
+                monkeypatch.setattr(cls, name, walked)
+    monkeypatch.setattr(nn.Module, "requires_grad_", walked)
+    monkeypatch.setattr(torch.Tensor, "requires_grad_", walked)
+    teacher.update()
+    for query in ("cfg", "rollout"):
+        teacher.velocity(*batch[:1], T, R, batch[1], query)
+    assert state_of(student) == before
+
+
+class Allocations(TorchDispatchMode):
+    """Sizes in bytes of the new storages that operations give."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known, self.sizes = {p.untyped_storage().data_ptr() for p in known}, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for value in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() not in self.known:
+                self.sizes.append(value.untyped_storage().nbytes())
+        return out
+
+
+def live_bytes():
+    gc.collect()
+    found = {}
+    for value in gc.get_objects():
+        if type(value) in (torch.Tensor, nn.Parameter) and value.layout == torch.strided:
+            found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("make", [TEACHERS["ema"], TEACHERS["frozen"]], ids=["ema", "frozen"])
+@pytest.mark.parametrize("how", ["peft", "diffusers"])
+def test_a_whole_step_allocates_nothing_like_the_base(how, make):
+    """A base 200 times the adapters: teacher, forward, backward; nothing as large as one of its matrices is made."""
+    network = tiny_transformer("sd3", num_attention_heads=32, caption_projection_dim=512)
+    config = LoraConfig(r=1, target_modules=["attn.to_q", "attn.to_k"])
+    if how == "diffusers":
+        network.add_adapter(config)
+    else:
+        network = get_peft_model(network, config)
+    student = move(load(network, conditioning="sign"))
+    batch, criterion = make_batch("sd3", student, 1), TwinFlowLoss(TwinFlowConfig(shares={"any": 1}, adversarial=False))
+    base = {name: (p, p.clone()) for name, p in student.named_parameters() if not p.requires_grad}
+    size = sum(p.numel() * 4 for p, _ in base.values())
+    matrix = student.network.transformer_blocks[0].attn.to_out[0].weight.numel() * 4
+    assert size > 200 * sum(p.numel() * 4 for p in student.parameters() if p.requires_grad) and size > 50 * matrix
+    before = live_bytes()
+    with Allocations(student.parameters()) as seen:
+        teacher = make(student)
+        out = criterion.backward(student, *batch, teacher=teacher)
+    gradients(student)
+    del out
+    assert len(seen.sizes) > 500 and max(seen.sizes) < matrix
+    assert live_bytes() - before < size / 50
+    for parameter, value in base.values():
+        assert torch.equal(parameter, value) and parameter.grad is None
+
+
+def test_a_refused_adapter_name_leaves_the_student_as_it_is():
+    student = adapted(LoraConfig(r=2, target_modules=["to_q"]), "diffusers", "sd3", dtype=torch.bfloat16)
+    student.network.get_submodule("transformer_blocks.0.attn.to_q").to(torch.bfloat16)
+    before = {name: p.dtype for name, p in student.named_parameters()}
+    with pytest.raises(ValueError, match="EMATeacher: adapter must be a name that is not taken, got 'default'"):
+        EMATeacher(student, 0.9, adapter="default")
+    assert {name: p.dtype for name, p in student.named_parameters()} == before
+    assert EMATeacher(student, 0.9, adapter="slow").adapter == "slow"
+    assert all("slow" in layer.lora_A for layer in adapter_layers(student).values())
