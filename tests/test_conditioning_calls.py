@@ -35,8 +35,8 @@ def test_the_time_of_a_guidance_query(mode, cfg_time, half, make, schedule):
     draws = criterion.draw(batch[0])
     plan = criterion.plan(draws, teacher=teacher, schedule=schedule)
     criterion(student, *batch, teacher=teacher, draws=draws, schedule=schedule)
-    assert len(seen) == len(plan.passes)
-    for call, given in zip(plan.passes, seen, strict=True):
+    assert len(seen) == len(plan.calls)
+    for call, given in zip(plan.calls, seen, strict=True):
         t, r = torch.tensor(call.t), torch.tensor(call.r)
         asked = t - r / 2 if "midpoint" in mode else t
         if call.name == "cfg":
@@ -44,7 +44,7 @@ def test_the_time_of_a_guidance_query(mode, cfg_time, half, make, schedule):
             asked = t / 2 if half else t
         asked = asked.abs() if "sign" in mode else asked
         torch.testing.assert_close(given.double(), features(asked, 1000), rtol=0, atol=2e-4)
-    assert {call.name for call in plan.passes} >= {"cfg", "rollout", "student"}
+    assert {call.name for call in plan.calls} >= {"cfg", "rollout", "student"}
 
 
 # Times are bound for one call.

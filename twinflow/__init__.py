@@ -28,7 +28,7 @@ _HOMES = {
     "Draws": "objective.draws",
     "EMATeacher": "teachers.teachers",
     "FrozenTeacher": "teachers.teachers",
-    "Plan": "objective.passes",
+    "Plan": "objective.calls",
     "StudentTeacher": "teachers.teachers",
     "TwinFlowConfig": "objective.config",
     "TwinFlowLoss": "objective.loss",

@@ -17,7 +17,7 @@ def world() -> tuple[int, int]:
     return 0, 1
 
 
-def agreed(flag: bool) -> bool:
+def any_rank(flag: bool) -> bool:
     """Whether any rank raises a flag; every rank must ask, at the same place. Nothing waits for a GPU."""
     if world()[1] == 1:
         return flag
@@ -34,7 +34,7 @@ def _host_group() -> Any:
     return _host_groups[0][1]
 
 
-def kept_calls(student: Student | None) -> str:
+def calls_in_lockstep(student: Student | None) -> str:
     """Which calls every rank must run alike (see plan.Request)."""
     if student is not None and data_parallel(student) is not None:
         return "student"

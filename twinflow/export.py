@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from twinflow.formats import comfyui
 from twinflow.formats.export_folder import check_folder, new_export
-from twinflow.formats.generation_config import Usage
+from twinflow.formats.generation_config import GenerationConfig
 from twinflow.formats.manifest import (
     ADAPTER_SETTINGS,
     COMFYUI_LORA,
@@ -47,7 +47,7 @@ def export(
     teacher: EMATeacher | None = None,
     format: str = "diffusers",
     merge_base: bool = False,
-    usage: Usage | None = None,
+    usage: GenerationConfig | None = None,
 ) -> Path:
     """Saves what a student trained: its LoRA, or the whole transformer where no adapter was trained.
 

@@ -10,9 +10,9 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 
 from twinflow.sampling.grid import check_steps
-from twinflow.sampling.sampler import Generators, Query, WalkState, check_generators, working_dtype
+from twinflow.sampling.sampler import Evaluation, Generators, SamplerState, check_generators, working_dtype
 from twinflow.sampling.scheduler_config import checked_walk, plain
-from twinflow.sampling.timestep_schedule import Timetable, given_times
+from twinflow.sampling.timestep_schedule import TimestepSchedule, given_times
 
 _NAME = "TwinFlowScheduler"
 # Seed 0 here and for latents drawn on the CPU would otherwise noise the first step with the initial noise again.
@@ -81,7 +81,7 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):
         # Until `set_timesteps`: the times of training, 1 to 1/N.
         times = self._walk.shifted([i / num_train_timesteps for i in range(num_train_timesteps, 0, -1)])
         self.sigma_max, self.sigma_min = times[0], times[-1]
-        self._lay([Query(t, 0.0, t, 0.0, "whole") for t in times], None)
+        self._lay([Evaluation(t, 0.0, t, 0.0, "whole") for t in times], None)
 
     def __len__(self) -> int:
         return int(self.config["num_train_timesteps"])
@@ -156,11 +156,11 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = steps
         self._lay(self._walk.queries(times), device)
 
-    def _lay(self, queries: list[Query], device: str | torch.device | None) -> None:
+    def _lay(self, queries: list[Evaluation], device: str | torch.device | None) -> None:
         midpoint = self.config["time_condition"] == "midpoint"
         asked = [query.t - query.r / 2 if midpoint else query.t for query in queries]
-        self._table = Timetable(queries, [t * self.config["num_train_timesteps"] for t in asked])
-        self._state = WalkState(self._walk)
+        self._table = TimestepSchedule(queries, [t * self.config["num_train_timesteps"] for t in asked])
+        self._state = SamplerState(self._walk)
         self.timesteps = torch.tensor(self._table.timesteps, dtype=torch.float32, device=device)
         self.sigmas = torch.tensor([*(query.t for query in queries), 0.0], dtype=torch.float32, device=device)
         self._own_generator.manual_seed(self.config["seed"] ^ _SEED_SALT)

@@ -19,7 +19,7 @@ import twinflow
 from twinflow.cli import main
 from twinflow.formats.manifest import MANIFEST
 from twinflow.models import FAMILIES
-from twinflow.pipelines.generator import Drawer
+from twinflow.pipelines.generator import ImageGenerator
 from twinflow.train.checkpoint.files import TENSORS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,7 +100,7 @@ def test_prompts_of_a_file(exports, tmp_path, capsys):
 
 @pytest.mark.parametrize("family", ["sd3", "qwen_image", "sana"])
 def test_prompts_are_encoded_as_in_training(family, exports):
-    drawer = Drawer(saved_pipeline(family), exports[family])
+    drawer = ImageGenerator(saved_pipeline(family), exports[family])
     pipe, seen = drawer._pipe, []
     pipe.transformer.register_forward_pre_hook(
         lambda module, args, given: seen.append(given["encoder_hidden_states"]), with_kwargs=True
@@ -112,7 +112,7 @@ def test_prompts_are_encoded_as_in_training(family, exports):
 
 
 def test_sizes_are_drawn_as_asked_for_not_as_the_nearest_that_a_pipeline_knows(exports):
-    drawer, seen = Drawer(saved_pipeline("sana"), exports["sana"]), []
+    drawer, seen = ImageGenerator(saved_pipeline("sana"), exports["sana"]), []
     drawer._pipe.transformer.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[-2:]))
     assert drawer.draw("a fox", seed=0, steps=1, size=(96, 64)).size == (96, 64)
     assert seen == [(8, 12)]

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from twinflow.formats.generation_config import Usage
+from twinflow.formats.generation_config import GenerationConfig
 from twinflow.formats.manifest import MANIFEST, Manifest, read_manifest, write_manifest
 
-MINE = Manifest("sd3", "dual", "lora", "ema", usage=Usage("stabilityai/sd3", 2, (768, 1024), 0.0))
+MINE = Manifest("sd3", "dual", "lora", "ema", usage=GenerationConfig("stabilityai/sd3", 2, (768, 1024), 0.0))
 
 
 def test_it_reads_back_as_written(tmp_path):
@@ -18,8 +18,8 @@ def test_it_reads_back_as_written(tmp_path):
 def test_a_folder_becomes_absolute_and_a_hub_name_stays(tmp_path, monkeypatch):
     (tmp_path / "models" / "sd3").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert Usage("models/sd3", 1).to_dict()["model"] == str(tmp_path / "models" / "sd3")
-    assert Usage("stabilityai/sd3", 1).to_dict()["model"] == "stabilityai/sd3"
+    assert GenerationConfig("models/sd3", 1).to_dict()["model"] == str(tmp_path / "models" / "sd3")
+    assert GenerationConfig("stabilityai/sd3", 1).to_dict()["model"] == "stabilityai/sd3"
 
 
 def test_manifests_without_it_are_as_they_were(tmp_path):

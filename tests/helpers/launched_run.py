@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from twinflow import Draws, TwinFlowConfig, TwinFlowLoss
-from twinflow.distributed import agreed, world
+from twinflow.distributed import any_rank, world
 from twinflow.interface import trained_parameters, unwrap
 from twinflow.train.checkpoint.checkpoint import write_checkpoint
 from twinflow.train.checkpoint.run_state import RunState
@@ -36,7 +36,7 @@ def step(pipeline: Path, folder: Path) -> None:
     criterion.backward(student, x[mine], cond, cond, teacher=teacher, draws=Draws(**own))
     norm = clip(trained.values(), 1.0)
     torch.optim.SGD(trained.values(), lr=0.1).step()
-    flags = [agreed(False), agreed(rank == 1), agreed(False)]
+    flags = [any_rank(False), any_rank(rank == 1), any_rank(False)]
     extra = {"class": type(student).__name__, "agreed": flags, "norm": float(norm)}
     write_checkpoint(folder, 1, RunState(student, teacher, criterion, extra=extra).collect())
 

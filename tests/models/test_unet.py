@@ -121,12 +121,12 @@ def test_every_pass_of_a_planned_step_goes_through_the_bridge(recipe):
         "partition": {"fake", "cfg", "rollout", "student", "rectify"},
         "all_terms": {"cfg", "rollout", "student", "velocity", "generate", "fake_velocity", "rectify"},
     }[recipe]
-    assert {call.name for call in plan.passes} == reached
-    assert {call.who for call in plan.passes} == {"student", "teacher"}
-    assert len(plan.passes) == len(calls.asked) == len(calls.given)
+    assert {call.name for call in plan.calls} == reached
+    assert {call.who for call in plan.calls} == {"student", "teacher"}
+    assert len(plan.calls) == len(calls.asked) == len(calls.given)
     table = (1 - sd15_scheduler().alphas_cumprod.double()).sqrt()
     table = table / (table + sd15_scheduler().alphas_cumprod.double().sqrt())
-    for call, (x_t, t, _, _), (given, timesteps) in zip(plan.passes, calls.asked, calls.given, strict=True):
+    for call, (x_t, t, _, _), (given, timesteps) in zip(plan.calls, calls.asked, calls.given, strict=True):
         torch.testing.assert_close(t, torch.tensor(call.t), rtol=0, atol=1e-6)
         sigma = t.abs().double()
         assert timesteps.shape == t.shape and timesteps.min() >= 0 and timesteps.max() <= 999

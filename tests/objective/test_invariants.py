@@ -153,9 +153,9 @@ def test_evaluation_moves_nothing(recipe):
     assert torch.equal(out.loss.detach(), first.loss)
 
 
-@pytest.mark.parametrize("by_pieces", [False, True])
+@pytest.mark.parametrize("by_micro_batch", [False, True])
 @pytest.mark.parametrize("recipe", ["partition", "all_terms"])
-def test_a_step_is_a_pure_function_of_weights_batch_and_draws(recipe, by_pieces):
+def test_a_step_is_a_pure_function_of_weights_batch_and_draws(recipe, by_micro_batch):
     """Twice the same bits, and no tensor of the caller is written."""
     config = TwinFlowConfig(recipe=recipe, data_free=True)
     student, teacher = trained_pair("ema")
@@ -168,8 +168,8 @@ def test_a_step_is_a_pure_function_of_weights_batch_and_draws(recipe, by_pieces)
     for _ in range(2):
         criterion = TwinFlowLoss(config)
         arguments = dict(teacher=teacher, draws=draws, update_teacher=False)
-        out = (criterion.backward if by_pieces else criterion)(student, *batch, **arguments)
-        if not by_pieces:
+        out = (criterion.backward if by_micro_batch else criterion)(student, *batch, **arguments)
+        if not by_micro_batch:
             out.loss.backward()
         found.append([out.loss.detach(), *gradients(student).values()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

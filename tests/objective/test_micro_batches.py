@@ -23,10 +23,10 @@ def row_of(draws: Draws, row: int) -> Draws:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("by_pieces", [False, True])
+@pytest.mark.parametrize("by_micro_batch", [False, True])
 @pytest.mark.parametrize("order", [0, 2])
 @pytest.mark.parametrize("recipe", ["partition", "all_terms"])
-def test_four_one_role_parts_are_one_batch_of_four(recipe, order, by_pieces):
+def test_four_one_role_parts_are_one_batch_of_four(recipe, order, by_micro_batch):
     """`step_rows=4`: the same step to 1e-6, and the same terms."""
     config = TwinFlowConfig(recipe=recipe, estimate_order=order, data_free=True)
     student, teacher = trained_pair("ema")
@@ -40,10 +40,10 @@ def test_four_one_role_parts_are_one_batch_of_four(recipe, order, by_pieces):
     for row in range(4):
         at = slice(row, row + 1)
         arguments = dict(teacher=teacher, draws=row_of(draws, row), step_rows=4, update_teacher=False)
-        part = (criterion.backward if by_pieces else criterion)(
+        part = (criterion.backward if by_micro_batch else criterion)(
             student, latents[at], cond[at], uncond[at], **arguments
         )  # fmt: skip
-        if not by_pieces:
+        if not by_micro_batch:
             part.loss.backward()
         loss = loss + part.loss.detach()
         for name, value in part.terms.items():
@@ -68,8 +68,8 @@ def test_four_parts_with_roles_from_the_counter_are_one_step():
     assert parts.state_dict() == whole.state_dict()
 
 
-@pytest.mark.parametrize("by_pieces", [False, True])
-def test_the_teacher_moves_once_per_optimizer_step(by_pieces):
+@pytest.mark.parametrize("by_micro_batch", [False, True])
+def test_the_teacher_moves_once_per_optimizer_step(by_micro_batch):
     config = TwinFlowConfig()
     student, _ = trained_pair("student")
     teacher = EMATeacher(student, 0.9)
@@ -78,8 +78,8 @@ def test_the_teacher_moves_once_per_optimizer_step(by_pieces):
         for part in range(4):
             batch = toy_batch(1)
             arguments = dict(teacher=teacher, step_rows=4, update_teacher=part == 0)
-            out = (criterion.backward if by_pieces else criterion)(student, *batch, **arguments)
-            if not by_pieces:
+            out = (criterion.backward if by_micro_batch else criterion)(student, *batch, **arguments)
+            if not by_micro_batch:
                 out.loss.backward()
             assert teacher.updates == optimizer_step + 1
         move(student)

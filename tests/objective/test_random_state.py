@@ -47,7 +47,7 @@ def test_calls_of_a_row_agree_and_rows_differ(recipe):
     out = run(config, student)
     plan = TwinFlowLoss(config).plan(out.draws, teacher=StudentTeacher(student))
     by_row = {}
-    for call, number in zip(plan.passes, student.seen, strict=True):
+    for call, number in zip(plan.calls, student.seen, strict=True):
         assert len(call.rows) == 1
         by_row.setdefault(call.rows[0], set()).add(number)
     assert all(len(numbers) == 1 for numbers in by_row.values())

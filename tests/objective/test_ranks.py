@@ -12,25 +12,25 @@ from torch import distributed
 from twinflow import StudentTeacher, TwinFlowConfig, TwinFlowLoss
 from twinflow.objective import loss
 from twinflow.objective.draws import draw_step
-from twinflow.objective.passes import Request
+from twinflow.objective.passes import PlanOptions
 from twinflow.objective.plan import make_plan
 
 ROLES = [("e2e", "mul"), ("any", "adv"), ("mul", "mul"), ("adv", "adv"), ("e2e", "e2e"), ("any", "any")]
 
 
 def shape_of(plan):
-    return [(p.name, p.segment, p.piece, p.gradient, p.who) for p in plan.passes]
+    return [(p.name, p.segment, p.micro_batch, p.gradient, p.who) for p in plan.calls]
 
 
 @pytest.mark.parametrize("micro_batch", [None, 1])
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_every_rank_plans_the_same_calls(order, micro_batch):
     config = TwinFlowConfig(estimate_order=order, data_free=True)
-    request = Request(keep="all", micro_batch=micro_batch)
+    request = PlanOptions(keep="all", micro_batch=micro_batch)
     plans = [make_plan(config, draw_step(config, torch.zeros(2, 5), r, None, 0), request) for r in ROLES]
     assert all(shape_of(plan) == shape_of(plans[0]) for plan in plans)
     bare = [make_plan(config, draw_step(config, torch.zeros(2, 5), r, None, 0)) for r in ROLES]
-    assert len({len(plan.passes) for plan in bare}) > 1, "without keeping step the calls would be the same anyway"
+    assert len({len(plan.calls) for plan in bare}) > 1, "without keeping step the calls would be the same anyway"
 
 
 @pytest.mark.parametrize("order", [0, 2])

@@ -22,12 +22,12 @@ class Run:
         self.generator = torch.Generator().manual_seed(1)
         self.losses = []
 
-    def advance(self, steps, by_pieces=False):
+    def advance(self, steps, by_micro_batch=False):
         for k in range(steps):
             data = torch.Generator().manual_seed(len(self.losses))
             batch = [torch.randn(x.shape, generator=data).to(self.student.first.weight.dtype) for x in toy_batch(3)]
             arguments = dict(teacher=self.teacher, generator=self.generator)
-            if by_pieces or k % 2:
+            if by_micro_batch or k % 2:
                 out = self.criterion.backward(self.student, *batch, micro_batch=2, **arguments)
             else:
                 out = self.criterion(self.student, *batch, **arguments)

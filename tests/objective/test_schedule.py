@@ -107,7 +107,7 @@ def test_the_student_graph_does_not_stand_while_the_teacher_runs(recipe, micro_b
     """All target calls come before the first differentiated one; only rectify needs the student's output."""
     config = TwinFlowConfig(recipe=recipe, data_free=True)
     draws = toy_draws(config, toy_batch(8)[0], EIGHT if recipe == "partition" else None)
-    calls = TwinFlowLoss(config).plan(draws, micro_batch=micro_batch).passes
+    calls = TwinFlowLoss(config).plan(draws, micro_batch=micro_batch).calls
     first = next(i for i, call in enumerate(calls) if call.gradient)
     assert all(call.gradient or call.name == "rectify" for call in calls[first:])
     assert {call.name for call in calls[:first]} == {"data", "cfg", "rollout"} | (
@@ -170,7 +170,7 @@ def test_rows_executed_are_the_plan(batch, schedule):
         plan = criterion.plan(draws, teacher=teacher, schedule=schedule)
         student.calls.clear()
         step(config, student, teacher, tensors, draws, schedule=schedule)
-        assert student.calls == [(len(call.rows), call.gradient) for call in plan.passes]
+        assert student.calls == [(len(call.rows), call.gradient) for call in plan.calls]
         assert sum(rows for rows, gradient in student.calls if not gradient) == plan.rows_without_gradient
         if schedule == "published":
             assert plan.rows_without_gradient == 4.75 * batch
@@ -183,7 +183,7 @@ def test_work_that_need_not_be_done():
     draws = toy_draws(config, torch.zeros(5, 1), roles)
     draws = type(draws)(**{**vars(draws), "t": torch.tensor([1.0, 0.5, 0.5, -0.5, 0.5]),
                            "r": torch.tensor([0.0, 0.495, 0.2, -0.5, 0.492])})  # fmt: skip
-    calls = {call.name: call for call in make_plan(config, draws).passes}
+    calls = {call.name: call for call in make_plan(config, draws).calls}
     assert calls["cfg"].rows == (1, 2, 4, 1, 2, 4)
     assert calls["rollout"].rows == (0, 2)
     assert calls["fake"].rows == (3,)
@@ -196,9 +196,9 @@ def test_rows_that_do_not_count_are_not_run_at_order_zero():
     draws = toy_draws(config, torch.zeros(8, 1), EIGHT)
     for weight, expected in ((0.5, ("e2e", "mul", "adv")), (0.0, ("mul", "adv"))):
         plan = make_plan(TwinFlowConfig(estimate_order=0, rectify_weight=weight), draws)
-        (student,) = [call for call in plan.passes if call.gradient]
+        (student,) = [call for call in plan.calls if call.gradient]
         assert student.rows == tuple(i for i, role in enumerate(EIGHT) if role in expected)
-        assert all(EIGHT[row] == "mul" for call in plan.passes if call.name == "cfg" for row in call.rows)
+        assert all(EIGHT[row] == "mul" for call in plan.calls if call.name == "cfg" for row in call.rows)
 
 
 def test_the_plan_prints_both_row_counts():
@@ -206,4 +206,4 @@ def test_the_plan_prints_both_row_counts():
     plan = TwinFlowLoss(config).plan(toy_draws(config, torch.zeros(8, 1), EIGHT))
     text = str(plan)
     assert f"rows without gradient: {plan.rows_without_gradient} (published schedule: 38)" in text
-    assert all(call.name in text for call in plan.passes)
+    assert all(call.name in text for call in plan.calls)

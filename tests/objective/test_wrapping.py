@@ -22,14 +22,14 @@ class Gemm(nn.Module):
         return self.layers(torch.cat([x_t, t[:, None].to(x_t), r[:, None].to(x_t), cond.to(x_t)], 1)) + x_t
 
 
-def run(config, student, teacher, batch, draws, by_pieces=False, autocast=False):
+def run(config, student, teacher, batch, draws, by_micro_batch=False, autocast=False):
     criterion = TwinFlowLoss(config)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        if by_pieces:
+        if by_micro_batch:
             out = criterion.backward(student, *batch, teacher=teacher, draws=draws, micro_batch=3)
         else:
             out = criterion(student, *batch, teacher=teacher, draws=draws)
-    if not by_pieces:
+    if not by_micro_batch:
         out.loss.backward()
     return out.loss.detach(), gradients(student)
 
@@ -45,16 +45,16 @@ def assert_near(found, expected, tolerance):
 SMOOTH = dict(delta_t=1.0, loss="l2", target_clamp=None, rectify_loss="l2")
 
 
-@pytest.mark.parametrize("by_pieces", [False, True])
+@pytest.mark.parametrize("by_micro_batch", [False, True])
 @pytest.mark.parametrize("make", [StudentTeacher, FrozenTeacher, lambda net: EMATeacher(net, 0.9)])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_autocast(recipe, make, by_pieces):
+def test_autocast(recipe, make, by_micro_batch):
     """Calls without gradient come first; what autocast keeps of their weights must not reach the student's call."""
     student = Gemm()
     config = TwinFlowConfig(recipe=recipe, **SMOOTH)
     batch = toy_batch(8)
     draws = toy_draws(config, batch[0], EIGHT if recipe == "partition" else None)
-    found = run(config, student, make(student), batch, draws, by_pieces, autocast=True)
+    found = run(config, student, make(student), batch, draws, by_micro_batch, autocast=True)
     expected = run(config, student, make(student), batch, draws)
     assert all(value.abs().sum() > 0 for value in found[1].values())
     assert found[0].dtype == torch.float32
@@ -100,19 +100,19 @@ def test_bf16_modules_and_latents(recipe, module, latents):
     assert_near((found[0], {name: value.float() for name, value in found[1].items()}), expected, 0.1)
 
 
-@pytest.mark.parametrize("by_pieces", [False, True])
+@pytest.mark.parametrize("by_micro_batch", [False, True])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_compiled_students(recipe, by_pieces):
+def test_compiled_students(recipe, by_micro_batch):
     """The student compiled in place of itself, with teachers made from either; equal to eager."""
     student = ToyNet(DIM, COND)
     config = TwinFlowConfig(recipe=recipe)
     batch = toy_batch(8)
     draws = toy_draws(config, batch[0], EIGHT if recipe == "partition" else None)
-    expected = run(config, student, StudentTeacher(student), batch, draws, by_pieces)
+    expected = run(config, student, StudentTeacher(student), batch, draws, by_micro_batch)
     student.calls = Nothing()
     compiled = torch.compile(student, backend="aot_eager")
     for teacher in (StudentTeacher(compiled), StudentTeacher(student), EMATeacher(student, 0.9)):
-        loss, found = run(config, compiled, teacher, batch, draws, by_pieces)
+        loss, found = run(config, compiled, teacher, batch, draws, by_micro_batch)
         found = {name.removeprefix("_orig_mod."): value for name, value in found.items()}
         assert_near((loss, found), expected, 1e-4)
 
@@ -144,15 +144,15 @@ class Told(ToyNet):
         return super().forward(*inputs)
 
 
-@pytest.mark.parametrize("by_pieces", [False, True])
-def test_begin_step_and_end_step(by_pieces):
+@pytest.mark.parametrize("by_micro_batch", [False, True])
+def test_begin_step_and_end_step(by_micro_batch):
     student = Told()
     criterion = TwinFlowLoss()
     arguments = dict(teacher=StudentTeacher(student))
-    (criterion.backward if by_pieces else criterion)(student, *toy_batch(8), **arguments)
+    (criterion.backward if by_micro_batch else criterion)(student, *toy_batch(8), **arguments)
     plan, *calls, end = student.log
     assert isinstance(plan, Plan) and end == "end"
-    assert calls == ["call"] * len(plan.passes)
+    assert calls == ["call"] * len(plan.calls)
 
 
 @pytest.mark.parametrize("fails_at", [0, 3, 5])

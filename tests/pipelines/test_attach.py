@@ -18,7 +18,7 @@ from twinflow import EMATeacher
 from twinflow.export import export
 from twinflow.lora import add_lora
 from twinflow.models import load
-from twinflow.pipelines.time_hooks import Binding
+from twinflow.pipelines.time_hooks import SchedulerTimeHooks
 from twinflow.scheduler import TwinFlowScheduler
 
 # A matrix product of other batch or sequence lengths rounds otherwise; latents are of size 5.
@@ -99,7 +99,7 @@ def test_a_style_lora_stays_active_beside_it(tmp_path):
 
 def test_times_are_unbound_after_a_call_and_after_a_failing_one(tmp_path):
     pipe = twinflow.attach(stock_pipeline("sd3"), export(lora_student("sd3"), tmp_path))
-    conditioning = Binding.of(pipe.transformer)._conditioning
+    conditioning = SchedulerTimeHooks.of(pipe.transformer)._conditioning
     first = draw(pipe, "sd3")
     assert conditioning._times is None
     block, broken = pipe.transformer.transformer_blocks, torch.nn.ModuleList([torch.nn.Linear(1, 1)])

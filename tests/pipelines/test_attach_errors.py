@@ -14,7 +14,7 @@ import twinflow
 from twinflow.export import export
 from twinflow.formats.manifest import ADAPTER_SETTINGS, CONDITIONING, LORA, MANIFEST
 from twinflow.models import load
-from twinflow.pipelines.time_hooks import Binding
+from twinflow.pipelines.time_hooks import SchedulerTimeHooks
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -160,7 +160,9 @@ def refused(pipe, given, message, error=ValueError, **options):
     names = [name.replace("base_layer.", "") for name in transformer.state_dict()]
     with pytest.raises(error, match=message):
         twinflow.attach(pipe, given, **options)
-    assert pipe.transformer is transformer and pipe.scheduler is scheduler and Binding.of(transformer) is None
+    assert (
+        pipe.transformer is transformer and pipe.scheduler is scheduler and SchedulerTimeHooks.of(transformer) is None
+    )
     assert [name.replace("base_layer.", "") for name in transformer.state_dict()] == names
     assert torch.equal(velocity(load(transformer), "sd3"), before)
 

@@ -8,7 +8,7 @@ import torch
 
 from twinflow.sampling import sample
 from twinflow.sampling.grid import default_gap_end, sampling_grid
-from twinflow.sampling.sampler import Walk
+from twinflow.sampling.sampler import SamplerConfig
 
 GAPLESS = dict(gap_start=0.0, gap_end=0.0)
 
@@ -172,14 +172,14 @@ def test_a_generator_per_row_makes_rows_independent_of_their_batch():
 @pytest.mark.parametrize("steps, times", [(1, [0.999]), (2, [0.999, 0.6]), (4, [0.999, 0.8327, 0.6663, 0.5])])
 def test_published_grids(steps, times):
     for style in ("few", "any", "mul"):
-        assert Walk(style=style).times(steps) == sampling_grid(steps)
+        assert SamplerConfig(style=style).times(steps) == sampling_grid(steps)
     assert sampling_grid(steps) == pytest.approx([*times, 0.0], abs=1e-4)
 
 
 def test_long_walks_end_near_the_data():
-    assert Walk().times(8)[-2] == Walk(style="any").times(8)[-2] == pytest.approx(0.3)
-    assert Walk(style="mul").times(8) == sampling_grid(8, 0.001, 0.0)
-    assert Walk(style="mul", gap_end=0.3).times(8) == sampling_grid(8)
+    assert SamplerConfig().times(8)[-2] == SamplerConfig(style="any").times(8)[-2] == pytest.approx(0.3)
+    assert SamplerConfig(style="mul").times(8) == sampling_grid(8, 0.001, 0.0)
+    assert SamplerConfig(style="mul", gap_end=0.3).times(8) == sampling_grid(8)
 
 
 def test_grid_warp_and_zero_gap():
@@ -189,12 +189,12 @@ def test_grid_warp_and_zero_gap():
 
 
 def test_shift_moves_the_grid_towards_noise():
-    times = Walk(shift=3.0, **GAPLESS).times(4)
+    times = SamplerConfig(shift=3.0, **GAPLESS).times(4)
     assert times == pytest.approx([1.0, 3 * 0.75 / 2.5, 3 * 0.5 / 2.0, 3 * 0.25 / 1.5, 0.0])
 
 
 def test_the_sde_ratio_is_computed_at_each_step():
-    walk = Walk(stochasticity="SDE")
+    walk = SamplerConfig(stochasticity="SDE")
     assert walk.ratio(0.8, 0.7) == pytest.approx(2 * 0.8 * 0.1 / 0.49)
     assert walk.ratio(0.5, 0.45) == pytest.approx(2 * 0.5 * 0.05 / 0.2025)
     assert walk.ratio(0.999, 0.6) == 1.0 and walk.ratio(0.5, 0.0) == 0.0

@@ -11,7 +11,7 @@ from helpers.tiny_pipelines import saved_pipeline
 from twinflow.interface import trained_parameters
 from twinflow.train.checkpoint.checkpoint import latest_checkpoint, read_checkpoint
 from twinflow.train.checkpoint.files import TENSORS
-from twinflow.train.restore import restored
+from twinflow.train.restore import restore_run
 
 
 def saved(run, number=2):
@@ -25,7 +25,7 @@ def same(mine, theirs):
 
 @pytest.mark.parametrize("family", ["sd3", "qwen_image"])
 def test_student_and_average_are_those_of_the_checkpoint(family):
-    found, expected = restored(kept_run(family)), saved(kept_run(family))
+    found, expected = restore_run(kept_run(family)), saved(kept_run(family))
     assert found.step == 2 and found.checkpoint == latest_checkpoint(kept_run(family)) and not found.complaints
     assert same(trained_parameters(found.student), expected["student"])
     assert same(found.teacher.parameters(), expected["teacher"]["state"]["shadow"])
@@ -34,7 +34,7 @@ def test_student_and_average_are_those_of_the_checkpoint(family):
 
 
 def test_all_weights_of_a_full_run(tmp_path):
-    found = restored(finished_run(tmp_path, model_type="full", steps=1))
+    found = restore_run(finished_run(tmp_path, model_type="full", steps=1))
     assert same(trained_parameters(found.student), saved(tmp_path, 1)["student"])
     assert same(found.teacher.parameters(), saved(tmp_path, 1)["teacher"]["state"]["shadow"])
 
@@ -42,7 +42,7 @@ def test_all_weights_of_a_full_run(tmp_path):
 def test_an_earlier_checkpoint_by_name_and_by_path_without_the_average():
     run = kept_run()
     for asked in ("checkpoint-000001", run / "checkpoint-000001"):
-        found = restored(run, checkpoint=asked, ema=False)
+        found = restore_run(run, checkpoint=asked, ema=False)
         assert found.step == 1 and found.teacher is None
         assert same(trained_parameters(found.student), saved(run, 1)["student"])
 
@@ -52,28 +52,28 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path):
     with open(run / "checkpoint-000002" / TENSORS, "r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x99")
-    found = restored(run)
+    found = restore_run(run)
     assert found.step == 1 and "checkpoint-000002 is passed over" in found.complaints[0]
     with pytest.raises(ValueError, match="must have the bytes that were written, got others"):
-        restored(run, checkpoint="checkpoint-000002")
+        restore_run(run, checkpoint="checkpoint-000002")
     shutil.rmtree(run / "checkpoint-000001")
     with pytest.raises(ValueError, match="run must have a whole checkpoint, got checkpoint-000002 is passed over"):
-        restored(run)
+        restore_run(run)
 
 
 def test_a_run_without_an_average(tmp_path):
     run = finished_run(tmp_path, steps=1, use_ema=False, twinflow_allow_no_ema_teacher=True)
-    assert restored(run).teacher is None
+    assert restore_run(run).teacher is None
     with pytest.raises(ValueError, match="ema must be False for a run without an average"):
-        restored(run, ema=True)
+        restore_run(run, ema=True)
 
 
 def test_another_place_for_the_pipeline(tmp_path):
     run = shutil.copytree(kept_run(), tmp_path / "run")
     change(run, pretrained_model_name_or_path=str(tmp_path / "gone"))
     with pytest.raises(ValueError, match="must be a folder that exists or a hub name"):
-        restored(run)
-    found = restored(run, model=str(saved_pipeline("sd3")))
+        restore_run(run)
+    found = restore_run(run, model=str(saved_pipeline("sd3")))
     assert same(trained_parameters(found.student), saved(run)["student"])
     assert found.usage.model == str(saved_pipeline("sd3"))
 
@@ -92,7 +92,7 @@ def test_a_config_of_another_run_is_refused(tmp_path, changes, message):
     run = shutil.copytree(kept_run(), tmp_path / "run")
     change(run, **changes)
     with pytest.raises(ValueError, match=message):
-        restored(run)
+        restore_run(run)
 
 
 def change(run, **changes):
@@ -111,4 +111,4 @@ def test_a_checkpoint_of_another_dtype_is_refused(tmp_path, part):
     weights[name] = weights[name].to(torch.float16)
     write_checkpoint(run, 3, tree)
     with pytest.raises(ValueError, match=rf"restore: {part}.* must be torch.float32, got torch.float16"):
-        restored(run)
+        restore_run(run)

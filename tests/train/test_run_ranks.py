@@ -16,7 +16,7 @@ from torch import distributed
 from twinflow.export import export
 from twinflow.models import load
 from twinflow.train.logging.metrics_file import read_metrics
-from twinflow.train.restore import restored
+from twinflow.train.restore import restore_run
 from twinflow.train.run import train
 
 KINDS = {
@@ -95,7 +95,7 @@ def test_two_processes_resume_to_the_same_bits(tmp_path, kind):
 
 def check_export(root: Path, saved: dict, folder: Path) -> None:
     """One process reads the averages that two have kept, in whole."""
-    found = restored(root)
+    found = restore_run(root)
     shadow = saved["teacher"]["state"]["shadow"]
     export(found.student, folder, teacher=found.teacher)
     assert all(torch.equal(value, shadow[name]) for name, value in found.teacher.parameters().items())

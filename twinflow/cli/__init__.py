@@ -11,8 +11,8 @@ from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import version
 
-from twinflow.cli.parser import Parser, nearest
-from twinflow.cli.print_error import complain
+from twinflow.cli.parser import Parser, did_you_mean
+from twinflow.cli.print_error import print_error
 
 # command -> what it is for; each is a file of twinflow/commands, imported when it is asked for
 COMMANDS = {
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif debug:
             traceback.print_exc()
         elif known != 2 or os.environ.get("RANK", "0") == "0":  # a mistake is the same on every rank
-            complain(name, "stopped" if isinstance(error, KeyboardInterrupt) else error)
+            print_error(name, "stopped" if isinstance(error, KeyboardInterrupt) else error)
         return known
 
 
@@ -74,7 +74,7 @@ def _run(name: str, given: list[str]) -> int:
                 text = "show the traceback of an error"
                 subparser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=text)
     if name and module is None:
-        parser.error(f"there is no command {name!r}{nearest(name, COMMANDS)}")
+        parser.error(f"there is no command {name!r}{did_you_mean(name, COMMANDS)}")
     options, extra = parser.parse_known_args(given)
     assert module is not None  # argparse requires a command
     if extra and hasattr(module, "require_known"):

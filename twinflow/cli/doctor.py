@@ -4,7 +4,7 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 
-from twinflow.cli.machine import Library, Machine, look_around
+from twinflow.cli.machine import Library, Machine, inspect_machine
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +18,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Looks around, and says what was found; 1 where training could not start."""
-    found = look_around()
+    found = inspect_machine()
     print(json.dumps(found.to_dict(), indent=1) if options.json else "\n".join(_report(found)))
     return 1 if found.problems else 0
 

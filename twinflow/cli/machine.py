@@ -63,7 +63,7 @@ class Machine:
         return {"ready": not self.problems, **asdict(self)}
 
 
-def look_around() -> Machine:
+def inspect_machine() -> Machine:
     """Looks at this machine; imports what training imports, and asks no network."""
     found = Machine(platform.python_version(), platform.platform(), metadata.version("twinflow"))
     found.driver = _driver()

@@ -22,11 +22,11 @@ class Parser(argparse.ArgumentParser):
         """Ends the process with an argument that nothing takes, and the nearest option."""
         option, known = extra.partition("=")[0], [name for action in self._actions for name in action.option_strings]
         if option.startswith("-"):
-            self.error(f"there is no option {option!r}{nearest(option, known)}")
+            self.error(f"there is no option {option!r}{did_you_mean(option, known)}")
         self.error(f"there is no place for {option!r}")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A question for the one of some names that is most like another; "": none is."""
     found = difflib.get_close_matches(name, [*known], 1, 0.5)
     return f"; did you mean {found[0]!r}?" if found else ""

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twinflow.cli.print_error import complain
+from twinflow.cli.print_error import print_error
 
 if TYPE_CHECKING:
     from twinflow.memory.planner.forecast import Forecast
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
         console.print(line, style="dim", highlight=False)
     _write(options, [found], [as_json(found, best)])
     if best is None:
-        complain("plan", refusal)
+        print_error("plan", refusal)
         return 1
     console.print(f"> {best.preset}", highlight=False)
     return 0

@@ -1,4 +1,4 @@
-"""`complain()`: what went wrong, in a line on standard error."""
+"""`print_error()`: what went wrong, in a line on standard error."""
 
 import re
 import sys
@@ -8,7 +8,7 @@ from twinflow.cli.packages import pip_install
 _FUNCTION = re.compile(r"^[A-Za-z_]+: (?=.* must )")
 
 
-def complain(command: str, error: object) -> None:
+def print_error(command: str, error: object) -> None:
     """Prints an error, without the name of the function that found it or the number of an error of the system.
 
     Args:

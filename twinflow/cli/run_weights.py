@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from twinflow.train.restore import Restored
+    from twinflow.train.restore import RestoredRun
 
 
 def add_weight_options(parser: argparse.ArgumentParser) -> None:
@@ -22,17 +22,17 @@ def add_weight_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def chosen_weights(options: argparse.Namespace, run: Path) -> "Restored":
+def chosen_weights(options: argparse.Namespace, run: Path) -> "RestoredRun":
     """The weights of a run that the options choose; names on standard error what is passed over.
 
     Raises:
         ValueError: no run, no whole checkpoint, no average where one is asked for, or no pipeline underneath.
     """
-    from twinflow.train.restore import restored
+    from twinflow.train.restore import restore_run
 
     ema = True if options.ema else False if options.student else None
     with named_model(options):
-        found = restored(run, checkpoint=options.checkpoint, ema=ema, model=options.model)
+        found = restore_run(run, checkpoint=options.checkpoint, ema=ema, model=options.model)
     for complaint in found.complaints:
         say(options, f"warning: {complaint}")
     return found
@@ -51,7 +51,7 @@ def named_model(options: argparse.Namespace) -> Iterator[None]:
         raise ValueError(f"{options.command}: model{str(error).removeprefix(training)}{hint}") from error
 
 
-def described(found: "Restored") -> str:
+def described(found: "RestoredRun") -> str:
     """Which weights they are, in words."""
     which = "student weights" if found.teacher is None else "EMA weights"
     return f"{which} after {found.step} step{'' if found.step == 1 else 's'}"

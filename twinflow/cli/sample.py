@@ -10,7 +10,7 @@ from twinflow.cli.png_file import new_png
 from twinflow.cli.run_weights import add_weight_options, chosen_weights, described, named_model, say
 
 if TYPE_CHECKING:
-    from twinflow.formats.generation_config import Usage
+    from twinflow.formats.generation_config import GenerationConfig
     from twinflow.formats.manifest import Manifest
 
 _FEW, _MANY = 2, 30  # steps where an export does not say
@@ -65,7 +65,7 @@ class _Source:
 
     export: Path
     manifest: "Manifest"
-    usage: "Usage | None"
+    usage: "GenerationConfig | None"
     weights: str
 
 
@@ -115,23 +115,23 @@ def _source(options: argparse.Namespace, temporary: Path) -> _Source:
     return _Source(source, manifest, manifest.usage, f"{_WEIGHTS[manifest.weights]}, {source}")
 
 
-def _usage(options: argparse.Namespace, source: _Source) -> "Usage":
+def _usage(options: argparse.Namespace, source: _Source) -> "GenerationConfig":
     """How it is drawn with: what is asked for, else as the export says."""
-    from twinflow.formats.generation_config import Usage
+    from twinflow.formats.generation_config import GenerationConfig
 
     said = source.usage
     model = options.model or (None if said is None else said.model)
     if model is None:
         raise ValueError("sample: model must be given for an export that does not say what is underneath, got none")
     few = source.manifest.conditioning is not None
-    usual = said or Usage(model, _FEW if few else _MANY)
+    usual = said or GenerationConfig(model, _FEW if few else _MANY)
     steps = usual.steps if options.steps is None else options.steps
     guidance = usual.guidance if options.guidance is None else options.guidance
     if few and steps > 4:
         say(options, f"warning: steps must be 1 to 4 for what few-step weights are trained for, got {steps}")
     if few and guidance > 1:
         say(options, f"warning: guidance is in the weights already; {guidance:g} more oversaturates at twice the cost")
-    return Usage(model, steps, _size(options, usual.size), guidance)
+    return GenerationConfig(model, steps, _size(options, usual.size), guidance)
 
 
 def _size(options: argparse.Namespace, usual: tuple[int, int] | None) -> tuple[int, int] | None:
@@ -142,7 +142,7 @@ def _size(options: argparse.Namespace, usual: tuple[int, int] | None) -> tuple[i
 
 
 def _draw(options: argparse.Namespace, prompts: list[str], source: _Source) -> None:
-    from twinflow.pipelines.generator import Drawer
+    from twinflow.pipelines.generator import ImageGenerator
     from twinflow.train.model.pipeline_source import pipeline_folder
 
     usage = source.usage
@@ -153,7 +153,7 @@ def _draw(options: argparse.Namespace, prompts: list[str], source: _Source) -> N
     dtype, device = _place(options)
     say(options, f"{source.weights}, on {usage.model}, {usage.steps} step{'s' if usage.steps > 1 else ''}, {device}")
     _without_bars()
-    drawer = Drawer(folder, source.export, style=options.style, dtype=dtype, device=device)
+    drawer = ImageGenerator(folder, source.export, style=options.style, dtype=dtype, device=device)
     style = options.style or ("few" if source.manifest.conditioning else "the pipeline's own")
     about = {"steps": usage.steps, "style": style, "guidance": usage.guidance}
     about |= {"model": usage.model, "weights": source.weights}

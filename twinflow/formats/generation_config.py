@@ -1,4 +1,4 @@
-"""`Usage`: what an export was trained on and for, so that it can be drawn with where nothing else is asked for."""
+"""`GenerationConfig`: default generation settings stored with an export: base pipeline, steps, size, guidance."""
 
 import math
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ _MOST_STEPS = 1000
 
 
 @dataclass(frozen=True)
-class Usage:
+class GenerationConfig:
     """How an export is drawn with.
 
     Args:
@@ -46,7 +46,7 @@ class Usage:
         return asdict(self) | {"model": str(path.absolute()) if path.is_dir() else self.model}
 
     @classmethod
-    def from_dict(cls, saved: Any) -> "Usage":
+    def from_dict(cls, saved: Any) -> "GenerationConfig":
         """Reads what `to_dict` gives; later additions are passed over.
 
         Raises:

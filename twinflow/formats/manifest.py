@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from twinflow.conditioning import MODES
-from twinflow.formats.generation_config import Usage
+from twinflow.formats.generation_config import GenerationConfig
 
 MANIFEST = "twinflow.json"
 LORA = "pytorch_lora_weights.safetensors"  # diffusers' default
@@ -53,7 +53,7 @@ class Manifest:
     weights: str = "student"
     layout: str = "diffusers"
     format: int = FORMAT
-    usage: Usage | None = None
+    usage: GenerationConfig | None = None
 
     @property
     def needs_conditioning(self) -> bool:
@@ -101,7 +101,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise ValueError(f"{path}: family must be a name, got {saved['family']!r}")
     if "usage" in saved:
         try:
-            saved["usage"] = Usage.from_dict(saved["usage"])
+            saved["usage"] = GenerationConfig.from_dict(saved["usage"])
         except ValueError as error:
             raise ValueError(f"{path}: {str(error).removeprefix('Usage: ')}") from None
     return Manifest(**saved)

@@ -147,7 +147,7 @@ def _chosen(
 ) -> MemoryPreset:
     from twinflow.memory.planner.choose import choose
     from twinflow.memory.planner.forecasting import Planner
-    from twinflow.memory.planner.from_student import own_workload
+    from twinflow.memory.planner.from_student import workload_from_student
 
     if memory_gb is None:
         device = next(student.parameters()).device if device is None else device
@@ -155,4 +155,4 @@ def _chosen(
             raise ValueError(f"apply_memory: memory_gb must be given where the student is on {device}, got None")
         free, _ = torch.cuda.mem_get_info(device)
         memory_gb = (free + torch.cuda.memory_reserved(device) - SPARE_BYTES) / 1e9
-    return choose(Planner(own_workload(student, **workload)), memory_gb).preset  # type: ignore[arg-type]
+    return choose(Planner(workload_from_student(student, **workload)), memory_gb).preset  # type: ignore[arg-type]

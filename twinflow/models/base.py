@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from twinflow.conditioning import MODES, TimeConditioning, TimeEmbedder
 from twinflow.models.modulation import Deferral, Modulation
 from twinflow.models.prompts import prompt_groups, prompt_lengths, row_index, trim
-from twinflow.objective.passes import Pass, Plan
+from twinflow.objective.passes import NetworkCall, Plan
 
 CFG_TIMES = ("published", "t")
 
@@ -142,7 +142,7 @@ class FlowModel(nn.Module):
 
     def _check_conditioned(self, plan: Plan) -> None:
         if self.conditioning is None:
-            if any(t != r or t < 0 for call in plan.passes for t, r in zip(call.t, call.r, strict=True)):
+            if any(t != r or t < 0 for call in plan.calls for t, r in zip(call.t, call.r, strict=True)):
                 raise ValueError(
                     f"TwinFlowLoss: student must be told target time and sign, got a {self.family} model without "
                     f"conditioning; load it with conditioning= one of {', '.join(MODES)}"
@@ -155,18 +155,18 @@ class FlowModel(nn.Module):
                 "frozen (peft freezes it when an adapter is added); call student.conditioning.requires_grad_()"
             )
 
-    def rehearsal(self, by_pieces: bool) -> AbstractContextManager[Callable[[Pass], None]] | None:
+    def rehearsal(self, by_micro_batch: bool) -> AbstractContextManager[Callable[[NetworkCall], None]] | None:
         """Lets a step's calls be rehearsed where the model computes something of all of them in advance.
 
         Inside, each call of the plan is announced, then made with any latents, in the plan's order; it returns zeros.
 
         Args:
-            by_pieces: each piece's loss is differentiated before the next piece's.
+            by_micro_batch: each micro-batch's loss is differentiated before the next micro-batch's.
 
         Returns:
             What gives the function to announce a call with; None: nothing is to be rehearsed.
         """
-        return None if self.deferral is None else self.deferral.rehearsal(by_pieces)
+        return None if self.deferral is None else self.deferral.rehearsal(by_micro_batch)
 
     def end_step(self) -> None:
         """Forgets what was computed in advance."""

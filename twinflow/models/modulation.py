@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from twinflow.objective.passes import Pass, Plan
+from twinflow.objective.passes import NetworkCall, Plan
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Deferral(Protocol):
     def begin_step(self, plan: Plan) -> None:
         """A step begins."""
 
-    def rehearsal(self, by_pieces: bool) -> AbstractContextManager[Callable[[Pass], None]]:
+    def rehearsal(self, by_micro_batch: bool) -> AbstractContextManager[Callable[[NetworkCall], None]]:
         """Collects the step's time embeddings, as `FlowModel.rehearsal`."""
 
     def call(self, velocity: Callable[[], torch.Tensor], like: torch.Tensor) -> torch.Tensor:

@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 
-from twinflow.distributed import kept_calls, world
+from twinflow.distributed import calls_in_lockstep, world
 from twinflow.interface import Student, Teacher
 from twinflow.objective.checks import Given, check_arguments, check_latents, check_micro_batch, check_teacher
 from twinflow.objective.config import TwinFlowConfig
 from twinflow.objective.draws import Draws, check_draws, check_roles_and_times, draw_step
-from twinflow.objective.passes import Plan, Request
+from twinflow.objective.passes import Plan, PlanOptions
 from twinflow.objective.plan import make_plan
 from twinflow.objective.roles import RoleCounter
-from twinflow.objective.row_coefficients import row_table
+from twinflow.objective.row_coefficients import row_coefficients
 from twinflow.objective.rows import broadcast_condition, same_leaf_shapes
 from twinflow.objective.runner import StepRun, run_step
 from twinflow.objective.step import Batch
@@ -112,12 +112,12 @@ class TwinFlowLoss:
         step_rows: int | None = None,
         update_teacher: bool = True,
     ) -> TwinFlowOutput:
-        """Computes the same loss piece by piece and adds its gradients to `.grad`: the least memory.
+        """Computes the same loss one micro-batch after the other and adds its gradients to `.grad`: the least memory.
 
         Args:
             micro_batch: most rows of a network call and of a graph.
-            backward: called with each piece's loss, e.g. `accelerator.backward`. Under DDP gradients are
-                synchronised on the last piece only.
+            backward: called with each micro-batch's loss, e.g. `accelerator.backward`. Under DDP gradients are
+                synchronised on the last micro-batch only.
             student, latents, cond, uncond, teacher, generator, draws, step_rows, update_teacher: as for the call.
 
         Returns:
@@ -205,15 +205,15 @@ class TwinFlowLoss:
         merge: bool,
         schedule: str,
         micro_batch: int | None,
-    ) -> Request:
-        return Request(
+    ) -> PlanOptions:
+        return PlanOptions(
             cfg_by=teacher.cfg_by if teacher else "teacher",
             rollout_by=teacher.rollout_by if teacher else "teacher",
             has_uncond=has_uncond,
             merge=merge,
             schedule=schedule,
             micro_batch=1 if self.config.rng_align == "rows" else micro_batch,
-            keep=kept_calls(student),
+            keep=calls_in_lockstep(student),
         )
 
     def _step(
@@ -239,7 +239,7 @@ class TwinFlowLoss:
             check_draws(draws, config, given.latents)
             counts = {role: float(draws.roles.count(role)) for role in draws.roles or ()}  # type: ignore[union-attr]
         plan = make_plan(config, draws, request)
-        table = row_table(config, draws, plan, counts, given.step_rows)
+        table = row_coefficients(config, draws, plan, counts, given.step_rows)
         tensors = Batch(given.latents.detach(), given.cond, uncond, draws)
         run = StepRun(given.student, given.teacher, tensors, plan, table)
         loss, terms = run_step(config, run, update_teacher, backward)

@@ -1,4 +1,4 @@
-"""`Pass`, `Plan`, `Request`: what a step's plan is made of, and what it is asked with."""
+"""`NetworkCall`, `Plan`, `PlanOptions`: what a step's plan is made of, and what it is asked with."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ TARGET_CALLS = ("fake", "data", "cfg", "rollout")  # what the regression targets
 
 
 @dataclass(frozen=True)
-class Pass:
+class NetworkCall:
     """One network call.
 
     Args:
@@ -20,7 +20,7 @@ class Pass:
         kinds: per entry: `cond` or `uncond` (`cfg`), `fake` or `real` (`rectify`), `main` or `generated` (`rollout`).
         t, r: signed times per entry.
         gradient: whether the call is differentiated.
-        piece: which part of the step it belongs to; the loss of a piece follows its last call.
+        micro_batch: which part of the step it belongs to; the loss of a micro-batch follows its last call.
         segment: number of the Euler segment, from 0 (`rollout`).
         discarded: True for a call that only keeps ranks in step; its result is dropped.
     """
@@ -32,7 +32,7 @@ class Pass:
     t: tuple[float, ...]
     r: tuple[float, ...]
     gradient: bool = False
-    piece: int = 0
+    micro_batch: int = 0
     segment: int = 0
     discarded: bool = False
 
@@ -41,8 +41,8 @@ class Pass:
 class Plan:
     """The ordered calls of a step of `batch` rows, and `str()` that shows them beside the published row count."""
 
-    passes: tuple[Pass, ...]
-    pieces: tuple[Rows, ...]
+    calls: tuple[NetworkCall, ...]
+    micro_batches: tuple[Rows, ...]
     batch: int
     schedule: str
     recipe: str
@@ -54,24 +54,24 @@ class Plan:
     @property
     def rows_without_gradient(self) -> int:
         """Network rows executed without gradient."""
-        return sum(len(p.rows) for p in self.passes if not p.gradient)
+        return sum(len(p.rows) for p in self.calls if not p.gradient)
 
     @property
     def rows_with_gradient(self) -> int:
         """Network rows executed with gradient."""
-        return sum(len(p.rows) for p in self.passes if p.gradient)
+        return sum(len(p.rows) for p in self.calls if p.gradient)
 
     def __str__(self) -> str:
-        head = f"{'call':<14} {'who':<8} {'gradient':<9} {'piece':>5} {'rows':>5}  queries (row: t -> r)"
+        head = f"{'call':<14} {'who':<8} {'gradient':<9} {'micro-batch':>5} {'rows':>5}  queries (row: t -> r)"
         lines = [f"step of {self.batch} rows, recipe {self.recipe}, order {self.order}, {self.schedule} schedule", head]
-        for p in self.passes:
+        for p in self.calls:
             entries = zip(p.rows, p.kinds, p.t, p.r, strict=True)
             marks = {"uncond": "u", "real": "+", "fake": "-", "generated": "g"}
             shown = [f"{row}{marks.get(kind, '')}: {t:.3g} -> {r:.3g}" for row, kind, t, r in entries]
             text = ", ".join(shown[:4]) + (", ..." if len(shown) > 4 else "")
             name = p.name + (f" {p.segment + 1}" if p.name == "rollout" else "")
             grad = "yes" if p.gradient else "-"
-            lines.append(f"{name:<14} {p.who:<8} {grad:<9} {p.piece:>5} {len(p.rows):>5}  {text}")
+            lines.append(f"{name:<14} {p.who:<8} {grad:<9} {p.micro_batch:>5} {len(p.rows):>5}  {text}")
         lines.append(
             f"rows without gradient: {self.rows_without_gradient} (published schedule: {self.published_rows}); "
             f"rows with gradient: {self.rows_with_gradient}"
@@ -80,7 +80,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Request:
+class PlanOptions:
     """What besides config and draws decides a plan.
 
     Args:
@@ -88,7 +88,7 @@ class Request:
         has_uncond: whether there is an unconditional condition.
         merge: whether cond and uncond can be one call.
         schedule: `planned` or `published`.
-        micro_batch: most rows of a piece, and of a call; None: the whole batch in one piece.
+        micro_batch: most rows of a micro-batch, and of a call; None: the whole batch in one micro-batch.
         keep: calls that get one discarded row where they have none, so that ranks which share collectives run the same
             calls: `none`, `student` (the differentiated ones) or `all`.
 

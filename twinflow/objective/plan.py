@@ -12,7 +12,7 @@ import torch
 
 from twinflow.objective.config import TwinFlowConfig
 from twinflow.objective.draws import Draws
-from twinflow.objective.passes import Pass, Plan, Request
+from twinflow.objective.passes import NetworkCall, Plan, PlanOptions
 from twinflow.objective.rows import Rows
 
 Entry = tuple[int, str, float, float]  # row, kind, t, r
@@ -21,13 +21,13 @@ Entry = tuple[int, str, float, float]  # row, kind, t, r
 class _Planner:
     """Builds the passes of one step."""
 
-    def __init__(self, config: TwinFlowConfig, draws: Draws, request: Request) -> None:
+    def __init__(self, config: TwinFlowConfig, draws: Draws, request: PlanOptions) -> None:
         self.config, self.draws, self.request = config, draws, request
         self.published = request.schedule == "published"
         self.t, self.r = draws.t.double().tolist(), draws.r.double().tolist()
         self.batch = len(self.t)
         self.roles = draws.roles or ("all",) * self.batch
-        self.passes: list[Pass] = []
+        self.calls: list[NetworkCall] = []
         low, high = config.enhanced_range
         guided = config.enhanced_ratio > 0 and request.has_uncond
         self.enhanced = frozenset(
@@ -53,52 +53,52 @@ class _Planner:
         return self.config.estimate_order > 0 or self.roles[row] in ("mul", "adv", "all")
 
     def student_rows(self, rows: Sequence[int]) -> Rows:
-        """The rows of a piece that the student runs with gradient."""
+        """The rows of a micro-batch that the student runs with gradient."""
         return tuple(i for i in rows if self.published or self.counted(i) or i in self.rectified)
 
-    def add(self, name: str, who: str, entries: list[Entry], piece: int, **more: Any) -> None:
+    def add(self, name: str, who: str, entries: list[Entry], micro_batch: int, **more: Any) -> None:
         """Appends a call for (row, kind, t, r) entries; none for no entries, unless ranks must keep step."""
         if not entries:
             if self.request.keep == "none" or (self.request.keep == "student" and not more.get("gradient")):
                 return
-            row = self.pieces[piece][0]
+            row = self.micro_batches[micro_batch][0]
             entries, more = [(row, "main", self.t[row], self.r[row])], {**more, "discarded": True}
         rows, kinds, t, r = zip(*entries, strict=True)
-        self.passes.append(Pass(name, who, rows, kinds, t, r, piece=piece, **more))
+        self.calls.append(NetworkCall(name, who, rows, kinds, t, r, micro_batch=micro_batch, **more))
 
-    def add_pair(self, name: str, who: str, a: list[Entry], b: list[Entry], piece: int, merge: bool) -> None:
+    def add_pair(self, name: str, who: str, a: list[Entry], b: list[Entry], micro_batch: int, merge: bool) -> None:
         """Appends two kinds of query as one call, or as two where they cannot be or must not be one."""
         for entries in [a + b] if merge and self.fits(len(a) + len(b)) else [a, b]:
-            self.add(name, who, entries, piece)
+            self.add(name, who, entries, micro_batch)
 
     def fits(self, rows: int) -> bool:
         """Whether different kinds of query may be one call; ranks that share collectives decide alike."""
         most = self.request.micro_batch
         return not self.published and (most is None or (rows <= most and self.request.keep != "all"))
 
-    def samples(self, piece: int) -> None:
+    def samples(self, micro_batch: int) -> None:
         """One-step samples: fake data of the adv rows, and all other data in data-free mode (equations 5, 9)."""
-        rows = self.pieces[piece]
+        rows = self.micro_batches[micro_batch]
         if self.config.adversarial and self.roles[0] != "all" and self.config.shares["adv"] > 0:
-            self.add("fake", "student", [(i, "main", 1.0, 0.0) for i in rows if self.roles[i] == "adv"], piece)
+            self.add("fake", "student", [(i, "main", 1.0, 0.0) for i in rows if self.roles[i] == "adv"], micro_batch)
         if self.config.data_free:
-            self.add("data", "student", [(i, "main", 1.0, 0.0) for i in rows if self.roles[i] != "adv"], piece)
+            self.add("data", "student", [(i, "main", 1.0, 0.0) for i in rows if self.roles[i] != "adv"], micro_batch)
 
-    def guidance(self, piece: int) -> None:
+    def guidance(self, micro_batch: int) -> None:
         """Teacher queries of the enhanced target (equation 8)."""
         if not (self.config.enhanced_ratio > 0 and self.request.has_uncond):
             return
-        rows = [i for i in self.pieces[piece] if self.published or i in self.enhanced]
+        rows = [i for i in self.micro_batches[micro_batch] if self.published or i in self.enhanced]
         cond = [(i, "cond", self.t[i], self.t[i]) for i in rows]
         uncond = [(i, "uncond", self.t[i], self.t[i]) for i in rows]
-        self.add_pair("cfg", self.request.cfg_by, cond, uncond, piece, self.request.merge)
+        self.add_pair("cfg", self.request.cfg_by, cond, uncond, micro_batch, self.request.merge)
 
-    def rollouts(self, piece: int) -> None:
+    def rollouts(self, micro_batch: int) -> None:
         """Teacher rollouts (equations 10 to 12): N equal Euler segments from max(t - delta, r) down to r."""
         order, delta = self.config.estimate_order, self.config.delta_t
         if order == 0:
             return
-        rows = self.pieces[piece]
+        rows = self.micro_batches[micro_batch]
         main = [(i, "main", self.t[i], self.r[i]) for i in rows if self.published or i in self.rollout]
         generated: list[Entry] = []
         if self.draws.roles is None and self.config.adversarial and self.config.consistency_weight > 0:
@@ -107,36 +107,42 @@ class _Planner:
         for entries in groups if generated else [main]:
             for k in range(order):
                 segment = [(i, kind, *_segment(t, r, delta, order, k)) for i, kind, t, r in entries]
-                self.add("rollout", self.request.rollout_by, segment, piece, segment=k)
+                self.add("rollout", self.request.rollout_by, segment, micro_batch, segment=k)
 
-    def student(self, piece: int) -> None:
+    def student(self, micro_batch: int) -> None:
         """The differentiated calls."""
-        rows = self.student_rows(self.pieces[piece])
+        rows = self.student_rows(self.micro_batches[micro_batch])
         if self.draws.roles is not None:
-            self.add("student", "student", [(i, "main", self.t[i], self.r[i]) for i in rows], piece, gradient=True)
+            self.add(
+                "student", "student", [(i, "main", self.t[i], self.r[i]) for i in rows], micro_batch, gradient=True
+            )
             return
         config = self.config
         if config.estimate_order > 0:
-            self.add("student", "student", [(i, "main", self.t[i], self.r[i]) for i in rows], piece, gradient=True)
+            self.add(
+                "student", "student", [(i, "main", self.t[i], self.r[i]) for i in rows], micro_batch, gradient=True
+            )
         if config.real_velocity_weight > 0:
-            self.add("velocity", "student", [(i, "main", self.t[i], self.t[i]) for i in rows], piece, gradient=True)
+            self.add(
+                "velocity", "student", [(i, "main", self.t[i], self.t[i]) for i in rows], micro_batch, gradient=True
+            )
         if needs_generation(config):
-            self.add("generate", "student", [(i, "main", 1.0, 0.0) for i in rows], piece, gradient=True)
+            self.add("generate", "student", [(i, "main", 1.0, 0.0) for i in rows], micro_batch, gradient=True)
         if config.adversarial and config.adversarial_weight > 0:
             fakes = [(i, "main", -self.t[i], -self.t[i]) for i in rows]
-            self.add("fake_velocity", "student", fakes, piece, gradient=True)
+            self.add("fake_velocity", "student", fakes, micro_batch, gradient=True)
 
-    def rectify(self, piece: int) -> None:
+    def rectify(self, micro_batch: int) -> None:
         """Fake against real velocity of generated samples, by the student (equation 21)."""
         if not (self.config.adversarial and self.config.rectify_weight > 0):
             return
         if self.draws.roles is not None and self.config.shares["e2e"] == 0:
             return
-        rows = [i for i in self.pieces[piece] if i in self.rectified]
+        rows = [i for i in self.micro_batches[micro_batch] if i in self.rectified]
         again = [] if self.draws.t_rectify is None else self.draws.t_rectify.double().tolist()
         fake = [(i, "fake", -again[self.rectified[i]], -again[self.rectified[i]]) for i in rows]
         real = [(i, "real", again[self.rectified[i]], again[self.rectified[i]]) for i in rows]
-        self.add_pair("rectify", "student", fake, real, piece, merge=True)
+        self.add_pair("rectify", "student", fake, real, micro_batch, merge=True)
 
     def published_rows(self) -> int:
         """Rows without gradient of the published schedule: it drops none of a pass's rows."""
@@ -149,17 +155,17 @@ class _Planner:
 
     def build(self) -> Plan:
         most = self.request.micro_batch or self.batch
-        self.pieces = tuple(tuple(range(i, min(i + most, self.batch))) for i in range(0, self.batch, most))
-        pieces = range(len(self.pieces))
+        self.micro_batches = tuple(tuple(range(i, min(i + most, self.batch))) for i in range(0, self.batch, most))
+        micro_batches = range(len(self.micro_batches))
         for phase in (self.samples, *([self.student] if self.published else []), self.guidance, self.rollouts):
-            for piece in pieces:
-                phase(piece)
-        for piece in pieces:
+            for micro_batch in micro_batches:
+                phase(micro_batch)
+        for micro_batch in micro_batches:
             if not self.published:
-                self.student(piece)
-            self.rectify(piece)
+                self.student(micro_batch)
+            self.rectify(micro_batch)
         return Plan(
-            passes=tuple(self.passes), pieces=self.pieces, batch=self.batch, schedule=self.request.schedule,
+            calls=tuple(self.calls), micro_batches=self.micro_batches, batch=self.batch, schedule=self.request.schedule,
             recipe=self.config.recipe, order=self.config.estimate_order, enhanced=self.enhanced,
             rollout_rows=self.rollout, published_rows=self.published_rows(),
         )  # fmt: skip
@@ -180,7 +186,7 @@ def _segment(t: float, r: float, delta: float, order: int, k: int) -> tuple[floa
     return nodes[0], r if k + 1 == order else nodes[1]
 
 
-def make_plan(config: TwinFlowConfig, draws: Draws, request: Request | None = None) -> Plan:
+def make_plan(config: TwinFlowConfig, draws: Draws, request: PlanOptions | None = None) -> Plan:
     """Plans a step.
 
     Args:
@@ -191,12 +197,12 @@ def make_plan(config: TwinFlowConfig, draws: Draws, request: Request | None = No
     Returns:
         The plan.
     """
-    request = request or Request()
+    request = request or PlanOptions()
     return _Planner(config, draws, request).build()
 
 
 def time_table(plan: Plan, dtype: torch.dtype) -> torch.Tensor:
     """(3, entries) on the CPU: t, r and t - r of every entry of every call in order, for one transfer per step."""
-    t = [value for p in plan.passes for value in p.t]
-    r = [value for p in plan.passes for value in p.r]
+    t = [value for p in plan.calls for value in p.t]
+    r = [value for p in plan.calls for value in p.r]
     return torch.tensor([t, r, [a - b for a, b in zip(t, r, strict=True)]], dtype=torch.float64).to(dtype)

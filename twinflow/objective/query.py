@@ -1,4 +1,4 @@
-"""`ask()`: one network call of a step."""
+"""`run_call()`: one network call of a step."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 import torch
 
 from twinflow.interface import Student, Teacher, guidance_times
-from twinflow.objective.passes import Pass
+from twinflow.objective.passes import NetworkCall
 
 
-def ask(
-    call: Pass, student: Student, teacher: Teacher | None, x_t: torch.Tensor, times: torch.Tensor, cond: Any
+def run_call(
+    call: NetworkCall, student: Student, teacher: Teacher | None, x_t: torch.Tensor, times: torch.Tensor, cond: Any
 ) -> Any:
     """What a call's network answers.
 

@@ -1,6 +1,6 @@
 """`StepRandomState`: where torch's global random streams stand in each network call of a step.
 
-Every call of a piece of the step starts from the same state, so that dropout masks agree between student and teacher;
+Every call of a micro-batch starts from the same state, so that dropout masks agree between student and teacher;
 afterwards the streams stand where the first student call left them.
 """
 
@@ -28,19 +28,19 @@ class StepRandomState:
         self._device = device
         self._start = self._capture()
         self._left: _Streams | None = None
-        self._pieces = {0: self._start}
+        self._micro_batches = {0: self._start}
 
     @contextmanager
-    def call(self, piece: int, student: bool) -> Iterator[None]:
-        """Puts the streams at the state of a piece; remembers where the first student call leaves them.
+    def call(self, micro_batch: int, student: bool) -> Iterator[None]:
+        """Puts the streams at the state of a micro-batch; remembers where the first student call leaves them.
 
         Args:
-            piece: number of the piece; piece 0 starts where the step started, the others at states derived from it.
+            micro_batch: its number; number 0 starts where the step started, the others at states derived from it.
             student: whether this is the student's differentiated call.
         """
-        if piece not in self._pieces:
-            self._pieces[piece] = self._derive(piece)
-        self._restore(self._pieces[piece])
+        if micro_batch not in self._micro_batches:
+            self._micro_batches[micro_batch] = self._derive(micro_batch)
+        self._restore(self._micro_batches[micro_batch])
         yield
         if student and self._left is None:
             self._left = self._capture()
@@ -58,9 +58,9 @@ class StepRandomState:
         if streams.device is not None:
             torch.cuda.set_rng_state(streams.device, self._device)
 
-    def _derive(self, piece: int) -> _Streams:
-        """A state for a piece: seeded by a hash of the starting state and the piece's number."""
-        digest = hashlib.blake2b(piece.to_bytes(8, "little"), digest_size=8)
+    def _derive(self, micro_batch: int) -> _Streams:
+        """A state for a micro-batch: seeded by a hash of the starting state and the micro-batch's number."""
+        digest = hashlib.blake2b(micro_batch.to_bytes(8, "little"), digest_size=8)
         for stream in self._start:
             digest.update(b"" if stream is None else stream.numpy().tobytes())
         seed = int.from_bytes(digest.digest(), "little") >> 1

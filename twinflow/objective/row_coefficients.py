@@ -1,4 +1,4 @@
-"""`RowTable`: the numbers per row that enter the arithmetic of a step, made on the host in float64."""
+"""`RowCoefficients`: the numbers per row that enter the arithmetic of a step, made on the host in float64."""
 
 import math
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from twinflow.objective.plan import Plan
 
 
 @dataclass(frozen=True)
-class RowTable:
+class RowCoefficients:
     """Numbers per row; all tensors have B rows, and the rows of a `coefficients` tensor are velocity_loss's `rows`.
 
     Args:
@@ -33,7 +33,7 @@ class RowTable:
     rectify: torch.Tensor
     consistency: torch.Tensor
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> "RowTable":
+    def to(self, device: torch.device, dtype: torch.dtype) -> "RowCoefficients":
         """The table on a device, in one transfer."""
         columns = [v.unsqueeze(-1) if v.dim() == 1 else v for v in vars(self).values()]
         packed = torch.cat(columns, dim=1).to(dtype).to(device, non_blocking=True)
@@ -41,7 +41,7 @@ class RowTable:
         unpacked = [
             p.squeeze(1) if v.dim() == 1 else p.contiguous() for p, v in zip(parts, vars(self).values(), strict=True)
         ]
-        return RowTable(*unpacked)
+        return RowCoefficients(*unpacked)
 
 
 def time_weight(t: float, r: float) -> float:
@@ -66,9 +66,9 @@ def denominators(config: TwinFlowConfig, plan: Plan, counts: Mapping[str, float]
     return sum(counts[r] for r in counted), counts.get("e2e", 0.0)
 
 
-def row_table(
+def row_coefficients(
     config: TwinFlowConfig, draws: Draws, plan: Plan, counts: Mapping[str, float], step_rows: int | None
-) -> RowTable:
+) -> RowCoefficients:
     """Builds the table of a step; arguments as in `denominators`."""
     t, r = draws.t.double().tolist(), draws.r.double().tolist()
     roles = draws.roles or ("all",) * len(t)
@@ -98,7 +98,7 @@ def row_table(
     def every(a: float, b: float, bound: float, weight: float) -> torch.Tensor:
         return torch.tensor([(a, b, bound, weight / main_rows if main_rows else 0.0)] * len(t), dtype=torch.float64)
 
-    return RowTable(
+    return RowCoefficients(
         noise=draws.t.double().abs(),
         rectify_noise=torch.tensor([noise_again.get(i, 0.0) for i in rows], dtype=torch.float64),
         ratio=torch.tensor([config.enhanced_ratio * (i in plan.enhanced) for i in rows], dtype=torch.float64),

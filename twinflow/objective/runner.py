@@ -1,4 +1,4 @@
-"""`run_step()`: runs the plan of a step, and takes the loss of each piece when its calls are done."""
+"""`run_step()`: runs the plan of a step, and takes the loss of each micro-batch when its calls are done."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -9,10 +9,10 @@ import torch
 
 from twinflow.interface import Student, Teacher, data_parallel, unwrap
 from twinflow.objective.config import TwinFlowConfig
-from twinflow.objective.passes import TARGET_CALLS, Pass, Plan
-from twinflow.objective.row_coefficients import RowTable
+from twinflow.objective.passes import TARGET_CALLS, NetworkCall, Plan
+from twinflow.objective.row_coefficients import RowCoefficients
 from twinflow.objective.step import Batch, Step
-from twinflow.objective.terms import PieceLoss
+from twinflow.objective.terms import MicroBatchLoss
 
 
 @dataclass(frozen=True)
@@ -23,19 +23,19 @@ class StepRun:
     teacher: Teacher | None
     batch: Batch
     plan: Plan
-    table: RowTable
+    table: RowCoefficients
 
 
 def run_step(
     config: TwinFlowConfig, run: StepRun, update_teacher: bool, backward: Callable[[torch.Tensor], Any] | None
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Runs a plan: teacher update, calls in order, the loss of each piece after its last call.
+    """Runs a plan: teacher update, calls in order, the loss of each micro-batch after its last call.
 
     Args:
         config: the objective's settings.
         run: the step.
         update_teacher: whether the teacher moves first.
-        backward: differentiates the loss of each piece as it comes; None keeps the graph.
+        backward: differentiates the loss of each micro-batch as it comes; None keeps the graph.
 
     Returns:
         The loss and its terms; the loss is detached where `backward` is given.
@@ -48,31 +48,31 @@ def run_step(
     terms: dict[str, torch.Tensor] = {}
     with _student_step(run.student, step, backward is not None), _Synchronisation(run, backward) as synchronisation:
         try:
-            for i, call in enumerate(run.plan.passes):
+            for i, call in enumerate(run.plan.calls):
                 synchronisation.before(call)
                 step.run(call)
-                for piece in due.get(i, ()):
-                    losses[piece] = _piece_loss(config, step, piece, terms, backward)
+                for micro_batch in due.get(i, ()):
+                    losses[micro_batch] = _micro_batch_loss(config, step, micro_batch, terms, backward)
         finally:
             step.random.finish()
     if not losses:
         return _zero(run.batch.latents, backward is None), terms
-    return torch.stack([losses[piece] for piece in sorted(losses)]).sum(), terms
+    return torch.stack([losses[micro_batch] for micro_batch in sorted(losses)]).sum(), terms
 
 
-def _piece_loss(
+def _micro_batch_loss(
     config: TwinFlowConfig,
     step: Step,
     number: int,
     terms: dict[str, torch.Tensor],
     backward: Callable[[torch.Tensor], Any] | None,
 ) -> torch.Tensor:
-    """The loss of a piece; adds to `terms`; differentiated and detached where `backward` is given."""
-    piece = PieceLoss(step, number)
-    loss = piece.total()
+    """The loss of a micro-batch; adds to `terms`; differentiated and detached where `backward` is given."""
+    micro_batch = MicroBatchLoss(step, number)
+    loss = micro_batch.total()
     if config.check_finite:
-        piece.require_finite()
-    for name, value in piece.terms.items():
+        micro_batch.require_finite()
+    for name, value in micro_batch.terms.items():
         terms[name] = terms[name] + value.detach() if name in terms else value.detach()
     step.forget(number)
     if backward is None:
@@ -83,29 +83,29 @@ def _piece_loss(
 
 
 def _losses_due(plan: Plan) -> dict[int, list[int]]:
-    """Number of a call -> the pieces whose loss follows it: their last call, once every target is complete."""
-    complete = max((i for i, c in enumerate(plan.passes) if c.name in TARGET_CALLS), default=0)
+    """Number of a call -> the micro-batches whose loss follows it: their last call, once every target is complete."""
+    complete = max((i for i, c in enumerate(plan.calls) if c.name in TARGET_CALLS), default=0)
     due: dict[int, list[int]] = {}
-    for piece in range(len(plan.pieces)):
-        calls = [i for i, call in enumerate(plan.passes) if call.piece == piece and call.gradient]
+    for micro_batch in range(len(plan.micro_batches)):
+        calls = [i for i, call in enumerate(plan.calls) if call.micro_batch == micro_batch and call.gradient]
         if calls:
-            last = max(i for i, call in enumerate(plan.passes) if call.piece == piece)
-            due.setdefault(max(last, complete), []).append(piece)
+            last = max(i for i, call in enumerate(plan.calls) if call.micro_batch == micro_batch)
+            due.setdefault(max(last, complete), []).append(micro_batch)
     return due
 
 
 class _Synchronisation:
-    """Under DDP, `backward` by pieces synchronises gradients on the last piece only."""
+    """Under DDP, `backward` by micro-batches synchronises gradients on the last micro-batch only."""
 
     def __init__(self, run: StepRun, backward: Callable[[torch.Tensor], Any] | None) -> None:
-        self._last = len(run.plan.pieces) - 1
+        self._last = len(run.plan.micro_batches) - 1
         self._pause: AbstractContextManager | None = None
         wrapper = data_parallel(run.student)
         if wrapper is not None and backward is not None and self._last > 0:
             self._pause = wrapper.no_sync()
 
-    def before(self, call: Pass) -> None:
-        if self._pause is not None and call.gradient and call.piece == self._last:
+    def before(self, call: NetworkCall) -> None:
+        if self._pause is not None and call.gradient and call.micro_batch == self._last:
             self.__exit__()
 
     def __enter__(self) -> "_Synchronisation":
@@ -120,14 +120,14 @@ class _Synchronisation:
 
 
 @contextmanager
-def _student_step(student: Student, step: Step, by_pieces: bool) -> Iterator[None]:
+def _student_step(student: Student, step: Step, by_micro_batch: bool) -> Iterator[None]:
     """Tells a student that wants to know its calls in advance, and rehearses them where it asks for that."""
     module = unwrap(student)
     begin, rehearsal, end = (getattr(module, name, None) for name in ("begin_step", "rehearsal", "end_step"))
     try:
         if begin is not None:
             begin(step.plan)
-        rehearsed = None if rehearsal is None else rehearsal(by_pieces)
+        rehearsed = None if rehearsal is None else rehearsal(by_micro_batch)
         if rehearsed is not None:
             with rehearsed as announce:
                 step.rehearse(announce)

@@ -10,11 +10,11 @@ import torch
 from twinflow.interface import Student, Teacher, unwrap, without_collectives
 from twinflow.objective.config import TwinFlowConfig
 from twinflow.objective.draws import Draws
-from twinflow.objective.passes import Pass, Plan
+from twinflow.objective.passes import NetworkCall, Plan
 from twinflow.objective.plan import time_table
-from twinflow.objective.query import ask
+from twinflow.objective.query import run_call
 from twinflow.objective.random_state import StepRandomState
-from twinflow.objective.row_coefficients import RowTable
+from twinflow.objective.row_coefficients import RowCoefficients
 from twinflow.objective.rows import Rows, RowSelector, concatenate
 from twinflow_kernels import rollout_start, rollout_step_
 
@@ -47,7 +47,7 @@ class Step:
         teacher: Teacher | None,
         batch: Batch,
         plan: Plan,
-        table: RowTable,
+        table: RowCoefficients,
     ) -> None:
         self.config, self.student, self.teacher, self.batch, self.plan = config, student, teacher, batch, plan
         latents, draws = batch.latents, batch.draws
@@ -68,7 +68,7 @@ class Step:
         self.rectify_velocities: dict[str, torch.Tensor] = {}
         self.discarded: list[torch.Tensor] = []
 
-    def run(self, call: Pass) -> None:
+    def run(self, call: NetworkCall) -> None:
         """Runs the next call of the plan."""
         width = len(call.rows)
         times = self._times[:, self._time_at : self._time_at + width]
@@ -80,19 +80,19 @@ class Step:
             return
         getattr(self, f"_{call.name}")(call, times)
 
-    def rehearse(self, announce: Callable[[Pass], None]) -> None:
+    def rehearse(self, announce: Callable[[NetworkCall], None]) -> None:
         """Makes every call of the plan with latents in the place of what is not known yet, and drops the results.
 
         Args:
             announce: is told each call before it is made.
         """
         start = 0
-        for call in self.plan.passes:
+        for call in self.plan.calls:
             times = self._times[:, start : start + len(call.rows)]
             start += len(call.rows)
             announce(call)
             x_t = self.select.take(self.batch.latents, call.rows)
-            ask(call, unwrap(self.student), self.teacher, x_t, times, self._condition(call))
+            run_call(call, unwrap(self.student), self.teacher, x_t, times, self._condition(call))
 
     @property
     def _noise(self) -> torch.Tensor:
@@ -133,19 +133,19 @@ class Step:
     def _per_row(self, values: torch.Tensor) -> torch.Tensor:
         return values.view(-1, *[1] * (self.batch.latents.dim() - 1))
 
-    def _query(self, call: Pass, x_t: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-        """One network call: the random state of its piece, its conditions, float32 times, a checked result."""
+    def _query(self, call: NetworkCall, x_t: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+        """One network call: the random state of its micro-batch, its conditions, float32 times, a checked result."""
         cond, x_t = self._condition(call), x_t.to(self.batch.latents.dtype)
         network = self.student if call.gradient else without_collectives(self.student)
-        with self.random.call(call.piece, call.gradient):
-            velocity = ask(call, network, self.teacher, x_t, times, cond)
+        with self.random.call(call.micro_batch, call.gradient):
+            velocity = run_call(call, network, self.teacher, x_t, times, cond)
         if not isinstance(velocity, torch.Tensor) or velocity.shape != x_t.shape or not velocity.is_floating_point():
             got = f"{velocity.dtype} {tuple(velocity.shape)}" if isinstance(velocity, torch.Tensor) else type(velocity)
             raise ValueError(f"TwinFlowLoss: {call.who} must return a floating velocity {tuple(x_t.shape)}, got {got}")
         # Without gradient: a view of a parameter would start a graph.
         return velocity if call.gradient and torch.is_grad_enabled() else velocity.detach()
 
-    def _condition(self, call: Pass) -> Any:
+    def _condition(self, call: NetworkCall) -> Any:
         first = call.kinds.index("uncond") if "uncond" in call.kinds else len(call.rows)
         parts = []
         if first:
@@ -154,28 +154,28 @@ class Step:
             parts.append(self.select.take_condition(self.batch.uncond, call.rows[first:]))
         return concatenate(parts)
 
-    def _sample(self, call: Pass, times: torch.Tensor, z: torch.Tensor) -> None:
+    def _sample(self, call: NetworkCall, times: torch.Tensor, z: torch.Tensor) -> None:
         """x <- z - F(z, 1, 0 | c) in rows of the data."""
         if self._samples is None:
             self._samples = self.batch.latents.to(self.dtype, copy=True)
         self.select.put(self._samples, call.rows, z - self._query(call, z, times))
 
-    def _fake(self, call: Pass, times: torch.Tensor) -> None:
+    def _fake(self, call: NetworkCall, times: torch.Tensor) -> None:
         fake = self._rows_of(self.batch.draws.z_fake, tuple(self._fake_row[row] for row in call.rows))
         self._sample(call, times, fake)
 
-    def _data(self, call: Pass, times: torch.Tensor) -> None:
+    def _data(self, call: NetworkCall, times: torch.Tensor) -> None:
         self._sample(call, times, self._rows_of(self.batch.draws.z_data, call.rows))
 
     def _rows_of(self, noise: torch.Tensor | None, rows: Rows) -> torch.Tensor:
         assert noise is not None
         return noise.to(self.dtype).index_select(0, self.select.index(rows))
 
-    def _cfg(self, call: Pass, times: torch.Tensor) -> None:
+    def _cfg(self, call: NetworkCall, times: torch.Tensor) -> None:
         velocity = self._query(call, self.select.take(self.x_t, call.rows), times)
         self._scatter(self._queries, call, velocity)
 
-    def _scatter(self, where: dict[str, torch.Tensor], call: Pass, velocity: torch.Tensor) -> None:
+    def _scatter(self, where: dict[str, torch.Tensor], call: NetworkCall, velocity: torch.Tensor) -> None:
         """Files the entries of a call by kind, in tensors of B rows of which only the queried ones are written."""
         for kind in dict.fromkeys(call.kinds):
             at = [i for i, k in enumerate(call.kinds) if k == kind]
@@ -187,9 +187,9 @@ class Step:
                 where[kind] = velocity.new_empty((self.plan.batch, *velocity.shape[1:]))
             self.select.put(where[kind], rows, velocity.narrow(0, at[0], len(at)))
 
-    def _rollout(self, call: Pass, times: torch.Tensor) -> None:
+    def _rollout(self, call: NetworkCall, times: torch.Tensor) -> None:
         """One Euler segment of the teacher's walk from x_m (equations 11, 12)."""
-        key = (call.piece, call.rows, call.kinds)
+        key = (call.micro_batch, call.rows, call.kinds)
         if call.segment == 0:
             starts = {"main": lambda: self.targets[1], "generated": lambda: self.generated_start}
             parts = []
@@ -202,21 +202,21 @@ class Step:
         if call.segment + 1 == self.plan.order:
             self._scatter(self.rollout_ends, call, self._states.pop(key))
 
-    def _student(self, call: Pass, times: torch.Tensor) -> None:
+    def _student(self, call: NetworkCall, times: torch.Tensor) -> None:
         velocity = self._query(call, self.select.take(self.x_t, call.rows), times)
-        self.predictions[call.name, call.piece] = (call.rows, velocity)
+        self.predictions[call.name, call.micro_batch] = (call.rows, velocity)
 
     _velocity = _student
 
-    def _generate(self, call: Pass, times: torch.Tensor) -> None:
+    def _generate(self, call: NetworkCall, times: torch.Tensor) -> None:
         """F(z, 1, 0 | c) with gradient (equation 26)."""
         velocity = self._query(call, self.select.take(self._noise, call.rows), times)
-        self.predictions["generate", call.piece] = (call.rows, velocity)
+        self.predictions["generate", call.micro_batch] = (call.rows, velocity)
 
-    def samples(self, piece: int, rows: Rows) -> torch.Tensor:
-        """One-step samples x_hat = x_t - |t| F of some rows of a piece, detached (equation 2)."""
+    def samples(self, micro_batch: int, rows: Rows) -> torch.Tensor:
+        """One-step samples x_hat = x_t - |t| F of some rows of a micro-batch, detached (equation 2)."""
         all_terms = self.plan.recipe == "all_terms"
-        run, velocity = self.predictions["generate" if all_terms else "student", piece]
+        run, velocity = self.predictions["generate" if all_terms else "student", micro_batch]
         at = self.select.index(tuple(run.index(row) for row in rows))
         velocity = velocity.detach().index_select(0, at).to(self.dtype)
         if all_terms:
@@ -224,21 +224,21 @@ class Step:
         t = self._per_row(self.select.take(self.table.noise, rows))
         return self.select.take(self.x_t, rows) - t * velocity
 
-    def _fake_velocity(self, call: Pass, times: torch.Tensor) -> None:
+    def _fake_velocity(self, call: NetworkCall, times: torch.Tensor) -> None:
         """F(t z + (1 - t) x_f, -t, -t | c) with gradient (equation 26)."""
         t = self._per_row(self.select.take(self.table.noise, call.rows))
-        fake = self.samples(call.piece, call.rows)
+        fake = self.samples(call.micro_batch, call.rows)
         x_t = t * self.select.take(self._noise, call.rows) + (1 - t) * fake
-        self.predictions["fake_velocity", call.piece] = (call.rows, self._query(call, x_t, times))
+        self.predictions["fake_velocity", call.micro_batch] = (call.rows, self._query(call, x_t, times))
 
-    def _rectify(self, call: Pass, times: torch.Tensor) -> None:
+    def _rectify(self, call: NetworkCall, times: torch.Tensor) -> None:
         """F(x', -t', -t') and F(x', t', t') at re-noised samples x' (equation 21)."""
-        x_hat = self.samples(call.piece, call.rows)
+        x_hat = self.samples(call.micro_batch, call.rows)
         again = self._rows_of(self.batch.draws.z_rectify, tuple(self._rectify_row[row] for row in call.rows))
         t = self._per_row(self.table.rectify_noise.index_select(0, self.select.index(call.rows)))
         self._scatter(self.rectify_velocities, call, self._query(call, t * again + (1 - t) * x_hat, times))
 
-    def forget(self, piece: int) -> None:
-        """Drops the predictions of a piece whose loss is taken."""
-        self.predictions = {key: value for key, value in self.predictions.items() if key[1] != piece}
+    def forget(self, micro_batch: int) -> None:
+        """Drops the predictions of a micro-batch whose loss is taken."""
+        self.predictions = {key: value for key, value in self.predictions.items() if key[1] != micro_batch}
         self.discarded.clear()

@@ -1,4 +1,4 @@
-"""`PieceLoss`: the loss of a piece of a step, one named method per term."""
+"""`MicroBatchLoss`: the loss of a micro-batch of a step, one named method per term."""
 
 import torch
 
@@ -7,19 +7,19 @@ from twinflow.objective.step import Step
 from twinflow_kernels import velocity_loss
 
 
-class PieceLoss:
-    """The terms of the rows of one piece, from the velocities its step has gathered.
+class MicroBatchLoss:
+    """The terms of the rows of one micro-batch, from the velocities its step has gathered.
 
     Args:
-        step: the step; the piece's calls have run.
-        piece: its number.
+        step: the step; the micro-batch's calls have run.
+        micro_batch: its number.
 
     Attributes:
         terms: name -> weighted contribution to the loss, 0-dim.
     """
 
-    def __init__(self, step: Step, piece: int) -> None:
-        self._step, self._piece, self._config = step, piece, step.config
+    def __init__(self, step: Step, micro_batch: int) -> None:
+        self._step, self._micro_batch, self._config = step, micro_batch, step.config
         self._rows: dict[str, tuple[Rows, torch.Tensor]] = {}
         self.terms: dict[str, torch.Tensor] = {}
 
@@ -37,7 +37,11 @@ class PieceLoss:
         # Calls that only keep ranks in step stay in the graph with weight 0.
         values = [*self.terms.values(), *(self._nothing(v) for v in self._step.discarded)]
         if not values:  # rows that ran but do not count: a differentiable zero
-            values = [self._nothing(v) for (_, piece), (_, v) in self._step.predictions.items() if piece == self._piece]
+            values = [
+                self._nothing(v)
+                for (_, micro_batch), (_, v) in self._step.predictions.items()
+                if micro_batch == self._micro_batch
+            ]
         return torch.stack(values).sum()
 
     def require_finite(self) -> None:
@@ -51,9 +55,9 @@ class PieceLoss:
 
     def consistency_and_fake_velocity(self) -> None:
         """RCGM of the real rows and the fake velocity of the `adv` rows (equations 13 to 20), in one call."""
-        if ("student", self._piece) not in self._step.predictions:
+        if ("student", self._micro_batch) not in self._step.predictions:
             return
-        rows, velocity = self._step.predictions["student", self._piece]
+        rows, velocity = self._step.predictions["student", self._micro_batch]
         target = self._step.targets[0]
         losses = self._losses(velocity, rows, target, "main", self._step.table.main, self._config.loss)
         roles = self._step.batch.draws.roles or ()
@@ -73,11 +77,11 @@ class PieceLoss:
 
     def fake_velocity(self) -> None:
         """F(t z + (1 - t) x_f, -t, -t) against z - x_f (equation 26)."""
-        if ("fake_velocity", self._piece) not in self._step.predictions:
+        if ("fake_velocity", self._micro_batch) not in self._step.predictions:
             return
-        rows, velocity = self._step.predictions["fake_velocity", self._piece]
+        rows, velocity = self._step.predictions["fake_velocity", self._micro_batch]
         # z - x_f = F(z, 1, 0), the one-step prediction itself.
-        target = self._step.predictions["generate", self._piece][1].detach()
+        target = self._step.predictions["generate", self._micro_batch][1].detach()
         losses = self._loss(velocity, target, None, None, rows, self._step.table.fake_velocity, self._config.loss)
         self._file("adversarial", rows, losses, tuple(range(len(rows))))
 
@@ -89,9 +93,9 @@ class PieceLoss:
     def rectify(self, prediction: str, loss: str) -> None:
         """Fake minus real velocity of generated samples, as the error of the prediction (equations 21, 22, 27)."""
         step = self._step
-        if not step.rectify_velocities or (prediction, self._piece) not in step.predictions:
+        if not step.rectify_velocities or (prediction, self._micro_batch) not in step.predictions:
             return
-        run, velocity = step.predictions[prediction, self._piece]
+        run, velocity = step.predictions[prediction, self._micro_batch]
         roles = step.batch.draws.roles
         rows = tuple(row for row in run if roles is None or roles[row] == "e2e")
         if not rows:
@@ -104,9 +108,9 @@ class PieceLoss:
 
     def _term(self, name: str, prediction: str, table: torch.Tensor, rollout: str | None = None) -> None:
         """Files the loss of a prediction against v* in every row."""
-        if (prediction, self._piece) not in self._step.predictions:
+        if (prediction, self._micro_batch) not in self._step.predictions:
             return
-        rows, velocity = self._step.predictions[prediction, self._piece]
+        rows, velocity = self._step.predictions[prediction, self._micro_batch]
         losses = self._losses(velocity, rows, self._step.targets[0], rollout, table, self._config.loss)
         self._file(name, rows, losses, tuple(range(len(rows))))
 

@@ -28,7 +28,7 @@ from twinflow.formats.manifest import (
 )
 from twinflow.interface import unwrap
 from twinflow.models import FAMILIES, FlowModel, load
-from twinflow.pipelines.time_hooks import Binding
+from twinflow.pipelines.time_hooks import SchedulerTimeHooks
 from twinflow.scheduler import TwinFlowScheduler
 from twinflow.teachers.adapter_slot import adapter_layers
 
@@ -71,7 +71,7 @@ def attach(
         raise TypeError(f"attach: pipe must be a diffusers pipeline with a transformer, got {type(pipe).__name__}")
     stock: Any = pipe
     transformer: Any = unwrap(stock.transformer)
-    if Binding.of(transformer) is not None:
+    if SchedulerTimeHooks.of(transformer) is not None:
         raise ValueError("attach: pipe must have no export attached, got one that has; load it anew")
     walk = TwinFlowScheduler(style=style, **scheduler)
     saved = _read(Path(lora_or_dir), style)
@@ -88,7 +88,7 @@ def attach(
     else:
         _add_lora(pipe, model, saved, adapter_name)
     stock.register_modules(scheduler=walk)
-    Binding(pipe, model.conditioning).register(model.network)
+    SchedulerTimeHooks(pipe, model.conditioning).register(model.network)
     return pipe
 
 

@@ -1,4 +1,4 @@
-"""`Drawer`: a stock diffusers pipeline that draws with an export, as the export was trained."""
+"""`ImageGenerator`: a stock diffusers pipeline that draws with an export, as the export was trained."""
 
 import inspect
 import warnings
@@ -16,7 +16,7 @@ from twinflow.scheduler import TwinFlowScheduler
 _TRUE_CFG = ("qwen_image", "flux")  # whose pipelines guide by true_cfg_scale
 
 
-class Drawer:
+class ImageGenerator:
     """Loads the pipeline and attaches the export.
 
     Args:

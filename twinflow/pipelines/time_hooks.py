@@ -1,4 +1,4 @@
-"""`Binding`: the hooks by which a pipeline's transformer hears its scheduler's exact times."""
+"""`SchedulerTimeHooks`: the hooks by which a pipeline's transformer hears its scheduler's exact times."""
 
 import inspect
 import warnings
@@ -20,7 +20,7 @@ _GUIDED = (
 )
 
 
-class Binding:
+class SchedulerTimeHooks:
     """Hooks around the calls of a transformer: they bind the times of the scheduler's next evaluation, and warn once
     where the pipeline guides.
 
@@ -38,10 +38,10 @@ class Binding:
         self._warned = False
 
     @staticmethod
-    def of(transformer: nn.Module) -> "Binding | None":
+    def of(transformer: nn.Module) -> "SchedulerTimeHooks | None":
         """The binding that a transformer has."""
         owners = [getattr(hook, "__self__", None) for hook in transformer._forward_pre_hooks.values()]
-        return next((owner for owner in owners if isinstance(owner, Binding)), None)
+        return next((owner for owner in owners if isinstance(owner, SchedulerTimeHooks)), None)
 
     def register(self, transformer: nn.Module) -> None:
         """Puts the hooks around a transformer."""

@@ -6,7 +6,7 @@ import torch
 
 from twinflow.interface import Student
 from twinflow.sampling.grid import check_steps
-from twinflow.sampling.sampler import Generators, Walk, WalkState, check_generators
+from twinflow.sampling.sampler import Generators, SamplerConfig, SamplerState, check_generators
 
 
 @torch.no_grad()
@@ -46,14 +46,14 @@ def sample(
     if not isinstance(z, torch.Tensor) or not z.is_floating_point():
         raise TypeError(f"sample: z must be a floating tensor, got {getattr(z, 'dtype', type(z).__name__)}")
     check_steps("sample", "steps", steps)
-    options = Walk(style=style, stochasticity=stochasticity, **walk)
+    options = SamplerConfig(style=style, stochasticity=stochasticity, **walk)
     options.check("sample")
     check_generators("sample", generator)
     if isinstance(generator, (list, tuple)) and len(generator) != z.shape[0]:
         raise ValueError(f"sample: generator must be one or a list of {z.shape[0]}, got {len(generator)}")
     queries = options.queries(options.times(steps))
     x = z.to(torch.promote_types(z.dtype, torch.float32))
-    state = WalkState(options)
+    state = SamplerState(options)
     for query in queries:
         t, r = (torch.full((z.shape[0],), time, dtype=x.dtype, device=z.device) for time in (query.t, query.r))
         velocity = student(x.to(z.dtype), t, r, cond)

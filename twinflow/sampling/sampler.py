@@ -17,7 +17,7 @@ SDE = "SDE"
 Generators = torch.Generator | Sequence[torch.Generator]
 
 
-class Query(NamedTuple):
+class Evaluation(NamedTuple):
     """One network call: at time t for target time r, within the step from `start` to `end`.
 
     `part` is `whole` for a step of one call, `predict` and `correct` for the two calls of equation 37.
@@ -31,7 +31,7 @@ class Query(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Walk:
+class SamplerConfig:
     """How a sampler walks from noise to data.
 
     Args:
@@ -81,16 +81,16 @@ class Walk:
         """Times in [0, 1] after equation 34."""
         return [self.shift * s / (1 + (self.shift - 1) * s) for s in times]
 
-    def queries(self, times: Sequence[float]) -> list[Query]:
+    def queries(self, times: Sequence[float]) -> list[Evaluation]:
         """The network calls of a walk over n + 1 falling times: n, or 2 n - 1 of second order."""
         calls = []
         for start, end in pairwise(times):
             target = {"few": 0.0, "any": end, "mul": start}[self.style]
             # The last step ends at 0, where no network is trained: it is of first order.
             two = self.order == 2 and end > 0
-            calls.append(Query(start, target, start, end, "predict" if two else "whole"))
+            calls.append(Evaluation(start, target, start, end, "predict" if two else "whole"))
             if two:
-                calls.append(Query(end, 0.0 if self.style == "few" else end, start, end, "correct"))
+                calls.append(Evaluation(end, 0.0 if self.style == "few" else end, start, end, "correct"))
         return calls
 
     def ratio(self, start: float, end: float) -> float:
@@ -103,17 +103,17 @@ class Walk:
         return float(self.style == "few") if self.stochasticity is None else float(self.stochasticity)
 
 
-class WalkState:
+class SamplerState:
     """What a walk carries from one network call to the next."""
 
-    def __init__(self, walk: Walk) -> None:
+    def __init__(self, walk: SamplerConfig) -> None:
         self.walk = walk
         self._begun: tuple[torch.Tensor, torch.Tensor] | None = None  # x and F of a step's first call
         self._ends: tuple[torch.Tensor, torch.Tensor] | None = None  # x_hat and z_hat of the step before
         self._steps = 0
 
     def advance(
-        self, query: Query, x: torch.Tensor, velocity: torch.Tensor, generator: Generators | None
+        self, query: Evaluation, x: torch.Tensor, velocity: torch.Tensor, generator: Generators | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Answers a query.
 

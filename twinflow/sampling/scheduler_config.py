@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from twinflow.sampling.grid import check_steps, is_number
-from twinflow.sampling.sampler import Walk
+from twinflow.sampling.sampler import SamplerConfig
 
 _CHOICES = {"prediction_type": ("flow_matching", "flow_prediction"), "time_condition": ("t", "midpoint")}
 _ALIASES = {"gap_start": "rfba_gap_start", "gap_end": "rfba_gap_end", "stochasticity": "stochast_ratio"}
 
 
-def checked_walk(where: str, config: Mapping[str, Any]) -> Walk:
+def checked_walk(where: str, config: Mapping[str, Any]) -> SamplerConfig:
     """The walk of a scheduler's configuration; raises ValueError naming the setting that is out of its range."""
     check_steps(where, "num_train_timesteps", config["num_train_timesteps"])
     for name, choices in _CHOICES.items():
@@ -24,7 +24,7 @@ def checked_walk(where: str, config: Mapping[str, Any]) -> Walk:
     for name, alias in _ALIASES.items():
         settings[name] = _one_of(where, name, config[name], alias, config[alias])
     warp = config["time_dist_ctrl"]
-    walk = Walk(time_dist_ctrl=(1.0, 1.0, 1.0) if warp is None else warp, **settings)
+    walk = SamplerConfig(time_dist_ctrl=(1.0, 1.0, 1.0) if warp is None else warp, **settings)
     walk.check(where)
     return walk
 

@@ -1,4 +1,4 @@
-"""`Timetable`: the evaluations of a walk, the timesteps that name them, and how far the walk has come."""
+"""`TimestepSchedule`: the evaluations of a walk, the timesteps that name them, and how far the walk has come."""
 
 from collections.abc import Mapping, Sequence
 from numbers import Integral
@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from twinflow.sampling.grid import check_times, is_stock_grid
-from twinflow.sampling.sampler import Query, Walk
+from twinflow.sampling.sampler import Evaluation, SamplerConfig
 
 
-class Timetable:
+class TimestepSchedule:
     """The evaluations of a walk in order.
 
     Args:
@@ -24,7 +24,7 @@ class Timetable:
         begin_index: index of the first evaluation, where one was set.
     """
 
-    def __init__(self, queries: Sequence[Query], timesteps: Sequence[float]) -> None:
+    def __init__(self, queries: Sequence[Evaluation], timesteps: Sequence[float]) -> None:
         self.queries = list(queries)
         self.timesteps = _distinct(timesteps)
         self.step_index: int | None = None
@@ -85,7 +85,7 @@ class Timetable:
         return timestep
 
 
-def given_times(where: str, config: Mapping[str, Any], walk: Walk, sigmas: Any, timesteps: Any) -> list[float]:
+def given_times(where: str, config: Mapping[str, Any], walk: SamplerConfig, sigmas: Any, timesteps: Any) -> list[float]:
     """The n + 1 times of a walk over the sigmas or the timesteps given (see `TwinFlowScheduler.set_timesteps`)."""
     if sigmas is not None and timesteps is not None:
         raise ValueError(f"{where}: timesteps must be None where sigmas are given, got both")

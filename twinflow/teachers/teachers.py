@@ -8,7 +8,7 @@ from torch import nn
 
 from twinflow.interface import Student, Teacher, check_same_student, trained_parameters, unwrap, without_collectives
 from twinflow.teachers.ema_tensors import flat, load_tensors, local, shadow_of
-from twinflow.teachers.weights import Weights, ema_weights, frozen_weights, require_trainable
+from twinflow.teachers.weights import TeacherWeights, ema_weights, frozen_weights, require_trainable
 from twinflow_kernels import ema_update_
 
 
@@ -39,7 +39,7 @@ class StudentTeacher(Teacher):
 class _WeightsTeacher(Teacher):
     """A teacher with weights of its own for what the student trains; frozen tensors are the student's."""
 
-    def __init__(self, student: nn.Module, weights: Weights) -> None:
+    def __init__(self, student: nn.Module, weights: TeacherWeights) -> None:
         self._student = student
         self._weights = weights
         self._trained = trained_parameters(unwrap(student))  # type: ignore[arg-type]

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from twinflow.teachers.adapter_slot import AdapterSlot
 
 DEFAULT_SLOT = "ema"
-Weights: TypeAlias = Union[ModuleCopy, "AdapterSlot", ShardedWeights]
+TeacherWeights: TypeAlias = Union[ModuleCopy, "AdapterSlot", ShardedWeights]
 
 
-def ema_weights(student: nn.Module, adapter: str | None) -> tuple[Weights, str | None]:
+def ema_weights(student: nn.Module, adapter: str | None) -> tuple[TeacherWeights, str | None]:
     """The weights of an average, and the name of the adapter that they are; None: no adapter.
 
     Raises:
@@ -35,7 +35,7 @@ def ema_weights(student: nn.Module, adapter: str | None) -> tuple[Weights, str |
     return AdapterSlot(student, adapter or DEFAULT_SLOT), adapter or DEFAULT_SLOT
 
 
-def frozen_weights(student: nn.Module) -> Weights:
+def frozen_weights(student: nn.Module) -> TeacherWeights:
     """The student's weights as they are now; of a student that trains an adapter those without it."""
     if not trains_adapter(student):
         return ShardedWeights(student) if is_sharded(student) else ModuleCopy(student)

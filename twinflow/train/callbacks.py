@@ -1,4 +1,4 @@
-"""`Checks`: what looks at a run between its steps: the loss on held-out images, and samples."""
+"""`Callbacks`: what looks at a run between its steps: the loss on held-out images, and samples."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from twinflow.train.config.settings import TrainSettings
 from twinflow.train.data.build_cache import Cache
 from twinflow.train.data.cache import Entry
 from twinflow.train.logging.console import Display
-from twinflow.train.logging.run_logger import Record
+from twinflow.train.logging.run_logger import RunLogger
 from twinflow.train.setup import Assembled, autocast
 from twinflow.train.validation.loss import Evaluation
 from twinflow.train.validation.prompts import ValidationPrompts
@@ -18,7 +18,7 @@ from twinflow.train.validation.samples import Sampler
 
 
 @dataclass
-class Checks:
+class Callbacks:
     """Looks at an assembled run; every rank makes the same calls.
 
     Args:
@@ -28,7 +28,7 @@ class Checks:
     """
 
     parts: Assembled
-    record: Record
+    record: RunLogger
     display: Display
     sampler: Sampler | None = None
     evaluation: Evaluation | None = None
@@ -59,22 +59,22 @@ class Checks:
             self.record.samples(step)
 
 
-def checks_of(
+def build_callbacks(
     settings: TrainSettings,
     parts: Assembled,
-    record: Record,
+    record: RunLogger,
     display: Display,
     *,
     folder: Path,
     prompts: ValidationPrompts | None,
     stop: Callable[[], bool],
     data: tuple[Cache, list[Entry]],
-) -> Checks:
+) -> Callbacks:
     """The checks that a run's settings ask for.
 
     Args:
         settings: of the run.
-        parts, record, display: see `Checks`.
+        parts, record, display: see `Callbacks`.
         folder: of its pipeline.
         prompts: of its samples; None: there are none.
         stop: see `Sampler`.
@@ -93,4 +93,4 @@ def checks_of(
     elif settings.eval_steps and not settings.data_free:
         share = f"eval_share {settings.eval_share:g} holds none of {len(cache.entries)} images out"
         display.say(f"no validation loss: {share}; a higher share would")
-    return Checks(parts, record, display, sampler, evaluation)
+    return Callbacks(parts, record, display, sampler, evaluation)

@@ -56,7 +56,7 @@ def on_rank_zero(where: str, work: Callable[[], str]) -> str:
     return str(text)
 
 
-def together(where: str, check: Callable[[], None]) -> None:
+def check_on_all_ranks(where: str, check: Callable[[], None]) -> None:
     """Runs a check on every rank, and raises on all of them if it fails on one, so that none waits for another.
 
     Raises:

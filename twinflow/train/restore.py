@@ -1,4 +1,4 @@
-"""`restored()`: the student and the teacher of a run, as one of its checkpoints left them."""
+"""`restore_run()`: the student and the teacher of a run, as one of its checkpoints left them."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from twinflow.export import export
-from twinflow.formats.generation_config import Usage
+from twinflow.formats.generation_config import GenerationConfig
 from twinflow.interface import trained_parameters
 from twinflow.models import FlowModel
 from twinflow.teachers.teachers import EMATeacher
@@ -22,7 +22,7 @@ from twinflow.train.model.student import build_student, build_teacher
 
 
 @dataclass(frozen=True)
-class Restored:
+class RestoredRun:
     """What a run trained.
 
     Args:
@@ -44,10 +44,10 @@ class Restored:
     complaints: tuple[str, ...] = ()
 
     @property
-    def usage(self) -> Usage:
+    def usage(self) -> GenerationConfig:
         """How it is drawn with: as the run's own samples were."""
         settings = self.settings
-        return Usage(
+        return GenerationConfig(
             model=settings.pretrained_model_name_or_path,
             steps=settings.validation_num_inference_steps,
             size=settings.validation_resolution,
@@ -61,9 +61,9 @@ class Restored:
         )
 
 
-def restored(
+def restore_run(
     run: str | Path, *, checkpoint: str | Path = "latest", ema: bool | None = None, model: str | None = None
-) -> Restored:
+) -> RestoredRun:
     """Reads a run's folder; nothing in it is unpickled or executed.
 
     Args:
@@ -91,7 +91,7 @@ def restored(
     student = build_student(settings, folder)
     _put(student, shared["student"])
     teacher = _teacher(settings, student, shared["teacher"]) if settings.use_ema and ema is not False else None
-    return Restored(settings, folder, place, read_summary(place)["step"], student, teacher, tuple(complaints))
+    return RestoredRun(settings, folder, place, read_summary(place)["step"], student, teacher, tuple(complaints))
 
 
 def _settings(root: Path, model: str | None) -> TrainSettings:

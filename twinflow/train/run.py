@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from rich.console import Console
 
-from twinflow.distributed import agreed, world
-from twinflow.train.callbacks import Checks, checks_of
+from twinflow.distributed import any_rank, world
+from twinflow.train.callbacks import Callbacks, build_callbacks
 from twinflow.train.checkpoint.checkpoint import read_checkpoint, write_checkpoint
 from twinflow.train.checkpoint.files import read_summary
 from twinflow.train.checkpoint.folder_lock import lock_folder, unlock_folder
@@ -28,11 +28,11 @@ from twinflow.train.data.prepare import encoders_of, prepare_data, unread
 from twinflow.train.data.shards import write_whole
 from twinflow.train.gathering import on_rank_zero
 from twinflow.train.headline import headline
-from twinflow.train.logging.console import Display, counted, said_by
-from twinflow.train.logging.environment import surroundings
+from twinflow.train.logging.console import Display, plural_steps, redirect_stdout_to
+from twinflow.train.logging.environment import environment
 from twinflow.train.logging.quiet import without_loading_bars
-from twinflow.train.logging.run_logger import Record
-from twinflow.train.logging.trackers import wanted
+from twinflow.train.logging.run_logger import RunLogger
+from twinflow.train.logging.trackers import required_trackers
 from twinflow.train.loop import Due
 from twinflow.train.model.memory import after_out_of_memory
 from twinflow.train.model.optimizer import renew, saved_kind
@@ -65,7 +65,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> int:
         OSError: no room for caches or checkpoints; earlier checkpoints are whole.
     """
     settings.require_data()
-    wanted(settings)
+    required_trackers(settings)
     # One process encodes, perhaps for hours, while the others wait.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=[patience])
@@ -81,7 +81,7 @@ def _train(settings: TrainSettings, run: RunFolder, accelerator: Accelerator, di
     checkpoint = _begin(settings, run, display)
     done = 0 if checkpoint is None else int(read_summary(checkpoint)["step"])
     if done >= settings.max_train_steps:
-        display.say(f"{run.root} has taken its {counted(done)}; raise max_train_steps to go on")
+        display.say(f"{run.root} has taken its {plural_steps(done)}; raise max_train_steps to go on")
         return done
     folder = _pipeline(settings)
     require_trainable(settings, folder, accelerator)
@@ -93,10 +93,10 @@ def _train(settings: TrainSettings, run: RunFolder, accelerator: Accelerator, di
         _tell(cache, display)
         entries, held = held_out(cache.entries, 0.0 if settings.data_free else settings.eval_share)
         parts = _assembled(settings, folder, (cache, entries), accelerator, display, checkpoint)
-    with Record(settings, run, parts.loop.step) as record, StopRequest() as stop:
+    with RunLogger(settings, run, parts.loop.step) as record, StopRequest() as stop:
         looks: dict[str, Any] = dict(folder=folder, prompts=prompts, data=(cache, held))
-        asked = lambda: agreed(bool(stop))  # noqa: E731
-        checks = checks_of(settings, parts, record, display, stop=asked, **looks)
+        asked = lambda: any_rank(bool(stop))  # noqa: E731
+        checks = build_callbacks(settings, parts, record, display, stop=asked, **looks)
         _run(settings, run, parts, checks, asked)
     _part(settings, run, parts, display, stop)
     return parts.loop.step
@@ -113,7 +113,7 @@ def _assembled(
     """The run's parts, as the checkpoint left them."""
     tree = None if checkpoint is None else read_checkpoint(checkpoint)
     advice = "`twinflow train --dry-run` shows what each memory_preset needs"
-    with _room("loading the model", accelerator.device, advice), said_by(display):
+    with _room("loading the model", accelerator.device, advice), redirect_stdout_to(display):
         parts = assemble(settings, folder, *data, accelerator, None if tree is None else saved_kind(tree))
     display.say(headline(settings, parts, len(data[1])))
     if tree is not None:
@@ -172,7 +172,7 @@ def _begin(settings: TrainSettings, run: RunFolder, display: Display) -> Path | 
 
     def write() -> str:
         write_whole(run.config, settings.to_json().encode())
-        write_whole(run.environment, json.dumps(surroundings(world()[1]), indent=1).encode())
+        write_whole(run.environment, json.dumps(environment(world()[1]), indent=1).encode())
         return ""
 
     on_rank_zero("train", take)
@@ -198,7 +198,9 @@ def _tell(cache: Cache, display: Display) -> None:
         display.say(f"left out: {name}: {why}", style="yellow")
 
 
-def _run(settings: TrainSettings, run: RunFolder, parts: Assembled, checks: Checks, stop: Callable[[], bool]) -> None:
+def _run(
+    settings: TrainSettings, run: RunFolder, parts: Assembled, checks: Callbacks, stop: Callable[[], bool]
+) -> None:
     """The loop, and what can end it."""
     loop, keep = parts.loop, settings.checkpoints_total_limit or None
 
@@ -226,7 +228,7 @@ def _part(settings: TrainSettings, run: RunFolder, parts: Assembled, display: Di
         return
     bridged = parts.model.family == BRIDGED  # stock pipelines do not draw with it
     after = f"export {folder}, or report" if bridged else f"sample {folder} --prompt ..., export or report"
-    display.say(f"done: {counted(step)}; next: twinflow {after}")
+    display.say(f"done: {plural_steps(step)}; next: twinflow {after}")
 
 
 def _standing(run: RunFolder) -> str:

@@ -23,7 +23,7 @@ from twinflow.train.data.cache import Entry
 from twinflow.train.loop import Loop
 from twinflow.train.model.memory import put_memory
 from twinflow.train.model.optimizer import build_optimizer, warm_up
-from twinflow.train.model.parallel import launched, wrap
+from twinflow.train.model.parallel import launcher_kind, wrap
 from twinflow.train.model.student import build_student
 
 _VARIANTS = 64  # of a compiled block; torch's own limit is 8
@@ -75,7 +75,7 @@ def assemble(
     _seed(settings.seed)
     model = build_student(settings, folder)
     counts = [sum(p.numel() for p in of) for of in (trained_parameters(model).values(), model.parameters())]
-    memory = put_memory(settings, model, device, cache, sharded=launched(accelerator) == "fsdp2")
+    memory = put_memory(settings, model, device, cache, sharded=launcher_kind(accelerator) == "fsdp2")
     if settings.compile_blocks:
         _compile(model)
     student, teacher = wrap(settings, model, accelerator, memory.preset)

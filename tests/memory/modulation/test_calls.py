@@ -176,7 +176,7 @@ def test_pieces_that_are_differentiated_together(how):
         torch.testing.assert_close(results[1][name], value, rtol=1e-5, atol=1e-9, msg=lambda t, n=name: f"{n}: {t}")
 
 
-def by_pieces(student, backward):
+def by_micro_batch(student, backward):
     """Gradients of a step of four pieces, whose losses a caller differentiates as it likes."""
     torch.manual_seed(1)
     batch, teacher = make_batch("qwen_image", student, 4), EMATeacher(student, 0.9)
@@ -199,14 +199,14 @@ def test_a_piece_that_is_not_differentiated(left_out):
             if len(seen) != left_out + 1:
                 loss.backward()
 
-        results.append(by_pieces(student, backward))
+        results.append(by_micro_batch(student, backward))
     assert_equal(*results)
 
 
 def test_pieces_in_another_order_are_refused():
     student, kept = student_of("qwen_image"), []
     defer_modulation(student)
-    by_pieces(student, kept.append)
+    by_micro_batch(student, kept.append)
     kept[-1].backward()
     with pytest.raises(RuntimeError, match="differentiated in order or together, got the last one before others"):
         kept[0].backward()
@@ -218,7 +218,7 @@ def test_kept_pieces_may_be_differentiated_twice():
         student, kept = student_of("qwen_image"), []
         if deferred:
             defer_modulation(student)
-        by_pieces(student, kept.append)
+        by_micro_batch(student, kept.append)
         sum(kept).backward(retain_graph=True)
         sum(kept).backward()
         results.append({n: p.grad for n, p in student.named_parameters() if p.requires_grad and p.grad is not None})

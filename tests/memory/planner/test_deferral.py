@@ -14,7 +14,7 @@ from twinflow.memory.planner.architectures import architecture_of
 from twinflow.memory.planner.choose import choose, forecasts
 from twinflow.memory.planner.costs import CostOf
 from twinflow.memory.planner.forecasting import Planner
-from twinflow.memory.planner.from_student import own_workload
+from twinflow.memory.planner.from_student import workload_from_student
 from twinflow.memory.planner.gpus import GPUS
 from twinflow.memory.planner.overview import cards, deferral_rows, rows
 from twinflow.memory.planner.report import gain, notes
@@ -124,18 +124,18 @@ def test_packed_weights_as_they_are_on_a_card(form, preset):
     tiny = family_batches.tiny_transformer("sd3")
     settings = {k: v for k, v in dict(tiny.config).items() if not k.startswith("_")}
     student = add_lora(load(type(tiny)(**{**settings, "num_layers": 5}).to(torch.bfloat16)), rank=4)
-    planner = Planner(own_workload(student, resolution=128, batch=2, text_tokens=7))
+    planner = Planner(workload_from_student(student, resolution=128, batch=2, text_tokens=7))
     found = planner.forecast(PRESETS[preset])
     modulation = student.modulation_layers()
     quantise_base(student.network, form, skip=list(modulation))
-    assert own_workload(student, resolution=128).base == form
+    assert workload_from_student(student, resolution=128).base == form
     deferred = {id(p) for layer in modulation.values() for p in layer.parameters()}
     held = [p for p in [*student.parameters(), *student.buffers()] if not p.requires_grad and id(p) not in deferred]
     exact = sum(-(-p.untyped_storage().nbytes() // 512) * 512 for p in held)
     assert found.bytes["weights"] == exact
     assert found.deferred_bytes == sum(p.numel() * 2 for layer in modulation.values() for p in layer.parameters())
     quantise_base(whole := add_lora(load(type(tiny)(**settings)), rank=4), form)
-    assert not own_workload(whole, resolution=128).deferrable  # its modulation is packed
+    assert not workload_from_student(whole, resolution=128).deferrable  # its modulation is packed
 
 
 def test_a_packed_weight_is_read_and_the_full_one_written():

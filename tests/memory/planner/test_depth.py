@@ -11,7 +11,7 @@ from twinflow.memory.planner.forecasting import CUBLAS_BYTES, Planner
 from twinflow.memory.planner.gpus import GPUS
 from twinflow.memory.planner.simulation.meta_student import meta_student, meta_teacher
 from twinflow.memory.planner.simulation.run import StepSimulation, worst_draws
-from twinflow.memory.planner.simulation.shortened_model import reduce
+from twinflow.memory.planner.simulation.shortened_model import shorten
 from twinflow.memory.planner.workload import Workload
 from twinflow.memory.presets import PRESETS, MemoryPreset
 
@@ -102,7 +102,7 @@ def test_an_offloads_window_is_within_what_is_added_for_it():
     workload = Workload(architecture=shorter("qwen-image"), batch=2, lora_rank=8)
     preset = MemoryPreset("small window", "input", 1, offload_gb=0.3)
     window = window_bytes(300_000_000)
-    reduction = reduce(workload.architecture, preset, whole=True)
+    reduction = shorten(workload.architecture, preset, whole=True)
     student = meta_student(workload, reduction.architecture)
     run = StepSimulation(workload, preset, student, meta_teacher(student), reduction, window=window)
     run.run(worst_draws(workload, 2))

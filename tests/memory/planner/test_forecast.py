@@ -16,11 +16,11 @@ from twinflow.memory.planner import forecasting
 from twinflow.memory.planner.architectures import architecture_of, architectures
 from twinflow.memory.planner.choose import choose, forecasts, mixed
 from twinflow.memory.planner.forecasting import CUBLAS_BYTES, Planner
-from twinflow.memory.planner.from_student import own_workload
+from twinflow.memory.planner.from_student import workload_from_student
 from twinflow.memory.planner.gpus import GPUS, gpu_of
 from twinflow.memory.planner.report import headline
-from twinflow.memory.planner.simulation.static_memory import standing
-from twinflow.memory.planner.simulation.storage_tracker import LiveStorages
+from twinflow.memory.planner.simulation.static_memory import static_memory
+from twinflow.memory.planner.simulation.storage_tracker import StorageTracker
 from twinflow.memory.planner.workload import Workload, workload_of
 from twinflow.memory.presets import PRESETS, preset_of
 from twinflow.models import load
@@ -29,7 +29,7 @@ from twinflow.models import load
 def test_a_small_network_by_hand():
     first, second = nn.Linear(4, 8, bias=False), nn.Linear(8, 2, bias=False)
     x = torch.randn(3, 4)
-    with LiveStorages(rounding=lambda count: count) as live:
+    with StorageTracker(rounding=lambda count: count) as live:
         hidden = first(x)  # (3, 8): 96 bytes
         assert live.live == 96
         active = torch.relu(hidden)  # 96 more, saved for backward
@@ -52,7 +52,7 @@ def test_a_small_network_by_hand():
 
 def test_views_and_inputs_are_counted_once():
     x = torch.randn(100)
-    with LiveStorages(rounding=lambda count: count) as live:
+    with StorageTracker(rounding=lambda count: count) as live:
         live.watch(x)
         live.watch(x[10:])
         views = [x.view(10, 10), x[:5], x.expand(3, 100)]
@@ -83,7 +83,7 @@ def test_a_real_step_is_followed_as_the_profiler_sees_it(family):
     gc.collect()
     seen = environment.peak_bytes(step, torch.device("cpu"))
     student.zero_grad(set_to_none=True)
-    with LiveStorages(rounding=lambda count: count) as live:
+    with StorageTracker(rounding=lambda count: count) as live:
         step()
     live.close()
     assert live.peak() == pytest.approx(seen, rel=0.05)
@@ -159,7 +159,7 @@ def test_a_loaded_model_is_planned_as_the_named_one():
     tiny = family_batches.tiny_transformer("sd3")
     deeper = type(tiny)(**{**family_settings(tiny), "num_layers": 5}).to(torch.bfloat16)
     student = add_lora(load(deeper), rank=4)
-    workload = own_workload(student, resolution=128, batch=2, text_tokens=7)
+    workload = workload_from_student(student, resolution=128, batch=2, text_tokens=7)
     assert workload.lora_rank == 4 and workload.conditioning == "dual" and workload.base == "bfloat16"
     forecast = Planner(workload).forecast(PRESETS["rows"])
     frozen = [p for p in [*student.parameters(), *student.buffers()] if not p.requires_grad]
@@ -170,7 +170,7 @@ def test_a_loaded_model_is_planned_as_the_named_one():
     assert forecast.bytes["workspace"] >= CUBLAS_BYTES
     # A LoRA on the last block alone is planned as one on every block: too much, but not too little.
     last = add_lora(load(type(tiny)(**{**family_settings(tiny), "num_layers": 5})), targets=("4.attn.to_q",))
-    assert own_workload(last, resolution=128).lora_targets == ("attn.to_q",)
+    assert workload_from_student(last, resolution=128).lora_targets == ("attn.to_q",)
 
 
 def family_settings(network: nn.Module) -> dict:
@@ -205,7 +205,7 @@ def test_torch_random_state_stays():
         ),
         (lambda: workload_of("qwen-image", recipe="dmd"), "recipe must be one of partition, all_terms, got 'dmd'"),
         (
-            lambda: own_workload(nn.Linear(2, 2)),
+            lambda: workload_from_student(nn.Linear(2, 2)),
             "student must be a model of Qwen.*got Linear; choose a preset by name",
         ),
         (
@@ -225,7 +225,7 @@ def test_every_model_has_its_published_size():
     assert set(sizes) == set(architectures())
     for model, billions in sizes.items():
         made = Planner(workload_of(model, lora_rank=1, batch=1))._model(PRESETS["rows"])
-        held = standing(made.student, made.teacher, "adamw", made.reduction)
+        held = static_memory(made.student, made.teacher, "adamw", made.reduction)
         assert held.weights / 2e9 == pytest.approx(billions, rel=0.03), model
 
 

@@ -13,7 +13,7 @@ from twinflow.memory.planner.gpus import GPUS
 from twinflow.memory.planner.simulation import run as simulation
 from twinflow.memory.planner.simulation.autocast import MetaAutocast
 from twinflow.memory.planner.simulation.fused_attention import fused_attention, workspace
-from twinflow.memory.planner.simulation.storage_tracker import LiveStorages, aligned
+from twinflow.memory.planner.simulation.storage_tracker import StorageTracker, aligned
 from twinflow.memory.planner.simulation.timeline import Region, Repeat, splice
 from twinflow.memory.planner.workload import workload_of
 from twinflow.memory.presets import PRESETS
@@ -29,7 +29,7 @@ def heads(dtype=torch.bfloat16, grad=True) -> list[torch.Tensor]:
 def attention_bytes(dtype, mask=None) -> tuple[int, int]:
     """Bytes kept by a forward, and the most of its backward."""
     original, given = F.scaled_dot_product_attention, heads(dtype)
-    with fused_attention(), LiveStorages(workspace) as live:
+    with fused_attention(), StorageTracker(workspace) as live:
         out = F.scaled_dot_product_attention(*given, attn_mask=mask)
         kept = live.live
         live.mark("backward")
@@ -56,7 +56,7 @@ def test_autocast_casts_as_cuda_does():
         layer, norm, x = nn.Linear(256, 256), nn.LayerNorm(256), torch.empty(2, 256)
     autocast = MetaAutocast()
     before = F.linear, torch.Tensor.pow, "pow" in vars(torch.Tensor)
-    with autocast, LiveStorages() as live:
+    with autocast, StorageTracker() as live:
         assert layer(x).dtype == torch.bfloat16
         assert norm(layer(x)).dtype == torch.float32
         assert (layer(x) @ layer(x).T).dtype == torch.bfloat16

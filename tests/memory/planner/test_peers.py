@@ -16,7 +16,7 @@ from twinflow.memory.planner.forecasting import Planner
 from twinflow.memory.planner.gpus import GPUS
 from twinflow.memory.planner.peers.forecast import peer_forecasts
 from twinflow.memory.planner.peers.networks import LiveDerivative
-from twinflow.memory.planner.simulation.storage_tracker import LiveStorages
+from twinflow.memory.planner.simulation.storage_tracker import StorageTracker
 from twinflow.memory.planner.workload import Workload
 from twinflow.memory.presets import PRESETS
 
@@ -153,7 +153,7 @@ def test_a_derivative_on_meta_is_followed_as_a_real_one(family):
 
 
 def test_zeros_without_memory_are_not_counted():
-    with LiveStorages(rounding=lambda count: count) as live:
+    with StorageTracker(rounding=lambda count: count) as live:
         zeros = torch._efficientzerotensor((100,), device="meta")
         assert live.live == 0
     assert torch._is_zerotensor(zeros)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from twinflow.train import TrainSettings, add_options, read_config, settings_from
 from twinflow.train.config.options import ALIASES, OPTIONS, option_name
-from twinflow.train.config.presets import RECIPES
+from twinflow.train.config.presets import TRAIN_PRESETS
 from twinflow.train.config.simpletuner import HARMLESS, UNSUPPORTED
 
 PARSER = argparse.ArgumentParser()
@@ -23,7 +23,8 @@ EXACT = (
 NAMES = st.sampled_from([*OPTIONS, *ALIASES, *UNSUPPORTED, *HARMLESS])
 WORDS = st.sampled_from([
     "", "0", "1", "2.5", "1e-4", "nan", "inf", "-1", "true", "false", "no", "auto", "full", "lora", "sd3", "sdxl", "a",
-    "epsilon", "constant", "adamw", "bf16", "all", "dual", "512x768", "partition", "24gb", "checkpoint", "é", *RECIPES,
+    "epsilon", "constant", "adamw", "bf16", "all", "dual", "512x768", "partition", "24gb", "checkpoint", "é",
+    *TRAIN_PRESETS,
 ])  # fmt: skip
 NUMBERS = st.one_of(st.integers(-2, 5), st.integers(), st.floats(0, 1), st.floats())
 LEAVES = st.one_of(st.none(), st.booleans(), NUMBERS, WORDS, st.text())

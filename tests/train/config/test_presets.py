@@ -5,7 +5,7 @@ import pytest
 from twinflow import TwinFlowConfig
 from twinflow.memory import PRESETS
 from twinflow.train import read_config
-from twinflow.train.config.presets import RECIPES
+from twinflow.train.config.presets import TRAIN_PRESETS
 
 # Table 6 of arXiv 2512.05150, column by column; a clip of None is a dash there, a rank of None trains all weights.
 TABLE_6 = {
@@ -67,7 +67,7 @@ def test_a_preset_is_whole(name):
     assert found.model_family == name.partition(".")[0].partition("-")[0].replace("qwen", "qwen_image")
     part = {"sana-0.6b": "_600M", "sana-1.6b": "_1600M", "sd3.5-medium-lora": "-medium", "sd3.5-large-lora": "-large"}
     assert part.get(name, "Qwen/Qwen-Image") in found.pretrained_model_name_or_path
-    assert set(RECIPES) == {*TABLE_6, *HOUSE}
+    assert set(TRAIN_PRESETS) == {*TABLE_6, *HOUSE}
 
 
 def test_everything_overrides_a_preset():

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from twinflow.train.data.batches import Batches
 from twinflow.train.data.buckets import buckets
 from twinflow.train.data.build_cache import CacheOptions, build_cache, open_cache
-from twinflow.train.data.encoders import Encoders, together
+from twinflow.train.data.encoders import Encoders, collate
 from twinflow.train.data.images import read_folder
 
 COUNTS = {(32, 32): 9, (48, 24): 5, (24, 48): 2}  # the last has fewer than a batch
@@ -117,7 +117,7 @@ def test_batches_are_the_caches_rows(cache):
         latents, cond, names = next(batches)
         rows = [entries[name] for name in names]
         assert latents.shape == (2, *encoders.latent_shape(rows[0].size))
-        expected = together(encoders.prompts([row.caption for row in rows]))
+        expected = collate(encoders.prompts([row.caption for row in rows]))
         assert torch.equal(cond["prompt_lengths"], expected["prompt_lengths"])
         torch.testing.assert_close(cond["prompt_embeds"], expected["prompt_embeds"], rtol=1e-4, atol=1e-4)
         for row, found in zip(rows, latents, strict=True):

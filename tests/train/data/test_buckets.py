@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
-from twinflow.train.data.buckets import ImageError, as_model_input, buckets, look, nearest, read_pixels, upscale
+from twinflow.train.data.buckets import ImageError, as_model_input, buckets, look, nearest_bucket, read_pixels, upscale
 
 CHINA, FLOWER = map(np.copy, load_sample_images().images)
 
@@ -45,9 +45,9 @@ def test_buckets_refuse():
 
 def test_nearest_and_upscale():
     sizes = buckets(1024, 64)
-    assert nearest(sizes, (500, 500)) == (1024, 1024)
-    assert nearest(sizes, (900, 1600)) == (768, 1344) and nearest(sizes, (1600, 900)) == (1344, 768)
-    assert nearest(sizes, (10, 4000)) == sizes[0] and nearest(sizes, (4000, 10)) == sizes[-1]
+    assert nearest_bucket(sizes, (500, 500)) == (1024, 1024)
+    assert nearest_bucket(sizes, (900, 1600)) == (768, 1344) and nearest_bucket(sizes, (1600, 900)) == (1344, 768)
+    assert nearest_bucket(sizes, (10, 4000)) == sizes[0] and nearest_bucket(sizes, (4000, 10)) == sizes[-1]
     assert upscale((512, 512), (1024, 1024)) == 2 and upscale((2048, 4096), (1024, 1024)) == 0.5
 
 

@@ -18,7 +18,7 @@ from sklearn.datasets import load_sample_images
 from twinflow.train.data import shards as cache_shards
 from twinflow.train.data.buckets import buckets
 from twinflow.train.data.build_cache import CacheOptions, build_cache, held_out, open_cache
-from twinflow.train.data.encoders import Encoders, together
+from twinflow.train.data.encoders import Encoders, collate
 from twinflow.train.data.images import read_folder
 from twinflow.train.data.shards import Shards, locked
 
@@ -37,10 +37,10 @@ def test_a_cache_is_what_the_encoders_give_and_a_second_run_encodes_nothing(tmp_
     own = Encoders(saved_pipeline(family))
     for entry in first.entries:
         assert tuple(first.latents([entry]).shape) == (1, *own.latent_shape(entry.size))
-        expected = together(own.prompts([entry.caption]))
+        expected = collate(own.prompts([entry.caption]))
         for name, leaf in first.condition([entry]).items():
             torch.testing.assert_close(leaf, expected[name], rtol=1e-4, atol=1e-4)
-    expected = together(own.prompts(["bad"]))
+    expected = collate(own.prompts(["bad"]))
     assert first.uncond.keys() == expected.keys()
     for name, leaf in first.uncond.items():
         torch.testing.assert_close(leaf, expected[name], rtol=1e-4, atol=1e-4)

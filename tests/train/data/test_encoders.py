@@ -8,7 +8,7 @@ from helpers.cache_cases import FAMILIES, PROMPTS
 from helpers.tiny_pipelines import saved_pipeline
 from sklearn.datasets import load_sample_images
 
-from twinflow.train.data.encoders import Encoders, apart, encode_images, together
+from twinflow.train.data.encoders import Encoders, collate, encode_images, uncollate
 
 IMG2IMG = {
     "sd3": "StableDiffusion3Img2ImgPipeline", "flux": "FluxImg2ImgPipeline", "z_image": "ZImageImg2ImgPipeline",
@@ -57,7 +57,7 @@ def _mode_only(encode):
 def test_conditions_put_together_are_the_batchs_own(family):
     encoders = Encoders(saved_pipeline(family))
     expected = encoders.student.encode_prompt(encoders._loaded(), list(PROMPTS))
-    found = together(apart(expected))
+    found = collate(uncollate(expected))
     assert found.keys() == expected.keys()
     longest = found["prompt_embeds"].shape[1]
     for name, leaf in expected.items():
@@ -67,6 +67,6 @@ def test_conditions_put_together_are_the_batchs_own(family):
         assert longest == max(expected["prompt_lengths"])
         for mine, theirs, length in zip(found[name], leaf, expected["prompt_lengths"].tolist(), strict=True):
             assert torch.equal(mine[:length], theirs[:length]) and not mine[length:].any()
-    alone = together([encoders.prompts([prompt])[0] for prompt in PROMPTS])
+    alone = collate([encoders.prompts([prompt])[0] for prompt in PROMPTS])
     for name, leaf in alone.items():
         torch.testing.assert_close(leaf, found[name], rtol=1e-4, atol=1e-4)

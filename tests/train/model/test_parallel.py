@@ -15,12 +15,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss
-from twinflow.distributed import agreed
+from twinflow.distributed import any_rank
 from twinflow.lora import add_lora
 from twinflow.memory import PRESETS, defer_modulation
 from twinflow.memory.quantised_base import quantised_form
 from twinflow.train.model.memory import put_memory
-from twinflow.train.model.parallel import check_sharded, clip, launched, wrap
+from twinflow.train.model.parallel import check_sharded, clip, launcher_kind, wrap
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_one_process(accelerator):
     student = student_of("sd3", lora=True)
     called, teacher = wrap(settings_of(), student, accelerator)
     assert called is student and isinstance(teacher, EMATeacher) and teacher.decay == 0.9
-    assert launched(accelerator) == "one" and agreed(True) and not agreed(False)
+    assert launcher_kind(accelerator) == "one" and any_rank(True) and not any_rank(False)
 
 
 @pytest.mark.parametrize(
@@ -55,10 +55,10 @@ def test_launchers(accelerator, monkeypatch, kind, environment, message):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     if message is None:
-        assert launched(accelerator) == "ddp"
+        assert launcher_kind(accelerator) == "ddp"
         return
     with pytest.raises(ValueError, match=f"^train: .*{message}"):
-        launched(accelerator)
+        launcher_kind(accelerator)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -95,7 +95,7 @@ def unused_adapters(accelerator: Accelerator, kind: str) -> None:
     """The adapters of the text in Qwen-Image's last block train nothing; steps go on without them."""
     student, config = add_lora(make_student("qwen_image"), 2, conditioning="dual+sign"), TwinFlowConfig()
     called, teacher = wrap(settings_of(), student, accelerator)
-    assert launched(accelerator) == kind
+    assert launcher_kind(accelerator) == kind
     for seed in range(2):
         torch.manual_seed(seed)
         TwinFlowLoss(config).backward(called, *make_batch("qwen_image", student, 2), teacher=teacher)
@@ -159,7 +159,7 @@ def clip_sharded(accelerator: Accelerator) -> None:
         gradients = [p.grad for p in parameters if p.grad is not None]
         for gradient, value in zip(gradients, wanted, strict=True):
             torch.testing.assert_close(gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient, value)
-    flags = [agreed(False), agreed(accelerator.process_index == 1), agreed(True), agreed(False)]
+    flags = [any_rank(False), any_rank(accelerator.process_index == 1), any_rank(True), any_rank(False)]
     assert flags == [False, True, True, False] and os.environ["RANK"] == str(accelerator.process_index)
 
 

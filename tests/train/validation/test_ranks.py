@@ -12,7 +12,7 @@ from helpers.validation_cases import CPU, cached, drawn, encoded, sampler_of, se
 
 from twinflow.distributed import world
 from twinflow.train.config.run_folder import RunFolder
-from twinflow.train.validation.eval_mode import observed
+from twinflow.train.validation.eval_mode import eval_mode
 from twinflow.train.validation.loss import Evaluation
 
 
@@ -21,7 +21,7 @@ def looked_at(accelerator: Accelerator, folder: Path) -> None:
     settings = settings_for(folder, "sd3", memory_preset="batch", ema_decay=0.9)
     run = Run(settings, accelerator)
     run.teacher.update()
-    with observed(run.student, CPU) as plain:  # DDP broadcasts buffers in every call, and ranks call unequally often
+    with eval_mode(run.student, CPU) as plain:  # DDP broadcasts buffers in every call, and ranks call unequally often
         assert plain is run.model
     watched = Evaluation(CONFIG, cached("sd3"), cached("sd3").entries[:5], device=CPU)
     sampler = sampler_of(settings, encoded("sd3"))

@@ -14,11 +14,11 @@ from helpers.validation_cases import CPU, PROMPTS, bytes_of, drawn, encoded, sam
 import twinflow
 from twinflow import EMATeacher, StudentTeacher
 from twinflow.export import export
-from twinflow.sampling.sampler import Walk
+from twinflow.sampling.sampler import SamplerConfig
 from twinflow.scheduler import TwinFlowScheduler
 from twinflow.train.checkpoint.random_streams import collect_streams
 from twinflow.train.config.run_folder import RunFolder
-from twinflow.train.validation.eval_mode import observed
+from twinflow.train.validation.eval_mode import eval_mode
 from twinflow.train.validation.pipeline_shift import pipeline_shift
 
 # In whose pipelines the steps' noise is in images, in tokens, and from the generator of the first noise.
@@ -122,7 +122,7 @@ def test_times_are_shifted_as_the_pipelines_scheduler_shifts_them(family):
     else:
         scheduler.set_timesteps(sigmas=times.tolist())
         expected = scheduler.sigmas[:-1].numpy()
-    assert Walk(shift=pipeline_shift(folder, size)).shifted(times.tolist()) == pytest.approx(expected.tolist())
+    assert SamplerConfig(shift=pipeline_shift(folder, size)).shifted(times.tolist()) == pytest.approx(expected.tolist())
 
 
 def test_a_prompt_has_the_same_noise_every_time(tmp_path):
@@ -162,7 +162,7 @@ def test_a_run_goes_on_as_if_nothing_had_been_drawn(tmp_path):
     assert all(parameter.grad is None for parameter in student.parameters())
     images = (drawn(settings, step)[1][PROMPTS[0], 4] for step in (1, 2))
     assert np.array_equal(*images)
-    with pytest.raises(RuntimeError), observed(student, CPU):
+    with pytest.raises(RuntimeError), eval_mode(student, CPU):
         torch.randn(3)
         raise RuntimeError
     assert torch.equal(torch.get_rng_state(), before["torch"]) and student.training

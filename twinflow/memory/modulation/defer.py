@@ -15,10 +15,10 @@ from twinflow.memory.modulation.step import DeferredStep, Entry, connect
 from twinflow.memory.modulation.streamed_weights import StreamedWeights
 from twinflow.memory.modulation.table import ModulationTable
 from twinflow.models import FlowModel
-from twinflow.objective.passes import Pass, Plan
+from twinflow.objective.passes import NetworkCall, Plan
 
 DEVICES = ("cuda", "cpu")
-_ALONE = Pass("call", "student", (0,), ("main",), (0.0,), (0.0,))  # a call outside of a step
+_ALONE = NetworkCall("call", "student", (0,), ("main",), (0.0,), (0.0,))  # a call outside of a step
 
 
 class DeferredModulation:
@@ -46,7 +46,7 @@ class DeferredModulation:
         self.table = ModulationTable(list(layers.values()), applied, weights)
         self.active = True
         self._step: DeferredStep | None = None
-        self._announced: Pass | None = None
+        self._announced: NetworkCall | None = None
         self._captured = 0
         self._removals: list[Callable[[], None]] = []
         assert student.modulation is not None
@@ -113,7 +113,7 @@ class DeferredModulation:
         self._step = DeferredStep(self.table, plan)
 
     @contextmanager
-    def rehearsal(self, by_pieces: bool) -> Iterator[Callable[[Pass], None]]:
+    def rehearsal(self, by_micro_batch: bool) -> Iterator[Callable[[NetworkCall], None]]:
         """Collects the time embeddings of a step's calls, and computes their vectors at its end."""
         step = self._step
         assert step is not None
@@ -122,7 +122,7 @@ class DeferredModulation:
             self._announce(None)
         finally:
             self._announced = None
-        step.compute(by_pieces)
+        step.compute(by_micro_batch)
 
     def call(self, velocity: Callable[[], torch.Tensor], like: torch.Tensor) -> torch.Tensor:
         """Calls the network, or runs it up to its time embedding where the step is rehearsed."""
@@ -139,7 +139,7 @@ class DeferredModulation:
         if step is not None and sys.exc_info()[0] is None:
             step.settle()
 
-    def _announce(self, call: Pass | None) -> None:
+    def _announce(self, call: NetworkCall | None) -> None:
         if self._announced is not None and not self._captured:
             raise ValueError(
                 f"defer_modulation: the {self._announced.who} must compute with the model whose modulation is deferred "

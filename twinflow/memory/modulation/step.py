@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from twinflow.memory.modulation.table import Autocast, ModulationTable
-from twinflow.objective.passes import Pass, Plan
+from twinflow.objective.passes import NetworkCall, Plan
 
 # Whether the backward that runs now was asked to keep its graph; True where torch does not say: it is freed with it.
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
@@ -24,7 +24,7 @@ class Entry:
         carrier: its modulation vectors, differentiable where the embedding is; None until they are computed.
     """
 
-    call: Pass
+    call: NetworkCall
     embedding: torch.Tensor
     carrier: torch.Tensor | None = None
 
@@ -48,22 +48,24 @@ class DeferredStep:
         self.ready = False
         self._gathered: _Gathered | None = None
 
-    def compute(self, by_pieces: bool) -> None:
+    def compute(self, by_micro_batch: bool) -> None:
         """Computes the vectors of all entries in one pass over the weights.
 
         Args:
-            by_pieces: each piece is differentiated before the next one's forward.
+            by_micro_batch: each micro-batch is differentiated before the next one's forward.
         """
         entries = list(self.entries)
         for entry, carrier in zip(entries, self._table.carriers([e.embedding for e in entries]), strict=True):
             entry.carrier = carrier
         wanted = [entry for entry in entries if entry.differentiable]
-        pieces = [[e for e in wanted if e.call.piece == n] for n in sorted({e.call.piece for e in wanted})]
-        self._gathered = connect(self._table, pieces if by_pieces else [wanted] if wanted else [])
+        micro_batches = [
+            [e for e in wanted if e.call.micro_batch == n] for n in sorted({e.call.micro_batch for e in wanted})
+        ]
+        self._gathered = connect(self._table, micro_batches if by_micro_batch else [wanted] if wanted else [])
         self.ready = True
 
     def settle(self) -> None:
-        """Passes on the gradients of pieces whose last one was not differentiated."""
+        """Passes on the gradients of micro-batches whose last one was not differentiated."""
         if self._gathered is not None:
             self._gathered.settle()
 
@@ -100,19 +102,21 @@ def _alike(planned: torch.Tensor, given: torch.Tensor) -> bool:
     return bool((planned - given).abs().max() <= 0.02 * planned.abs().max())
 
 
-def connect(table: ModulationTable, pieces: Sequence[Sequence[Entry]]) -> "_Gathered":
-    """Makes carriers differentiable: the weights are passed once, when the last piece is differentiated.
+def connect(table: ModulationTable, micro_batches: Sequence[Sequence[Entry]]) -> "_Gathered":
+    """Makes carriers differentiable: the weights are passed once, when the last micro-batch is differentiated.
 
     Args:
         table: of the network.
-        pieces: entries whose carriers become differentiable, by piece, in the order of their backward.
+        micro_batches: entries whose carriers become differentiable, by micro-batch, in the order of their backward.
     """
-    gathered = _Gathered(table, pieces)
-    for number in reversed(range(len(pieces))):  # autograd runs what was made first last
-        last = number + 1 == len(pieces)
-        inputs = [entry.embedding for entry in pieces[number]] if last else [_anchor()]
-        carriers = [entry.carrier for entry in pieces[number]]
-        for entry, carrier in zip(pieces[number], _Modulated.apply(gathered, number, carriers, *inputs), strict=True):
+    gathered = _Gathered(table, micro_batches)
+    for number in reversed(range(len(micro_batches))):  # autograd runs what was made first last
+        last = number + 1 == len(micro_batches)
+        inputs = [entry.embedding for entry in micro_batches[number]] if last else [_anchor()]
+        carriers = [entry.carrier for entry in micro_batches[number]]
+        for entry, carrier in zip(
+            micro_batches[number], _Modulated.apply(gathered, number, carriers, *inputs), strict=True
+        ):
             entry.carrier = carrier
     return gathered
 
@@ -123,41 +127,41 @@ def _anchor() -> torch.Tensor:
 
 
 class _Gathered:
-    """Gradients of carriers, until the last piece has its own."""
+    """Gradients of carriers, until the last micro-batch has its own."""
 
-    def __init__(self, table: ModulationTable, pieces: Sequence[Sequence[Entry]]) -> None:
+    def __init__(self, table: ModulationTable, micro_batches: Sequence[Sequence[Entry]]) -> None:
         self._table = table
-        self._embeddings = [[entry.embedding for entry in piece] for piece in pieces]
-        self._gradients: list[list[torch.Tensor | None]] = [[None] * len(piece) for piece in pieces]
+        self._embeddings = [[entry.embedding for entry in micro_batch] for micro_batch in micro_batches]
+        self._gradients: list[list[torch.Tensor | None]] = [[None] * len(micro_batch) for micro_batch in micro_batches]
         self._complete = False
-        first = next((e for piece in self._embeddings for e in piece), None)
+        first = next((e for micro_batch in self._embeddings for e in micro_batch), None)
         self._autocast = None if first is None else Autocast(first.device)
 
-    def add(self, piece: int, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """Takes a piece's gradients; of the last piece gives those of its embeddings.
+    def add(self, micro_batch: int, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """Takes a micro-batch's gradients; of the last micro-batch gives those of its embeddings.
 
         Raises:
-            RuntimeError: the last piece has come already.
+            RuntimeError: the last micro-batch has come already.
         """
-        last = piece + 1 == len(self._gradients)
+        last = micro_batch + 1 == len(self._gradients)
         if self._complete and not last:
             raise RuntimeError(
-                "defer_modulation: the pieces of a step must be differentiated in order or together, got the last "
-                "one before others"
+                "defer_modulation: the micro-batches of a step must be differentiated in order or together, got the "
+                "last one before others"
             )
-        self._gradients[piece] = list(gradients)
+        self._gradients[micro_batch] = list(gradients)
         if not last:
             return [None]
         self._complete = not _keeps_graph()  # a kept graph may be passed again
         return self._pass_on(_keeps_graph())[-1]
 
     def settle(self) -> None:
-        """Passes on what has come, where the last piece has not."""
+        """Passes on what has come, where the last micro-batch has not."""
         if not self._complete and any(g is not None for held in self._gradients for g in held):
             _accumulate(self._embeddings[-1], self._pass_on(True)[-1], True)
 
     def _pass_on(self, keep: bool) -> list[list[torch.Tensor | None]]:
-        """Gradients of all embeddings, those of all pieces but the last added to what lies upstream."""
+        """Gradients of all embeddings, those of all micro-batches but the last added to what lies upstream."""
         embeddings = [embedding for held in self._embeddings for embedding in held]
         carriers = [gradient for held in self._gradients for gradient in held]
         self._gradients = [[None] * len(held) for held in self._gradients]
@@ -175,22 +179,22 @@ class _Modulated(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, gathered: _Gathered, piece: int, carriers: list[torch.Tensor], *embeddings: torch.Tensor
+        ctx: Any, gathered: _Gathered, micro_batch: int, carriers: list[torch.Tensor], *embeddings: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        ctx.gathered, ctx.piece = gathered, piece
+        ctx.gathered, ctx.micro_batch = gathered, micro_batch
         ctx.set_materialize_grads(False)
         return tuple(carriers)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
-        return None, None, None, *ctx.gathered.add(ctx.piece, gradients)
+        return None, None, None, *ctx.gathered.add(ctx.micro_batch, gradients)
 
 
 def _accumulate(embeddings: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None], keep: bool) -> None:
     """Adds to `.grad` what lies upstream of some embeddings.
 
-    The hooks of parameters do not run: under DDP they wait for the last piece, which synchronises all.
+    The hooks of parameters do not run: under DDP they wait for the last micro-batch, which synchronises all.
     """
     known = [(e, g) for e, g in zip(embeddings, gradients, strict=True) if g is not None]
     if not known:

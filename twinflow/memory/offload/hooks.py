@@ -11,7 +11,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from twinflow.memory.offload.host_pool import Extent, HostPool, Transfers, transfers_for
-from twinflow.memory.offload.records import Record, SavedTensor, UntouchedTensor, Window, stays, stretch
+from twinflow.memory.offload.records import SavedStorage, SavedTensor, UntouchedTensor, Window, stays, stretch
 
 DEVICES = ("cuda", "cpu", "meta")
 LOOKAHEAD = 64  # saved tensors among which backward looks for the next ones to fetch
@@ -55,7 +55,7 @@ class OffloadHooks:
         self._min_bytes, self._pin_memory, self._window = min_bytes, pin_memory, window
         self._stats, self._number = OffloadStats(), 0
         self._transfers: Transfers | None = None
-        self._records: weakref.WeakValueDictionary[tuple, Record] = weakref.WeakValueDictionary()
+        self._records: weakref.WeakValueDictionary[tuple, SavedStorage] = weakref.WeakValueDictionary()
         self._saved: weakref.WeakValueDictionary[int, SavedTensor] = weakref.WeakValueDictionary()
         self._modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._owned: dict[int, StorageWeakRef] = {}
@@ -129,14 +129,14 @@ class OffloadHooks:
             self._prefetch(saved.number)
             return saved.view(data)
 
-    def _record_of(self, tensor: torch.Tensor, transfers: Transfers) -> Record:
+    def _record_of(self, tensor: torch.Tensor, transfers: Transfers) -> SavedStorage:
         """The record of a tensor's storage at its version; a new one is on its way to the pool, if that has room."""
         storage, (start, nbytes) = tensor.untyped_storage(), stretch(tensor)
         key = (storage._cdata, tensor._version, start, nbytes)
         record = self._records.get(key)
         if record is None:
             data = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, start, (nbytes,), (1,))
-            record = self._records[key] = Record(data, self._number, transfers, self._dead)
+            record = self._records[key] = SavedStorage(data, self._number, transfers, self._dead)
             extents = self._pool.allocate(nbytes)
             if extents is None:
                 self._stats.bytes_kept += nbytes
@@ -151,7 +151,7 @@ class OffloadHooks:
         self._stats.tensors += bool(record.extents)
         return record
 
-    def _on_device(self, record: Record, saved: int) -> torch.Tensor:
+    def _on_device(self, record: SavedStorage, saved: int) -> torch.Tensor:
         """A record's bytes on the device, brought back if they have left."""
         if record.data is None:
             if not record.revive():

@@ -30,7 +30,7 @@ def stays(tensor: torch.Tensor, min_bytes: int) -> bool:
     return tensor.untyped_storage().nbytes() < min_bytes
 
 
-class Record:
+class SavedStorage:
     """A storage, or a stretch of it, at one version; without a buffer (`extents`) it stays on the device.
 
     Attributes:
@@ -89,7 +89,7 @@ class Record:
 class SavedTensor:
     """A saved tensor as a view of a record; `number` counts them in the order of packing."""
 
-    def __init__(self, tensor: torch.Tensor, record: Record, number: int) -> None:
+    def __init__(self, tensor: torch.Tensor, record: SavedStorage, number: int) -> None:
         self.record, self.number, self.epoch = record, number, -1
         self._dtype, self._shape, self._stride = tensor.dtype, tensor.shape, tensor.stride()
         self._offset = tensor.storage_offset() - record.start // tensor.element_size()
@@ -126,9 +126,9 @@ class Window:
 
     def __init__(self, limit: int) -> None:
         self.limit, self.nbytes = limit, 0
-        self._records: dict[int, tuple[int, weakref.ref[Record], int]] = {}
+        self._records: dict[int, tuple[int, weakref.ref[SavedStorage], int]] = {}
 
-    def add(self, record: Record, saved: int) -> None:
+    def add(self, record: SavedStorage, saved: int) -> None:
         """Takes in a record that backward needs when it comes to the saved tensor of this number."""
         self.discard(record.number)
         self._records[record.number] = (saved, weakref.ref(record), record.nbytes)

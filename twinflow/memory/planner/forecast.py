@@ -11,7 +11,7 @@ SPARE = 0.01  # share of a card that a step leaves free
 PARTS = (
     "weights", "adapters", "optimizer", "ema", "gradients", "step", "saved", "transient", "workspace", "encoders",
 )  # fmt: skip
-SAYS = {
+LABELS = {
     "weights": "weights", "adapters": "adapters, conditioning", "optimizer": "optimizer states", "ema": "EMA",
     "gradients": "gradients", "step": "latents, noise, targets", "saved": "saved activations",
     "transient": "transient", "workspace": "kernels' workspace", "encoders": "text encoders",

@@ -13,9 +13,9 @@ from twinflow.memory.planner.gpus import GPU
 from twinflow.memory.planner.simulation.deferral import SWEEP, applicable, obstacle
 from twinflow.memory.planner.simulation.meta_student import META, meta_student, meta_teacher
 from twinflow.memory.planner.simulation.run import StepSimulation, worst_draws
-from twinflow.memory.planner.simulation.shortened_model import Reduction, reduce
-from twinflow.memory.planner.simulation.static_memory import TRAFFIC, Standing, standing
-from twinflow.memory.planner.simulation.storage_tracker import LiveStorages
+from twinflow.memory.planner.simulation.shortened_model import ShortenedModel, shorten
+from twinflow.memory.planner.simulation.static_memory import TRAFFIC, StaticMemory, static_memory
+from twinflow.memory.planner.simulation.storage_tracker import StorageTracker
 from twinflow.memory.planner.simulation.timeline import Peak, splice
 from twinflow.memory.planner.workload import Workload
 from twinflow.memory.presets import MemoryPreset
@@ -30,7 +30,7 @@ _DRAWN = 64  # steps whose rows are averaged for the time
 
 @dataclass(frozen=True)
 class _Model:
-    reduction: Reduction
+    reduction: ShortenedModel
     student: FlowModel
     teacher: EMATeacher
     deferred: dict[str, nn.Module]
@@ -89,7 +89,7 @@ class Planner:
         draws = worst_draws(workload, rows)
         simulation.run(draws, schedule)
         peak, costs = splice(simulation.regions, model.reduction.repeats)
-        held = standing(model.student, model.teacher, workload.optimizer, model.reduction, model.deferred.values())
+        held = static_memory(model.student, model.teacher, workload.optimizer, model.reduction, model.deferred.values())
         resident = self._resident(workload.batch, preset) - self._resident(rows, preset) if rows < workload.batch else 0
         sweeps, waiting = (d.sweeps, d.waiting()) if (d := simulation.deferral) is not None else (0, 0)
         resident += waiting * (workload.batch - rows) // rows
@@ -108,13 +108,13 @@ class Planner:
         """The small model; presets whose blocks are all alike share one, on each base."""
         key = () if isinstance(preset.saved, str) else preset.saved, preset.base, preset.defer
         if key not in self._models:
-            reduction = reduce(self.workload.architecture, preset, self._whole)
+            reduction = shorten(self.workload.architecture, preset, self._whole)
             student = meta_student(self.workload.under(preset), reduction.architecture, preset.defer)
             self._models[key] = _Model(
                 reduction, student, meta_teacher(student), student.modulation_layers() if preset.defer else {}
             )
         model = self._models[key]
-        return replace(model, reduction=reduce(self.workload.architecture, preset, self._whole))
+        return replace(model, reduction=shorten(self.workload.architecture, preset, self._whole))
 
     def _resident(self, rows: int, preset: MemoryPreset) -> int:
         """Bytes of the step's own tensors when the last piece goes backward, with a network that holds nothing."""
@@ -130,7 +130,7 @@ class Planner:
             found.append(live.live)
             loss.backward()
 
-        with LiveStorages() as live:
+        with StorageTracker() as live:
             live.watch((latents, draws.z, draws.z_fake, draws.z_rectify))
             TwinFlowLoss(workload.config).backward(
                 network, latents, latents, latents[:1], micro_batch=preset.micro_batch or rows, draws=draws,
@@ -170,14 +170,14 @@ class Planner:
         # Products with one layer's weights run while the next one's are on their way.
         return total + Cost(seconds=max(streamed / (self._gpu.host_gb_s * 1e9) - passing.seconds, 0.0))
 
-    def _update_cost(self, held: Standing, optimizer: str) -> Cost:
+    def _update_cost(self, held: StaticMemory, optimizer: str) -> Cost:
         """Of the optimizer, and of the average, which moves 12 bytes a parameter."""
         assert self._gpu is not None
         moved = (TRAFFIC[optimizer] + 12) * held.trained
         return Cost(0, moved, moved / (self._gpu.memory_gb_s * 1e9))
 
 
-def _parts(peak: Peak, held: Standing, resident: int, preset: MemoryPreset, host: int) -> dict[str, int]:
+def _parts(peak: Peak, held: StaticMemory, resident: int, preset: MemoryPreset, host: int) -> dict[str, int]:
     """The peak's bytes, split.
 
     Args:

@@ -1,4 +1,4 @@
-"""`own_workload()`: the workload of a student that is loaded already."""
+"""`workload_from_student()`: the workload of a student that is loaded already."""
 
 import inspect
 from typing import Any
@@ -19,7 +19,7 @@ from twinflow.teachers.weights import trains_adapter
 _LATENT_FACTORS = {"sana": 32}  # pixels per latent; 8 elsewhere
 
 
-def own_workload(student: FlowModel, **settings: Any) -> Workload:
+def workload_from_student(student: FlowModel, **settings: Any) -> Workload:
     """What training a student takes: its configuration, its LoRA, its conditioning.
 
     Args:

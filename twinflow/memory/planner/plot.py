@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from twinflow.memory.planner.forecast import PARTS, SAYS, Forecast
+from twinflow.memory.planner.forecast import LABELS, PARTS, Forecast
 from twinflow.memory.planner.gpus import CONTEXT_BYTES, GPUS
 from twinflow.memory.planner.report import headline
 
@@ -43,7 +43,7 @@ def _panel(axis: object, found: list[Forecast]) -> None:
     left = [0.0] * len(found)
     for part in (*PARTS, "context"):
         sizes = [(CONTEXT_BYTES if part == "context" else f.bytes.get(part, 0)) / 1e9 for f in found][::-1]
-        axis.barh(names, sizes, left=left, color=_COLOURS[part], label=SAYS[part], height=0.72)  # type: ignore[attr-defined]
+        axis.barh(names, sizes, left=left, color=_COLOURS[part], label=LABELS[part], height=0.72)  # type: ignore[attr-defined]
         left = [a + b for a, b in zip(left, sizes, strict=True)]
     widest = max(left)
     for y, total in enumerate(left):

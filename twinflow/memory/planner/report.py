@@ -5,7 +5,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from twinflow.memory.planner.forecast import PARTS, SAYS, SPARE, Forecast
+from twinflow.memory.planner.forecast import LABELS, PARTS, SPARE, Forecast
 from twinflow.memory.planner.gpus import CONTEXT_BYTES, GPUS
 from twinflow.memory.planner.workload import Workload
 
@@ -127,5 +127,5 @@ def as_json(found: list[Forecast], best: Forecast | None) -> dict[str, Any]:
             for forecast in found
         ],
         "context_bytes": CONTEXT_BYTES,
-        "parts": {part: SAYS[part] for part in PARTS},
+        "parts": {part: LABELS[part] for part in PARTS},
     }

@@ -13,7 +13,7 @@ from twinflow.train.checkpoint.optimizer_state import check_optimizer, collect_o
 from twinflow.train.checkpoint.random_streams import check_streams, collect_streams, put_streams
 from twinflow.train.checkpoint.state_checks import check_form, check_names, check_tensor, placed, snapshot
 from twinflow.train.checkpoint.state_tree import decode, encode
-from twinflow.train.gathering import gather_bytes, together
+from twinflow.train.gathering import check_on_all_ranks, gather_bytes
 
 
 @dataclass
@@ -66,7 +66,7 @@ class RunState:
             ValueError: the state is of another model, rank of adapters, optimizer or number of processes; the message
                 names the difference, and nothing has been changed.
         """
-        together("restore", lambda: self._check(tree))
+        check_on_all_ranks("restore", lambda: self._check(tree))
         shared, own = tree["shared"], tree["ranks"][world()[0]]
         if self.batches is not None:
             self.batches.load_state_dict(own["batches"])

@@ -7,7 +7,7 @@ from typing import Any
 from twinflow.objective.config import TwinFlowConfig
 from twinflow.train.config.option_types import shown
 from twinflow.train.config.options import OPTIONS
-from twinflow.train.config.presets import Recipe
+from twinflow.train.config.presets import TrainPreset
 
 _SETTINGS = tuple(field.name for field in fields(TwinFlowConfig))
 _MOST_STEPS = 1000
@@ -24,7 +24,7 @@ _FLAG_OF["adversarial"] = "twinflow_adversarial_enabled"
 
 
 def objective(
-    given: Mapping[str, Any], recipe: Recipe | None, data_free: bool
+    given: Mapping[str, Any], recipe: TrainPreset | None, data_free: bool
 ) -> tuple[TwinFlowConfig | None, dict[str, Any]]:
     """The objective, and the options that only the trainer reads.
 
@@ -87,7 +87,7 @@ def _require_none(own: Mapping[str, Any], data_free: bool) -> None:
 
 
 def _overridden(
-    config: TwinFlowConfig, flags: Mapping[str, Any], own: Mapping[str, Any], recipe: Recipe | None
+    config: TwinFlowConfig, flags: Mapping[str, Any], own: Mapping[str, Any], recipe: TrainPreset | None
 ) -> TwinFlowConfig:
     """Settings of a recipe and of the config file under those of the flags, which `config` has."""
     found = {} if recipe is None else TwinFlowConfig.preset(recipe.objective).to_dict()

@@ -1,4 +1,4 @@
-"""`RECIPES`: `--preset`, the training configurations of the paper's Table 6 and two of the house."""
+"""`TRAIN_PRESETS`: `--preset`, the training configurations of the paper's Table 6 and two of the house."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +7,7 @@ from twinflow.suggest import lookup
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainPreset:
     """A row of the table.
 
     Args:
@@ -67,8 +67,8 @@ _HOUSE = (
     ("sd3.5-medium-lora", "sd3",        _SD35 + "medium",   64, 64, "adamw", 1e-4, .99, 8, 8,  7_000,  1., .99),
     ("sd3.5-large-lora",  "sd3",        _SD35 + "large",    64, 64, "adamw", 1e-4, .99, 4, 16, 7_000,  1., .99),
 )  # fmt: skip
-RECIPES = {row[0]: Recipe(*row, row[0]) for row in _PUBLISHED}
-RECIPES |= {row[0]: Recipe(*row, "sd3.5-medium") for row in _HOUSE}
+TRAIN_PRESETS = {row[0]: TrainPreset(*row, row[0]) for row in _PUBLISHED}
+TRAIN_PRESETS |= {row[0]: TrainPreset(*row, "sd3.5-medium") for row in _HOUSE}
 
 # Columns of Table 6 that are not recipes here, and why.
 _LEFT_OUT = {
@@ -77,12 +77,12 @@ _LEFT_OUT = {
 }
 
 
-def recipe_of(name: str) -> Recipe:
+def train_preset(name: str) -> TrainPreset:
     """A recipe by its name.
 
     Raises:
         ValueError: unknown, with the nearest names, or a published one that cannot be trained here.
     """
     if name in _LEFT_OUT:
-        raise ValueError(f"train: preset must be one of {', '.join(RECIPES)}, got {name!r}: {_LEFT_OUT[name]}")
-    return lookup(RECIPES, name[:60], "train: preset")  # on one line, whatever it is
+        raise ValueError(f"train: preset must be one of {', '.join(TRAIN_PRESETS)}, got {name!r}: {_LEFT_OUT[name]}")
+    return lookup(TRAIN_PRESETS, name[:60], "train: preset")  # on one line, whatever it is

@@ -10,7 +10,7 @@ from twinflow.suggest import lookup
 from twinflow.train.config.families import BRIDGED
 from twinflow.train.config.objective import objective
 from twinflow.train.config.options import OPTIONS
-from twinflow.train.config.presets import recipe_of
+from twinflow.train.config.presets import train_preset
 
 NO_EMA = (
     "TwinFlow requires an EMA teacher; enable use_ema or set twinflow_allow_no_ema_teacher to fall back to student "
@@ -51,7 +51,7 @@ def resolve(given: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in given.items() if value is not None and value != ""}
     recipe = None
     if "preset" in given:
-        recipe = recipe_of(OPTIONS["preset"].kind.convert("preset", given["preset"]))
+        recipe = train_preset(OPTIONS["preset"].kind.convert("preset", given["preset"]))
         own_alpha = {"lora_alpha"} if "lora_rank" in given else set()  # it goes with the rank of the recipe
         given = {name: value for name, value in recipe.options().items() if name not in own_alpha} | given
     found = {name: option.default for name, option in OPTIONS.items()}

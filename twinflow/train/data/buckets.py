@@ -61,7 +61,7 @@ def buckets(resolution: int, multiple: int, *, aspect: bool = True, longest: flo
     return sorted(sizes, key=lambda size: (size[0] / size[1], size))
 
 
-def nearest(sizes: Sequence[Size], size: Size) -> Size:
+def nearest_bucket(sizes: Sequence[Size], size: Size) -> Size:
     """The bucket whose aspect ratio is most like an image's."""
     if min(size) < 1:
         raise ValueError(f"nearest: size must be positive, got {size}")

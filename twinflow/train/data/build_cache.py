@@ -16,7 +16,7 @@ from twinflow.train.data.buckets import (
     Size,
     as_model_input,
     look,
-    nearest,
+    nearest_bucket,
     read_pixels,
     upscale,
 )
@@ -164,7 +164,7 @@ def _build(
 def _find(item: Item | str, number: int, work: _Work, encoders: Encoders, sizes: Sequence[Size]) -> None:
     """Notes what an item is and by which keys it is cached."""
     if isinstance(item, str):
-        size = nearest(sizes, (1, 1))
+        size = nearest_bucket(sizes, (1, 1))
         key = text_key(item, encoders)
         work.entries.append(Entry(f"prompt {number}", item, hashed(item), size, None, key))
         return
@@ -174,7 +174,7 @@ def _find(item: Item | str, number: int, work: _Work, encoders: Encoders, sizes:
     except (ImageError, OSError) as error:
         work.bad[name] = getattr(error, "strerror", None) or str(error)
         return
-    bucket = nearest(sizes, picture.size)
+    bucket = nearest_bucket(sizes, picture.size)
     work.paths[name] = item.path
     work.enlarged[name] = upscale(picture.size, bucket)
     latents = hashed(picture.sha256, bucket, RESIZE, encoders.vae_identity, encoders.family)

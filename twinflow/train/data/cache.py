@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from twinflow.train.data.encoders import Condition, at_size, together
+from twinflow.train.data.encoders import Condition, at_size, collate
 from twinflow.train.data.shards import Shards, write_whole
 
 INDEX = "index.json"
@@ -74,7 +74,7 @@ class Cache:
             raise ValueError(
                 f"open_cache: {folder} must hold all that its index names, got {lost} missing; cache again"
             )
-        self.uncond: Condition = together([shards.read(index.uncond)])
+        self.uncond: Condition = collate([shards.read(index.uncond)])
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -96,7 +96,7 @@ class Cache:
 
     def condition(self, entries: Sequence[Entry]) -> Condition:
         """The condition of entries of one size, with `prompt_lengths` where prompts are of their own length."""
-        return at_size(together([self._shards.read(e.condition) for e in entries]), entries[0].size)
+        return at_size(collate([self._shards.read(e.condition) for e in entries]), entries[0].size)
 
     def uncond_at(self, size: tuple[int, int]) -> Condition:
         """`uncond` for images of a size, px: the same, but for models that are told it (SDXL)."""

@@ -76,9 +76,9 @@ class Encoders:
         return encode_images(self._loaded(), pixels)
 
     def prompts(self, prompts: Sequence[str]) -> list[Condition]:
-        """The condition of each prompt, without padding, on the CPU; `together` makes batches of them."""
+        """The condition of each prompt, without padding, on the CPU; `collate` makes batches of them."""
         with torch.no_grad():
-            return apart(self.student.encode_prompt(self._loaded(), list(prompts)))
+            return uncollate(self.student.encode_prompt(self._loaded(), list(prompts)))
 
     def free(self) -> None:
         """Lets go of the pipeline; it is loaded again where needed."""
@@ -166,7 +166,7 @@ def latent_factor(config: dict[str, Any]) -> int:
     return 2 ** (len(config[name]) - less)
 
 
-def apart(cond: Condition) -> list[Condition]:
+def uncollate(cond: Condition) -> list[Condition]:
     """A batch's condition as one per row, on the CPU; prompts of their own length where `prompt_lengths` says it."""
     rows = []
     for k in range(len(cond["prompt_embeds"])):
@@ -177,7 +177,7 @@ def apart(cond: Condition) -> list[Condition]:
     return rows
 
 
-def together(rows: Sequence[Condition]) -> Condition:
+def collate(rows: Sequence[Condition]) -> Condition:
     """The conditions of single prompts as a batch's: zeros after prompts that are shorter than the longest.
 
     Raises:

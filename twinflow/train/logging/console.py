@@ -93,7 +93,7 @@ class Display:
 
 
 @contextmanager
-def said_by(display: Display) -> Iterator[None]:
+def redirect_stdout_to(display: Display) -> Iterator[None]:
     """What is printed inside, on every process, the display says."""
     written = io.StringIO()
     try:
@@ -117,7 +117,7 @@ def told(records: Sequence[dict[str, Any]], total: int) -> str:
     return "  ".join([*parts, f"{clock((total - last['step']) * seconds)} left"])
 
 
-def counted(steps: int) -> str:
+def plural_steps(steps: int) -> str:
     """A number of steps, in words."""
     return f"{steps} step{'s' * (steps != 1)}"
 

@@ -1,4 +1,4 @@
-"""`surroundings()`: the versions and devices that a run is made with."""
+"""`environment()`: the versions and devices that a run is made with."""
 
 import platform
 import sys
@@ -12,7 +12,7 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def surroundings(processes: int = 1) -> dict[str, str | int | float]:
+def environment(processes: int = 1) -> dict[str, str | int | float]:
     """Names of packages and their versions (those that are installed), the system, and the GPUs with their memory.
 
     Args:

@@ -1,4 +1,4 @@
-"""`Record`: what a run leaves for those who look at it: `metrics.jsonl`, and the trackers."""
+"""`RunLogger`: what a run leaves for those who look at it: `metrics.jsonl`, and the trackers."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from twinflow.train.logging.sample_folder import SUMMARY
 from twinflow.train.logging.trackers import Tracker, trackers_of
 
 
-class Record:
+class RunLogger:
     """Writes on the main process; on the others it does nothing. A context manager.
 
     Args:
@@ -53,7 +53,7 @@ class Record:
         for tracker in self._trackers:
             tracker.images(folder, json.loads((folder / SUMMARY).read_text(encoding="utf-8")))
 
-    def __enter__(self) -> "Record":
+    def __enter__(self) -> "RunLogger":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

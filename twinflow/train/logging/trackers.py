@@ -92,7 +92,7 @@ def captions(record: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def wanted(settings: TrainSettings) -> list[str]:
+def required_trackers(settings: TrainSettings) -> list[str]:
     """The libraries that `report_to` asks for.
 
     Raises:
@@ -118,7 +118,7 @@ def trackers_of(settings: TrainSettings, folder: RunFolder, step: int = 0) -> li
         ValueError: a library is not installed, or wandb has no account to write to.
     """
     found: list[Tracker] = []
-    for name in wanted(settings):
+    for name in required_trackers(settings):
         if name == "tensorboard":
             from twinflow.train.logging.tensorboard_tracker import TensorBoardTracker
 

@@ -73,10 +73,10 @@ def workload_of_run(settings: TrainSettings, student: FlowModel, text_tokens: in
     Raises:
         ValueError: a family that the planner does not know.
     """
-    from twinflow.memory.planner.from_student import own_workload
+    from twinflow.memory.planner.from_student import workload_from_student
 
     objective = settings.objective
-    return own_workload(
+    return workload_from_student(
         student,
         resolution=settings.resolution,
         batch=settings.train_batch_size,

@@ -42,7 +42,7 @@ def wrap(
     Raises:
         ValueError: a launcher that is not supported, or what FSDP2 cannot shard: see `check_sharded`.
     """
-    kind = launched(accelerator)
+    kind = launcher_kind(accelerator)
     if kind != "fsdp2":
         model.to(accelerator.device)
     student: nn.Module = model
@@ -56,7 +56,7 @@ def wrap(
     return student, build_teacher(settings, student)
 
 
-def launched(accelerator: Any) -> str:
+def launcher_kind(accelerator: Any) -> str:
     """What the launcher asked for: `one` process, `ddp` or `fsdp2`.
 
     Args:

@@ -8,7 +8,7 @@ from twinflow.memory.modulation.layers import deferrable_layers
 from twinflow.memory.presets import preset_of
 from twinflow.memory.quantised_linear import LIBRARIES, load_library
 from twinflow.train.config.settings import TrainSettings
-from twinflow.train.model.parallel import check_sharded, launched
+from twinflow.train.model.parallel import check_sharded, launcher_kind
 from twinflow.train.model.student import build_student
 
 
@@ -27,7 +27,7 @@ def require_trainable(settings: TrainSettings, folder: Path, accelerator: Any) -
             not apply, or a launcher that is not supported.
         ImportError: a library is missing.
     """
-    sharded = launched(accelerator) == "fsdp2"
+    sharded = launcher_kind(accelerator) == "fsdp2"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said again when the weights are there
         student = build_student(settings, folder, weights=False)

@@ -1,4 +1,4 @@
-"""`observed()`: a look at a student between two steps, which leaves no trace in the run."""
+"""`eval_mode()`: a look at a student between two steps, which leaves no trace in the run."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from twinflow.interface import Student, unwrap, without_collectives
 
 
 @contextmanager
-def observed(student: Student, device: torch.device) -> Iterator[Student]:
+def eval_mode(student: Student, device: torch.device) -> Iterator[Student]:
     """The student to call: without gradient, dropout and collectives of DDP; every rank of FSDP2 makes the same calls.
 
     At the end torch's random streams and the modes of its modules are as before.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from twinflow.distributed import kept_calls, world
+from twinflow.distributed import calls_in_lockstep, world
 from twinflow.interface import Student, Teacher
 from twinflow.objective.config import TwinFlowConfig
 from twinflow.objective.draws import Draws, draw_step
@@ -17,7 +17,7 @@ from twinflow.objective.loss import TwinFlowLoss, TwinFlowOutput
 from twinflow.objective.roles import RoleCounter
 from twinflow.train.data.cache import Cache, Entry, on_device
 from twinflow.train.gathering import gather_bytes
-from twinflow.train.validation.eval_mode import observed
+from twinflow.train.validation.eval_mode import eval_mode
 
 MOST_ROWS = 64
 _ON_HOST = ("t", "r", "t_rectify")  # of draws
@@ -76,9 +76,9 @@ class Evaluation:
             `loss`, a float, and `terms`, name -> float, which sum to it.
         """
         rank, ranks = world()
-        together = ranks == 1 or kept_calls(student) == "all"
+        together = ranks == 1 or calls_in_lockstep(student) == "all"
         rows = range(len(self)) if together else range(rank, len(self), ranks)
-        with observed(student, self._device) as plain, self._autocast():
+        with eval_mode(student, self._device) as plain, self._autocast():
             outs = [self._row(plain, teacher, row) for row in rows]
         found = [(float(out.loss), {name: float(value) for name, value in out.terms.items()}) for out in outs]
         parts: list[Any] = [found] if together else [json.loads(x) for x in gather_bytes(json.dumps(found).encode())]

@@ -18,7 +18,7 @@ from twinflow.train.data.decoder import Decoder
 from twinflow.train.data.encoders import Condition
 from twinflow.train.gathering import on_rank_zero
 from twinflow.train.logging.sample_folder import GRID, write_samples
-from twinflow.train.validation.eval_mode import observed
+from twinflow.train.validation.eval_mode import eval_mode
 from twinflow.train.validation.pipeline_shift import pipeline_shift
 from twinflow.train.validation.prompts import ValidationPrompts
 
@@ -128,7 +128,7 @@ class Sampler:
     ) -> str | None:
         prompts = self._prompts
         latents = []
-        with observed(student, self._device) as plain, self._autocast():
+        with eval_mode(student, self._device) as plain, self._autocast():
             for number, cond in enumerate(prompts.conditions):
                 seed = self._settings.validation_seed + number
                 conditions = [on_device(c, self._device) for c in (cond, prompts.negative)]

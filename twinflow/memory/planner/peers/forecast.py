@@ -13,8 +13,8 @@ from twinflow.memory.planner.gpus import GPU
 from twinflow.memory.planner.peers.networks import PeerRun, frozen_copy, width_of
 from twinflow.memory.planner.peers.steps import Heads, dmd2_step, sana_sprint_step
 from twinflow.memory.planner.simulation.meta_student import as_trained, meta_network
-from twinflow.memory.planner.simulation.shortened_model import Reduction, reduce
-from twinflow.memory.planner.simulation.static_memory import TRAFFIC, standing
+from twinflow.memory.planner.simulation.shortened_model import ShortenedModel, shorten
+from twinflow.memory.planner.simulation.static_memory import TRAFFIC, static_memory
 from twinflow.memory.planner.simulation.timeline import Peak, splice
 from twinflow.memory.planner.workload import Workload
 from twinflow.memory.presets import MemoryPreset
@@ -58,7 +58,7 @@ def peer_forecasts(workload: Workload, gpu: GPU | None = None, whole: bool = Fal
 
     Source: TwinFlow (arXiv 2512.05150), DMD2 (arXiv 2405.14867), SANA-Sprint (arXiv 2503.09641).
     """
-    reduction = reduce(workload.architecture, WHOLE_BATCH, whole)
+    reduction = shorten(workload.architecture, WHOLE_BATCH, whole)
     published = Planner(workload, gpu, whole).forecast(WHOLE_BATCH, "published")
     encoders = {"encoders": int(workload.architecture.text_encoder_gb * 1e9)}
     found = [replace(published, label="published schedule", bytes={**published.bytes, **encoders})]
@@ -68,11 +68,11 @@ def peer_forecasts(workload: Workload, gpu: GPU | None = None, whole: bool = Fal
         return found + [_forecast(workload, make(workload, reduction), reduction, gpu) for make in makers]
 
 
-def _trained(workload: Workload, reduction: Reduction) -> FlowModel:
+def _trained(workload: Workload, reduction: ShortenedModel) -> FlowModel:
     return as_trained(meta_network(reduction.architecture, workload.base), workload, None)
 
 
-def _dmd2(workload: Workload, reduction: Reduction) -> _Peer:
+def _dmd2(workload: Workload, reduction: ShortenedModel) -> _Peer:
     """The frozen score is in bf16 where the trained ones are in float32, as the published code has it."""
     base = "bfloat16" if workload.base == "float32" else workload.base
     networks = {
@@ -83,17 +83,17 @@ def _dmd2(workload: Workload, reduction: Reduction) -> _Peer:
     return _Peer("dmd2", networks, dmd2_step)
 
 
-def _sana_sprint(workload: Workload, reduction: Reduction) -> _Peer:
+def _sana_sprint(workload: Workload, reduction: ShortenedModel) -> _Peer:
     student, teacher = _trained(workload, reduction), frozen_copy(reduction.architecture, workload.base)
     heads = Heads(width_of(teacher), teacher.dtype)
     return _Peer("sana-sprint", {"student": student, "teacher": teacher}, sana_sprint_step, heads)
 
 
-def _forecast(workload: Workload, peer: _Peer, reduction: Reduction, gpu: GPU | None) -> Forecast:
+def _forecast(workload: Workload, peer: _Peer, reduction: ShortenedModel, gpu: GPU | None) -> Forecast:
     run = PeerRun(workload, peer.networks, peer.heads, None if gpu is None else CostOf(gpu))
     run.run(peer.step)
     peak, costs = splice(run.regions, reduction.repeats)
-    held = [standing(module, None, workload.optimizer, reduction) for module in peer.modules()]
+    held = [static_memory(module, None, workload.optimizer, reduction) for module in peer.modules()]
     names = ("weights", "adapters", "optimizer", "ema")
     parts = {name: sum(getattr(one, name) for one in held) for name in names} | _passing(peak)
     where = peak.name + (f", {peak.block}" if peak.block else "")

@@ -16,7 +16,7 @@ from twinflow.memory.planner.simulation.autocast import MetaAutocast
 from twinflow.memory.planner.simulation.fused_attention import fused_attention, replaced, workspace
 from twinflow.memory.planner.simulation.meta_student import META, meta_network, quantise, random_condition
 from twinflow.memory.planner.simulation.run import mark_block
-from twinflow.memory.planner.simulation.storage_tracker import Cost, LiveStorages, aligned, tensors
+from twinflow.memory.planner.simulation.storage_tracker import Cost, StorageTracker, aligned, tensors
 from twinflow.memory.planner.simulation.timeline import Region
 from twinflow.memory.planner.workload import Workload
 from twinflow.memory.recompute import selective_recompute
@@ -45,8 +45,8 @@ def width_of(network: FlowModel) -> int:
     return config.dim if "dim" in config else config.num_attention_heads * config.attention_head_dim
 
 
-class LiveDerivative(LiveStorages):
-    """`LiveStorages` for forward-mode derivatives on the meta device.
+class LiveDerivative(StorageTracker):
+    """`StorageTracker` for forward-mode derivatives on the meta device.
 
     A derivative that is zero is a tensor without memory, whose results torch sizes by meta tensors of its own. On a
     card these take nothing; here they are told from the others by the functions that make them.

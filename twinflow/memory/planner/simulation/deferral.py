@@ -7,11 +7,11 @@ import torch
 
 from twinflow.memory.planner.architectures import Architecture
 from twinflow.memory.planner.simulation.meta_student import META, meta_network
-from twinflow.memory.planner.simulation.shortened_model import Reduction, reduce
+from twinflow.memory.planner.simulation.shortened_model import ShortenedModel, shorten
 from twinflow.memory.planner.workload import Workload
 from twinflow.memory.presets import PRESETS, MemoryPreset
 from twinflow.models import FlowModel
-from twinflow.objective.passes import Pass
+from twinflow.objective.passes import NetworkCall
 
 SWEEP = "modulation"  # name of the regions in which the weights pass
 
@@ -44,7 +44,7 @@ def _deferral_obstacle(workload: Workload) -> str | None:
 
 def modulation_sizes(architecture: Architecture) -> dict[str, int]:
     """Name of a layer of the reduced model -> parameters of all that it stands for."""
-    reduction = reduce(architecture, PRESETS["checkpoint"])
+    reduction = shorten(architecture, PRESETS["checkpoint"])
     layers = meta_network(reduction.architecture, "bfloat16").modulation_layers()
     return {name: sum(p.numel() for p in layer.parameters()) * reduction.times(name) for name, layer in layers.items()}
 
@@ -68,7 +68,7 @@ class SimulatedDeferral:
         self,
         stack: ExitStack,
         student: FlowModel,
-        reduction: Reduction,
+        reduction: ShortenedModel,
         mark: Callable[[str, str | None], None],
         live: Callable[[], int],
     ) -> None:
@@ -92,11 +92,11 @@ class SimulatedDeferral:
         return self._rows * self._row_bytes + self._graphs
 
     @contextmanager
-    def _rehearsed(self, by_pieces: bool) -> Iterator[Callable[[Pass], None]]:
+    def _rehearsed(self, by_micro_batch: bool) -> Iterator[Callable[[NetworkCall], None]]:
         before, self.rehearsing = self._live(), True
-        with self._rehearsal(by_pieces) as announce:
+        with self._rehearsal(by_micro_batch) as announce:
 
-            def told(call: Pass) -> None:
+            def told(call: NetworkCall) -> None:
                 self._rows += len(call.rows) if self._rows or call.gradient else 0
                 announce(call)
 

@@ -14,8 +14,8 @@ from twinflow.memory.planner.simulation.autocast import MetaAutocast
 from twinflow.memory.planner.simulation.deferral import SimulatedDeferral
 from twinflow.memory.planner.simulation.fused_attention import fused_attention, workspace
 from twinflow.memory.planner.simulation.meta_student import META, random_condition
-from twinflow.memory.planner.simulation.shortened_model import Reduction
-from twinflow.memory.planner.simulation.storage_tracker import Cost, LiveStorages, aligned, tensors
+from twinflow.memory.planner.simulation.shortened_model import ShortenedModel
+from twinflow.memory.planner.simulation.storage_tracker import Cost, StorageTracker, aligned, tensors
 from twinflow.memory.planner.simulation.timeline import Region
 from twinflow.memory.planner.workload import Workload
 from twinflow.memory.presets import MemoryPreset
@@ -51,7 +51,7 @@ class StepSimulation:
         preset: MemoryPreset,
         student: FlowModel,
         teacher: EMATeacher,
-        reduction: Reduction,
+        reduction: ShortenedModel,
         cost: Cost | None = None,
         window: int = 0,
     ) -> None:
@@ -75,7 +75,7 @@ class StepSimulation:
         """
         latents = torch.empty(len(draws.t), *self.workload.latent, device=META, dtype=torch.bfloat16)
         cond, uncond = (random_condition(self.student, n, self.workload.tokens) for n in (len(draws.t), 1))
-        self._live = LiveStorages(workspace, self._cost)
+        self._live = StorageTracker(workspace, self._cost)
         with ExitStack() as stack:
             stack.enter_context(_no_collections())
             stack.callback(self._release)

@@ -1,4 +1,4 @@
-"""`Reduction`: a model with three blocks of each kind, that stands for the whole one."""
+"""`ShortenedModel`: a model with three blocks of each kind, that stands for the whole one."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from twinflow.memory.presets import MemoryPreset
 
 
 @dataclass(frozen=True)
-class Reduction:
+class ShortenedModel:
     """A smaller architecture, and what its blocks stand for.
 
     Args:
@@ -29,7 +29,7 @@ class Reduction:
         return next(found, 1)
 
 
-def reduce(architecture: Architecture, preset: MemoryPreset, whole: bool = False) -> Reduction:
+def shorten(architecture: Architecture, preset: MemoryPreset, whole: bool = False) -> ShortenedModel:
     """Shortens every run of blocks that are alike and keep alike to its first, a middle one and its last.
 
     Args:
@@ -58,7 +58,7 @@ def reduce(architecture: Architecture, preset: MemoryPreset, whole: bool = False
                 around = tuple(f"{block.place}.{counts[block.place] + i}" for i in (-2, -1, 0))
                 repeats[name] = Repeat(len(run) - len(few), around)
             staying.append(block)
-    return Reduction(architecture.with_blocks(staying), levels, repeats)
+    return ShortenedModel(architecture.with_blocks(staying), levels, repeats)
 
 
 def _runs(blocks: list[Block], levels: tuple[str, ...]) -> Iterator[tuple[str, list[Block]]]:

@@ -1,4 +1,4 @@
-"""`standing()`: what a training run holds at all times: weights, adapters, optimizer, average."""
+"""`static_memory()`: what a training run holds at all times: weights, adapters, optimizer, average."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from twinflow.memory.planner.simulation.shortened_model import Reduction
+from twinflow.memory.planner.simulation.shortened_model import ShortenedModel
 from twinflow.memory.planner.simulation.storage_tracker import aligned
 from twinflow.teachers.teachers import EMATeacher
 
@@ -17,7 +17,7 @@ _SMALL = 4096
 
 
 @dataclass(frozen=True)
-class Standing:
+class StaticMemory:
     """Bytes that live from the first step to the last.
 
     Args:
@@ -35,13 +35,13 @@ class Standing:
     trained: int
 
 
-def standing(
+def static_memory(
     student: nn.Module,
     teacher: EMATeacher | None,
     optimizer: str,
-    reduction: Reduction,
+    reduction: ShortenedModel,
     elsewhere: Collection[nn.Module] = (),
-) -> Standing:
+) -> StaticMemory:
     """Counts a small model's tensors as often as they are there in the whole one.
 
     Args:
@@ -67,7 +67,7 @@ def standing(
             trained += tensor.numel() * times
             states += _states(tensor, optimizer) * times
     ema = sum(size * reduction.times(name.partition(" ")[0]) for name, (_, size) in mine.items())
-    return Standing(weights, adapters, states, ema, trained)
+    return StaticMemory(weights, adapters, states, ema, trained)
 
 
 def _averages(teacher: EMATeacher) -> dict[str, tuple[torch.Tensor, int]]:

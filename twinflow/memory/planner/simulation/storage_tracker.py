@@ -1,4 +1,4 @@
-"""`LiveStorages`: the bytes of live tensor storages while code runs, on any device, the data-free `meta` included.
+"""`StorageTracker`: the bytes of live tensor storages while code runs, on any device, the data-free `meta` included.
 
 torch's own estimators were tried first. `MemTracker` files storages by module and knows no attention workspace, no
 calls that are simulated once, and no timeline, which a model's full depth is made from; `SACEstimator` times operations
@@ -29,7 +29,7 @@ def tensors(tree: Any) -> Iterator[torch.Tensor]:
     return (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor))
 
 
-class LiveStorages(TorchDispatchMode):
+class StorageTracker(TorchDispatchMode):
     """Counts every storage that an operation makes for as long as it lives, in regions that the caller marks.
 
     A storage that exists before counts only where it was given to `watch`. What kernels allocate inside themselves is
