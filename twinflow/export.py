@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from twinflow.distributed import unwrap
 from twinflow.formats import comfyui
 from twinflow.formats.export_folder import check_folder, new_export
 from twinflow.formats.generation_config import GenerationConfig
@@ -26,7 +27,7 @@ from twinflow.formats.manifest import (
     conditioning_tensors,
     write_conditioning,
 )
-from twinflow.interface import Student, unwrap
+from twinflow.interface import Student
 from twinflow.lora import BASE
 from twinflow.memory.quantised_base import quantised_form
 from twinflow.models.base import FlowModel

@@ -6,33 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from twinflow.distributed import unwrap
+
 Student = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any], torch.Tensor]
-
-
-def unwrap(student: Student) -> Student:
-    """The module inside torch.compile and data-parallel wrappers; anything else as it is."""
-    while True:
-        inner = getattr(student, "_orig_mod", None)
-        if inner is None and isinstance(student, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            inner = student.module
-        if inner is None:
-            return student
-        student = inner
-
-
-def data_parallel(student: Student) -> nn.parallel.DistributedDataParallel | None:
-    """The DDP wrapper of a student, compiled or not; None where there is none."""
-    student = getattr(student, "_orig_mod", student)
-    return student if isinstance(student, nn.parallel.DistributedDataParallel) else None
-
-
-def without_collectives(student: Student) -> Student:
-    """What to call without gradient: under DDP the module inside.
-
-    The wrapper broadcasts buffers on every call, and ranks run different numbers of calls without gradient.
-    """
-    wrapper = data_parallel(student)
-    return student if wrapper is None else wrapper.module
 
 
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -9,7 +9,7 @@ from helpers.tiny_pipelines import latent_shape, saved_pipeline, tiny_transforme
 from safetensors import safe_open
 from torch import nn
 
-from twinflow.interface import unwrap
+from twinflow.distributed import unwrap
 from twinflow.lora import add_lora
 from twinflow.models import FlowModel, load
 

@@ -8,8 +8,8 @@ import torch
 from accelerate import Accelerator
 
 from twinflow import Draws, TwinFlowConfig, TwinFlowLoss
-from twinflow.distributed import any_rank, world
-from twinflow.interface import trained_parameters, unwrap
+from twinflow.distributed import any_rank, unwrap, world
+from twinflow.interface import trained_parameters
 from twinflow.train.checkpoint.checkpoint import write_checkpoint
 from twinflow.train.checkpoint.run_state import RunState
 from twinflow.train.config.settings import read_config

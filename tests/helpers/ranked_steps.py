@@ -20,8 +20,8 @@ from objective.test_data_parallel import rows_of
 from torch import distributed
 
 from twinflow import TwinFlowConfig, TwinFlowLoss
-from twinflow.distributed import world
-from twinflow.interface import data_parallel, trained_parameters, unwrap
+from twinflow.distributed import data_parallel, unwrap, world
+from twinflow.interface import trained_parameters
 from twinflow.memory import apply_memory
 from twinflow.memory.blocks import repeated_blocks
 from twinflow.train.checkpoint.run_state import RunState

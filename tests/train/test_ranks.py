@@ -10,8 +10,8 @@ from helpers.ranked_steps import MICRO, Run, assert_same_run, on_two_ranks, one_
 from models.test_families_wrapping import Graphs
 from torch.distributed.tensor import DTensor
 
+from twinflow.distributed import gather_bytes
 from twinflow.train.checkpoint.checkpoint import latest_checkpoint, read_checkpoint, write_checkpoint
-from twinflow.train.gathering import gather_bytes
 
 # name -> (settings, tolerance); bfloat16 sums over blocks are rounded in another order where blocks are units
 CASES: dict[str, tuple[dict, float]] = {

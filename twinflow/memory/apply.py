@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from twinflow.interface import unwrap
+from twinflow.distributed import unwrap
 from twinflow.memory.adamw_8bit import adamw_8bit
 from twinflow.memory.modulation.defer import defer_modulation
 from twinflow.memory.modulation.layers import deferrable_layers

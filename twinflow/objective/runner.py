@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from twinflow.interface import Student, Teacher, data_parallel, unwrap
+from twinflow.distributed import data_parallel, unwrap
+from twinflow.interface import Student, Teacher
 from twinflow.objective.config import TwinFlowConfig
 from twinflow.objective.passes import TARGET_CALLS, NetworkCall, Plan
 from twinflow.objective.row_coefficients import RowCoefficients

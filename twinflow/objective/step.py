@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from twinflow.interface import Student, Teacher, unwrap, without_collectives
+from twinflow.distributed import unwrap, without_collectives
+from twinflow.interface import Student, Teacher
 from twinflow.objective.config import TwinFlowConfig
 from twinflow.objective.draws import Draws
 from twinflow.objective.passes import NetworkCall, Plan

@@ -12,6 +12,7 @@ from diffusers.utils import logging
 from torch import nn
 
 from twinflow.conditioning import TimeConditioning, TimeEmbedder
+from twinflow.distributed import unwrap
 from twinflow.formats.export_folder import without_refusal
 from twinflow.formats.manifest import (
     LORA,
@@ -26,7 +27,6 @@ from twinflow.formats.manifest import (
     read_tensors,
     saved_conditioning,
 )
-from twinflow.interface import unwrap
 from twinflow.models import FAMILIES, FlowModel, load
 from twinflow.pipelines.time_hooks import SchedulerTimeHooks
 from twinflow.scheduler import TwinFlowScheduler

@@ -19,7 +19,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from twinflow.adapters import compute_in_input_dtype
-from twinflow.interface import Student, unwrap, without_collectives
+from twinflow.distributed import unwrap, without_collectives
+from twinflow.interface import Student
 from twinflow.teachers.sharded_weights import ShardedWeights, is_sharded
 
 

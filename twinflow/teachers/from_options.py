@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from twinflow.interface import Student, Teacher, trained_parameters, unwrap
+from twinflow.distributed import unwrap
+from twinflow.interface import Student, Teacher, trained_parameters
 from twinflow.objective.flags import parse_flags
 from twinflow.teachers.teachers import EMATeacher, StudentTeacher
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from twinflow.interface import Student, trained_parameters, unwrap
+from twinflow.distributed import unwrap
+from twinflow.interface import Student, trained_parameters
 
 
 class ModuleCopy:
@@ -38,8 +39,8 @@ class ModuleCopy:
     def velocity(self, x_t: torch.Tensor, t: torch.Tensor, r: torch.Tensor, cond: Any) -> torch.Tensor:
         """The copy's velocity, with dropout active where it is in the student."""
         original = unwrap(self._student)
-        if self.module.training != original.training:  # type: ignore[attr-defined]
-            self.module.train(original.training)  # type: ignore[attr-defined]
+        if self.module.training != original.training:
+            self.module.train(original.training)
         return self._call(x_t, t, r, cond)
 
     def settle(self) -> None:
@@ -47,7 +48,7 @@ class ModuleCopy:
 
     def copy_buffers(self) -> None:
         """Takes the student's buffers anew."""
-        theirs = dict(unwrap(self._student).named_buffers())  # type: ignore[attr-defined]
+        theirs = dict(unwrap(self._student).named_buffers())
         for name, mine in self.module.named_buffers():
             mine.copy_(theirs[name])
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
-from twinflow.interface import Student, trained_parameters, unwrap
+from twinflow.distributed import unwrap
+from twinflow.interface import Student, trained_parameters
 from twinflow.teachers.ema_tensors import local
 
 _HELD_BYTES = 1 << 26  # of shards on their way at a time

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from twinflow.interface import Student, Teacher, check_same_student, trained_parameters, unwrap, without_collectives
+from twinflow.distributed import unwrap, without_collectives
+from twinflow.interface import Student, Teacher, check_same_student, trained_parameters
 from twinflow.teachers.ema_tensors import flat, load_tensors, local, shadow_of
 from twinflow.teachers.weights import TeacherWeights, ema_weights, frozen_weights, require_trainable
 from twinflow_kernels import ema_update_
@@ -42,7 +43,7 @@ class _WeightsTeacher(Teacher):
     def __init__(self, student: nn.Module, weights: TeacherWeights) -> None:
         self._student = student
         self._weights = weights
-        self._trained = trained_parameters(unwrap(student))  # type: ignore[arg-type]
+        self._trained = trained_parameters(unwrap(student))
 
     @property
     def module(self) -> nn.Module:
@@ -117,7 +118,7 @@ class EMATeacher(_WeightsTeacher):
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"EMATeacher: dtype must be a floating dtype, got {dtype!r}")
         require_trainable("EMATeacher", student)
-        for name, parameter in unwrap(student).named_parameters():  # type: ignore[attr-defined]
+        for name, parameter in unwrap(student).named_parameters():
             if parameter.requires_grad and not parameter.is_floating_point():
                 raise TypeError(f"EMATeacher: parameter {name} must be floating, got {parameter.dtype}")
         weights, self.adapter = ema_weights(student, adapter)

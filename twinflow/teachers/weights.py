@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, TypeAlias, Union
 
 from torch import nn
 
-from twinflow.interface import Student, unwrap
+from twinflow.distributed import unwrap
+from twinflow.interface import Student
 from twinflow.teachers.module_copy import ModuleCopy
 from twinflow.teachers.sharded_weights import ShardedWeights, is_sharded
 

@@ -12,6 +12,7 @@ from twinflow.interface import Teacher
 from twinflow.memory.presets import MemoryPreset
 from twinflow.objective.loss import TwinFlowLoss
 from twinflow.teachers.teachers import StudentTeacher
+from twinflow.train.config.describe import describe
 from twinflow.train.config.settings import TrainSettings
 from twinflow.train.data.prepare import items_of
 from twinflow.train.model.memory import workload_of_run
@@ -32,7 +33,7 @@ def dry_run(settings: TrainSettings, console: Console) -> None:
         ValueError: data that cannot be trained on, or a model that does not go with the settings.
     """
     say = _sayer(console)
-    say(str(settings))
+    say(describe(settings))
     say("\ndata")
     say(_data(settings))
     say("\nplan of a step")

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from twinflow.distributed import world
-from twinflow.interface import Student, Teacher, data_parallel
+from twinflow.distributed import data_parallel, world
+from twinflow.interface import Student, Teacher
 from twinflow.objective.loss import TwinFlowLoss, TwinFlowOutput
 from twinflow.train.checkpoint.run_state import RunState
 from twinflow.train.config.settings import TrainSettings

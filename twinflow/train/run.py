@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from rich.console import Console
 
-from twinflow.distributed import any_rank, world
+from twinflow.distributed import any_rank, on_rank_zero, world
 from twinflow.train.callbacks import Callbacks, build_callbacks
 from twinflow.train.checkpoint.checkpoint import read_checkpoint, write_checkpoint
 from twinflow.train.checkpoint.files import read_summary
@@ -26,19 +26,16 @@ from twinflow.train.data.build_cache import Cache
 from twinflow.train.data.cache import Entry, held_out
 from twinflow.train.data.prepare import encoders_of, prepare_data, unread
 from twinflow.train.data.shards import write_whole
-from twinflow.train.gathering import on_rank_zero
-from twinflow.train.headline import headline
 from twinflow.train.logging.console import Display, plural_steps, redirect_stdout_to
 from twinflow.train.logging.environment import environment
 from twinflow.train.logging.quiet import without_loading_bars
-from twinflow.train.logging.run_logger import RunLogger
-from twinflow.train.logging.trackers import required_trackers
+from twinflow.train.logging.run_logger import RunLogger, required_trackers
 from twinflow.train.loop import Due
 from twinflow.train.model.memory import after_out_of_memory
 from twinflow.train.model.optimizer import renew, saved_kind
 from twinflow.train.model.pipeline_source import pipeline_folder
 from twinflow.train.model.preflight import require_trainable
-from twinflow.train.setup import Assembled, assemble
+from twinflow.train.setup import Assembled, assemble, headline
 from twinflow.train.signals import StopRequest, terminable
 from twinflow.train.validation.prompts import ValidationPrompts, require_resolution, validation_prompts
 

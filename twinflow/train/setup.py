@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from twinflow.distributed import world
-from twinflow.interface import Teacher, trained_parameters, unwrap
+from twinflow.distributed import unwrap, world
+from twinflow.interface import Teacher, trained_parameters
 from twinflow.memory import AppliedMemory
 from twinflow.memory.blocks import repeated_blocks
 from twinflow.models import FlowModel
@@ -19,7 +19,7 @@ from twinflow.train.checkpoint.run_state import RunState
 from twinflow.train.config.settings import TrainSettings
 from twinflow.train.data.batches import Batches
 from twinflow.train.data.build_cache import Cache
-from twinflow.train.data.cache import Entry
+from twinflow.train.data.cache import Entry, longest_prompt
 from twinflow.train.loop import Loop
 from twinflow.train.model.memory import put_memory
 from twinflow.train.model.optimizer import build_optimizer, warm_up
@@ -75,11 +75,13 @@ def assemble(
     _seed(settings.seed)
     model = build_student(settings, folder)
     counts = [sum(p.numel() for p in of) for of in (trained_parameters(model).values(), model.parameters())]
-    memory = put_memory(settings, model, device, cache, sharded=launcher_kind(accelerator) == "fsdp2")
+    planned = settings.memory_preset == "auto" and device.type == "cuda"
+    tokens = longest_prompt(cache) if planned else None
+    memory = put_memory(settings, model, device, tokens, sharded=launcher_kind(accelerator) == "fsdp2")
     if settings.compile_blocks:
         _compile(model)
     student, teacher = wrap(settings, model, accelerator, memory.preset)
-    trained = trained_parameters(unwrap(student))  # type: ignore[arg-type]
+    trained = trained_parameters(unwrap(student))
     optimizer = build_optimizer(settings, trained.values(), memory, saved_optimizer)
     scheduler = warm_up(optimizer, settings.lr_warmup_steps)
     criterion = TwinFlowLoss(settings.objective)
@@ -124,3 +126,30 @@ def autocast(settings: TrainSettings, device: torch.device) -> AbstractContextMa
     if settings.model_type == "full" and settings.mixed_precision == "bf16":
         return torch.autocast(device.type, torch.bfloat16)
     return nullcontext()
+
+
+def headline(settings: TrainSettings, parts: Assembled, entries: int) -> str:
+    """Model, what of it is trained, on what, how, and where.
+
+    Args:
+        settings: of the run.
+        parts: of the run.
+        entries: images or prompts that it is trained on.
+    """
+    kind = f"LoRA of rank {settings.lora_rank}" if settings.model_type == "lora" else "all weights"
+    counts = f"{amount(parts.trained)} of {amount(parts.parameters)} parameters"
+    how = "flow matching" if settings.twinflow is None else f"TwinFlow ({settings.twinflow.recipe})"
+    data = f"{entries} {'prompts' if settings.data_free else 'images'}"
+    _, ranks = world()
+    rows = f"{settings.step_rows * ranks} rows a step" + (f" on {ranks} processes" if ranks > 1 else "")
+    device = parts.loop.device
+    where = device.type if device.type == "cpu" else device
+    return f"{parts.model.family}: {kind} ({counts}), {how}, {data}, {rows}, {where}"
+
+
+def amount(number: int) -> str:
+    """A number of parameters with three digits, as 20.4 B."""
+    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {letter}"
+    return str(number)

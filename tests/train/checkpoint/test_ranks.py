@@ -14,10 +14,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from train.checkpoint.test_state_tree import same
 
+from twinflow.distributed import gather_bytes
 from twinflow.train.checkpoint import checkpoint
 from twinflow.train.checkpoint.checkpoint import latest_checkpoint, read_checkpoint, write_checkpoint
 from twinflow.train.checkpoint.run_state import RunState
-from twinflow.train.gathering import gather_bytes
 
 
 def worker(rank: int, work, folder: Path) -> None:

@@ -14,7 +14,8 @@ from PIL import Image
 
 from twinflow.train import read_config
 from twinflow.train.config.run_folder import RunFolder
-from twinflow.train.logging.trackers import SCATTER_STEPS, scalars, trackers_of
+from twinflow.train.logging.run_logger import trackers_of
+from twinflow.train.logging.trackers import SCATTER_STEPS, scalars
 from twinflow.train.logging.trajectory import COLOURS, TITLE, Trajectory, figure
 
 STEPS = 20

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from twinflow.interface import unwrap
+from twinflow.distributed import unwrap
 from twinflow.memory.modulation.layers import activation_before, deferrable_layers
 from twinflow.memory.modulation.patches import hide_from_ddp, passed_on, refuse_moves, replace_forward, sliced
 from twinflow.memory.modulation.step import DeferredStep, Entry, connect

@@ -16,10 +16,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from twinflow.distributed import on_rank_zero
 from twinflow.train.checkpoint.files import check_files, read_files, read_summary, sync, write_files
 from twinflow.train.checkpoint.folder_lock import lock_folder
 from twinflow.train.checkpoint.state_tree import encode
-from twinflow.train.gathering import on_rank_zero
 
 # `.replaced`: a checkpoint that made room for another of its step, until that is there.
 _NAME = re.compile(r"checkpoint-(\d{6,18})(\.replaced)?")

@@ -6,14 +6,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from twinflow.distributed import world
-from twinflow.interface import Teacher, trained_parameters, unwrap
+from twinflow.distributed import check_on_all_ranks, gather_bytes, unwrap, world
+from twinflow.interface import Teacher, trained_parameters
 from twinflow.objective.loss import TwinFlowLoss
 from twinflow.train.checkpoint.optimizer_state import check_optimizer, collect_optimizer, kind_of, load_optimizer
 from twinflow.train.checkpoint.random_streams import check_streams, collect_streams, put_streams
 from twinflow.train.checkpoint.state_checks import check_form, check_names, check_tensor, placed, snapshot
 from twinflow.train.checkpoint.state_tree import decode, encode
-from twinflow.train.gathering import check_on_all_ranks, gather_bytes
 
 
 @dataclass

@@ -123,11 +123,6 @@ class TrainSettings:
         found = {**own, **self.twinflow_options, "twinflow": objective}
         return json.dumps(found, indent=1, default=str) + "\n"
 
-    def __str__(self) -> str:
-        from twinflow.train.config.describe import describe
-
-        return describe(self)
-
 
 _FIELDS = tuple(f.name for f in fields(TrainSettings))
 

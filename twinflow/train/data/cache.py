@@ -163,3 +163,13 @@ def _index(saved: dict[str, Any]) -> Index:
         if f"{entry.size[0]} {entry.size[1]}" not in saved["shapes"]:
             raise ValueError(f"no shape for the size of {entry.name!r}")
     return Index(**saved | {"entries": entries})
+
+
+_LOOKED_AT = 256  # prompts whose length is read
+
+
+def longest_prompt(cache: Cache) -> int | None:
+    """Tokens of the longest prompt of a data set, of a few hundred prompts of it; None: not known."""
+    stride = max(1, len(cache.entries) // _LOOKED_AT)
+    lengths = [int(cache.condition([entry])["prompt_embeds"].shape[1]) for entry in cache.entries[::stride]]
+    return max(lengths, default=None)

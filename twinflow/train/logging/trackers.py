@@ -1,14 +1,10 @@
-"""`trackers_of()`: where else a run's measurements go, beside `metrics.jsonl`: TensorBoard and wandb."""
+"""`Tracker`: where a run's measurements go beside `metrics.jsonl`, such as TensorBoard or wandb."""
 
-import importlib.util
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from twinflow.train.config.run_folder import RunFolder
-from twinflow.train.config.settings import TrainSettings
 from twinflow.train.logging.trajectory import Point, Trajectory
 
 SCATTER_STEPS = 500  # between two trajectory scatters
@@ -90,42 +86,3 @@ def captions(record: Mapping[str, Any]) -> list[str]:
         f"seed {image['seed']})"
         for image in record["images"]
     ]
-
-
-def required_trackers(settings: TrainSettings) -> list[str]:
-    """The libraries that `report_to` asks for.
-
-    Raises:
-        ValueError: one of them is not installed.
-    """
-    asked = {"none": [], "all": ["tensorboard", "wandb"]}.get(settings.report_to, [settings.report_to])
-    for name in asked:
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:  # no origin: a mere folder of that name, as wandb leaves some
-            raise ValueError(f"train: report_to must name installed libraries, got {name}: pip install {name}")
-    return asked
-
-
-def trackers_of(settings: TrainSettings, folder: RunFolder, step: int = 0) -> list[Tracker]:
-    """The trackers that `report_to` asks for, opened; the main process alone calls it, before the first step.
-
-    Args:
-        settings: of the run.
-        folder: of the run.
-        step: steps taken so far, by the checkpoint that the run goes on from: later values are replaced.
-
-    Raises:
-        ValueError: a library is not installed, or wandb has no account to write to.
-    """
-    found: list[Tracker] = []
-    for name in required_trackers(settings):
-        if name == "tensorboard":
-            from twinflow.train.logging.tensorboard_tracker import TensorBoardTracker
-
-            found.append(TensorBoardTracker(folder.logs, step))
-        else:
-            from twinflow.train.logging.wandb_tracker import WandbTracker
-
-            config = json.loads(settings.to_json())
-            found.append(WandbTracker(settings.tracker_project_name, settings.tracker_run_name, config, folder.root))
-    return found

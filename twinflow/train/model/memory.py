@@ -10,14 +10,12 @@ from twinflow.memory.apply import SPARE_BYTES
 from twinflow.memory.presets import preset_of
 from twinflow.models import FlowModel
 from twinflow.train.config.settings import TrainSettings
-from twinflow.train.data.cache import Cache
 from twinflow.train.model.parallel import check_sharded
 
 if TYPE_CHECKING:
     from twinflow.memory.planner.forecast import Forecast
     from twinflow.memory.planner.workload import Workload
 
-_LOOKED_AT = 256  # prompts whose length is read
 _TENSORS_OF_A_ROW = 12  # latents, noises and targets that a step holds of each row
 _OPTIMIZERS = {"radam": "adamw"}  # of the same size
 UNKNOWN = "rows"  # where no forecast can be made
@@ -25,7 +23,11 @@ SHARDED = "checkpoint"
 
 
 def put_memory(
-    settings: TrainSettings, student: FlowModel, device: torch.device, cache: Cache, sharded: bool = False
+    settings: TrainSettings,
+    student: FlowModel,
+    device: torch.device,
+    text_tokens: int | None = None,
+    sharded: bool = False,
 ) -> AppliedMemory:
     """Applies the run's preset and moves the student to the device; `auto` is the fastest that fits a CUDA device.
 
@@ -33,7 +35,7 @@ def put_memory(
         settings: of the run.
         student: on the CPU, with its LoRA.
         device: where it trains.
-        cache: of the data, for the length of its prompts.
+        text_tokens: length of the longest prompt; None: as usual for the model.
         sharded: the weights are going to be, block by block: the student stays on the CPU, and `auto`, which knows
             nothing of shards, recomputes the blocks.
 
@@ -50,7 +52,7 @@ def put_memory(
     if device.type != "cuda":
         return apply_memory(student, "batch", device=device)
     try:
-        workload = workload_of_run(settings, student, longest_prompt(cache))
+        workload = workload_of_run(settings, student, text_tokens)
     except ValueError as error:
         print(f"memory preset {UNKNOWN}, as no forecast can be made ({error})")
         return apply_memory(student, UNKNOWN, device=device)
@@ -91,13 +93,6 @@ def held_bytes(settings: TrainSettings, workload: "Workload") -> int:
     """Latents, noises and targets of the rows that wait in a step while others are computed."""
     channels, height, width = workload.latent
     return (settings.step_rows - settings.train_batch_size) * channels * height * width * 4 * _TENSORS_OF_A_ROW
-
-
-def longest_prompt(cache: Cache) -> int | None:
-    """Tokens of the longest prompt of a data set, of a few hundred prompts of it; None: not known."""
-    stride = max(1, len(cache.entries) // _LOOKED_AT)
-    lengths = [int(cache.condition([entry])["prompt_embeds"].shape[1]) for entry in cache.entries[::stride]]
-    return max(lengths, default=None)
 
 
 def smaller_preset(forecasts: "list[Forecast]", preset: MemoryPreset, peak_bytes: int) -> MemoryPreset | None:

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from twinflow.interface import Student, unwrap, without_collectives
+from twinflow.distributed import unwrap, without_collectives
+from twinflow.interface import Student
 
 
 @contextmanager

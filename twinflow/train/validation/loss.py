@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
-from twinflow.distributed import calls_in_lockstep, world
+from twinflow.distributed import calls_in_lockstep, gather_bytes, world
 from twinflow.interface import Student, Teacher
 from twinflow.objective.config import TwinFlowConfig
 from twinflow.objective.draws import Draws, draw_step
 from twinflow.objective.loss import TwinFlowLoss, TwinFlowOutput
 from twinflow.objective.roles import RoleCounter
 from twinflow.train.data.cache import Cache, Entry, on_device
-from twinflow.train.gathering import gather_bytes
 from twinflow.train.validation.eval_mode import eval_mode
 
 MOST_ROWS = 64

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from twinflow.distributed import on_rank_zero
 from twinflow.interface import Student, Teacher
 from twinflow.models.packing import pack, unpack
 from twinflow.scheduler import TwinFlowScheduler
@@ -16,7 +17,6 @@ from twinflow.train.config.settings import TrainSettings
 from twinflow.train.data.cache import on_device
 from twinflow.train.data.decoder import Decoder
 from twinflow.train.data.encoders import Condition
-from twinflow.train.gathering import on_rank_zero
 from twinflow.train.logging.sample_folder import GRID, write_samples
 from twinflow.train.validation.eval_mode import eval_mode
 from twinflow.train.validation.pipeline_shift import pipeline_shift
