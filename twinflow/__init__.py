@@ -28,7 +28,7 @@ _HOMES = {
     "Draws": "objective.draws",
     "EMATeacher": "teachers.teachers",
     "FrozenTeacher": "teachers.teachers",
-    "Plan": "objective.calls",
+    "Plan": "objective.passes",
     "StudentTeacher": "teachers.teachers",
     "TwinFlowConfig": "objective.config",
     "TwinFlowLoss": "objective.loss",
