@@ -1,6 +1,6 @@
 """What commit 9a5d81f wrote still loads: its run goes on, its exports draw, its saved states continue.
 
-The files are in tests/data/earlier; tests/write_earlier_files.py wrote them. What is merely loaded must be the same;
+The files are in tests/data/earlier; tests/helpers/write_earlier_files.py wrote them. What is merely loaded must be the same;
 what is computed may be rounded otherwise on another machine.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from earlier_files import (
+from helpers.earlier_files import (
     COMFYUI,
     DRAWING,
     STEPS,

@@ -1,6 +1,6 @@
 """Writes tests/data/earlier, as the code of commit 9a5d81f did, for tests/test_earlier_files.py.
 
-Not run by the tests: files written anew would not be earlier ones. `python tests/write_earlier_files.py FOLDER`.
+Not run by the tests: files written anew would not be earlier ones. `python tests/helpers/write_earlier_files.py FOLDER`.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from earlier_files import (
+from helpers.earlier_files import (
     DRAWING,
     STEPS,
     STUDENTS,
@@ -24,9 +24,9 @@ from earlier_files import (
     stock_drawn,
     walked,
 )
+from helpers.tiny_pipelines import tiny_pipeline, tiny_transformer
 from PIL import Image
 from safetensors.torch import save_file
-from tiny_pipelines import tiny_pipeline, tiny_transformer
 
 from twinflow.cli import main
 from twinflow.export import export

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, QwenImageTransformer2DModel
+from helpers.toy import ToyNet
 from safetensors.torch import load_file
-from toy import ToyNet
 
 from twinflow import EMATeacher, FrozenTeacher, StudentTeacher, TwinFlowConfig, TwinFlowLoss
 from twinflow.lora import add_lora, load_lora
