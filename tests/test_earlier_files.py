@@ -1,7 +1,7 @@
 """What commit 9a5d81f wrote still loads: its run goes on, its exports draw, its saved states continue.
 
-The files are in tests/data/earlier; tests/helpers/write_earlier_files.py wrote them. What is merely loaded must be the same;
-what is computed may be rounded otherwise on another machine.
+The files are in tests/data/earlier; tests/helpers/write_earlier_files.py wrote them. What is merely loaded must be
+the same; what is computed may be rounded otherwise on another machine.
 """
 
 import json

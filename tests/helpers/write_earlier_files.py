@@ -1,6 +1,7 @@
 """Writes tests/data/earlier, as the code of commit 9a5d81f did, for tests/test_earlier_files.py.
 
-Not run by the tests: files written anew would not be earlier ones. `python tests/helpers/write_earlier_files.py FOLDER`.
+Not run by the tests: files written anew would not be earlier ones.
+`python tests/helpers/write_earlier_files.py FOLDER`.
 """
 
 import json
