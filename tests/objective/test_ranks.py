@@ -41,7 +41,7 @@ def test_discarded_rows_change_nothing(roles, order, monkeypatch):
     criterion, draws = TwinFlowLoss(config), draw_step(config, x, roles, None, 0)
     results = []
     for keep in ("none", "all"):
-        monkeypatch.setattr(loss, "kept_calls", lambda student, keep=keep: keep)
+        monkeypatch.setattr(loss, "calls_in_lockstep", lambda student, keep=keep: keep)
         net.zero_grad()
         out = criterion(net, x, cond, uncond, teacher=make_teacher(net, 0.9), draws=draws)
         out.loss.backward()
