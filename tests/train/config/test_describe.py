@@ -1,6 +1,7 @@
 """What a resolved config looks like, and what a resumed run may not change."""
 
 from twinflow.train import changed, read_config
+from twinflow.train.config.describe import describe
 
 MODEL = {"pretrained_model_name_or_path": "some/model"}
 ON = {**MODEL, "use_ema": True, "twinflow_enabled": True}
@@ -8,15 +9,15 @@ ON = {**MODEL, "use_ema": True, "twinflow_enabled": True}
 
 def test_a_readable_description():
     found = read_config(None, {**ON, "learning_rate": 2e-4, "validation_guidance": 3, "twinflow_step_focus": 0.3})
-    text = str(found)
+    text = describe(found)
     assert "* learning_rate = 0.0002" in text and "  lora_rank = 64" in text and "* twinflow_enabled = True" in text
     assert "* step_focus = 0.3" in text and "30% of all rows take their times from the sampling grid of 1 step" in text
     assert "  lora_alpha = 64" in text and "  validation_seed = 42" in text
     assert "\nwarnings\n! validation_guidance is 0.0" in text
     groups = [line for line in text.splitlines() if line and line[0] not in " *!"]
     assert groups == ["model", "data", "step", "optimizer", "run", "validation", "TwinFlow", "warnings"]
-    assert "step_focus 0: the step count 1 rules validation only" in str(read_config(None, ON))
-    assert "plain flow matching" in str(read_config(None, MODEL))
+    assert "step_focus 0: the step count 1 rules validation only" in describe(read_config(None, ON))
+    assert "plain flow matching" in describe(read_config(None, MODEL))
 
 
 def test_what_a_resumed_run_may_not_change():

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twinflow.train import TrainSettings, add_options, read_config, settings_from
+from twinflow.train.config.describe import describe
 from twinflow.train.config.options import ALIASES, OPTIONS, option_name
 from twinflow.train.config.presets import TRAIN_PRESETS
 from twinflow.train.config.simpletuner import HARMLESS, UNSUPPORTED
@@ -55,7 +56,7 @@ def read_or_line(read, names) -> TrainSettings | None:
 def reads_back(found: TrainSettings | None) -> None:
     if found is None:
         return
-    assert str(found).count("\n") > 60
+    assert describe(found).count("\n") > 60
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "resolved.json")
         path.write_text(found.to_json(), encoding="utf-8")
