@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from twinflow.objective.config import TwinFlowConfig
     from twinflow.objective.draws import Draws
     from twinflow.objective.loss import TwinFlowLoss, TwinFlowOutput
-    from twinflow.objective.passes import Plan
+    from twinflow.objective.plan import Plan
     from twinflow.pipelines.attach import attach as attach
     from twinflow.teachers.teachers import EMATeacher, FrozenTeacher, StudentTeacher
 
@@ -28,7 +28,7 @@ _HOMES = {
     "Draws": "objective.draws",
     "EMATeacher": "teachers.teachers",
     "FrozenTeacher": "teachers.teachers",
-    "Plan": "objective.passes",
+    "Plan": "objective.plan",
     "StudentTeacher": "teachers.teachers",
     "TwinFlowConfig": "objective.config",
     "TwinFlowLoss": "objective.loss",

@@ -12,8 +12,7 @@ from torch import distributed
 from twinflow import StudentTeacher, TwinFlowConfig, TwinFlowLoss
 from twinflow.objective import loss
 from twinflow.objective.draws import draw_step
-from twinflow.objective.passes import PlanOptions
-from twinflow.objective.plan import make_plan
+from twinflow.objective.plan import PlanOptions, make_plan
 
 ROLES = [("e2e", "mul"), ("any", "adv"), ("mul", "mul"), ("adv", "adv"), ("e2e", "e2e"), ("any", "any")]
 
@@ -26,7 +25,7 @@ def shape_of(plan):
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_every_rank_plans_the_same_calls(order, micro_batch):
     config = TwinFlowConfig(estimate_order=order, data_free=True)
-    request = PlanOptions(keep="all", micro_batch=micro_batch)
+    request = PlanOptions(pad_calls="all", micro_batch=micro_batch)
     plans = [make_plan(config, draw_step(config, torch.zeros(2, 5), r, None, 0), request) for r in ROLES]
     assert all(shape_of(plan) == shape_of(plans[0]) for plan in plans)
     bare = [make_plan(config, draw_step(config, torch.zeros(2, 5), r, None, 0)) for r in ROLES]

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from twinflow.conditioning import MODES, TimeConditioning, TimeEmbedder
 from twinflow.models.modulation import Deferral, Modulation
 from twinflow.models.prompts import prompt_groups, prompt_lengths, row_index, trim
-from twinflow.objective.passes import NetworkCall, Plan
+from twinflow.objective.plan import NetworkCall, Plan
 
 CFG_TIMES = ("published", "t")
 

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from twinflow.objective.passes import NetworkCall, Plan
+from twinflow.objective.plan import NetworkCall, Plan
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from twinflow.objective.config import TwinFlowConfig
+from twinflow.errors import ArgumentError, ArgumentTypeError
+from twinflow.objective.config import ROLES, TwinFlowConfig
 from twinflow.sampling.grid import sampling_grid
 
 # r lies at most this share of t below t for `mul` rows (docs/method.md, equation 4).
@@ -39,6 +41,10 @@ class Draws:
         """The rows with a role."""
         return tuple(i for i, name in enumerate(self.roles or ()) if name == role)
 
+    def mask(self, role: str) -> np.ndarray:
+        """(B,) booleans: which rows have a role."""
+        return np.fromiter((name == role for name in self.roles or ()), bool, len(self.roles or ()))
+
 
 def draw_step(
     config: TwinFlowConfig,
@@ -70,8 +76,8 @@ def draw_step(
         return torch.randn((rows, *latents.shape[1:]), dtype=dtype, device=latents.device, generator=device)
 
     t, r = _times(config, batch, roles, host)
-    rectify = batch if roles is None else sum(role == "e2e" for role in roles)
-    fakes = 0 if roles is None else sum(role == "adv" for role in roles)
+    rectify = batch if roles is None else list(roles).count("e2e")
+    fakes = 0 if roles is None else list(roles).count("adv")
     rectify = rectify if config.adversarial and config.rectify_weight > 0 else 0
     return Draws(
         roles=None if roles is None else tuple(roles),
@@ -90,14 +96,14 @@ def _streams(
 ) -> tuple[torch.Generator | None, torch.Generator | None]:
     """The streams of times (CPU) and of noises (the latents' device)."""
     if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"draw: generator must be a torch.Generator or None, got {type(generator).__name__}")
+        raise ArgumentTypeError("draw", "generator", "a torch.Generator or None", type(generator).__name__)
     if generator is None or generator.device.type == device.type == "cpu":
         return generator, generator
     if generator.device.type == "cpu":
         seed = int(torch.randint(2**62, (), generator=generator))
         return generator, torch.Generator(device).manual_seed(seed)
     if generator.device.type != device.type:
-        raise ValueError(f"draw: generator must be on the CPU or the latents' device {device}, got {generator.device}")
+        raise ArgumentError("draw", "generator", f"on the CPU or the latents' device {device}", generator.device)
     # splitmix64 keeps the streams of neighbouring positions apart.
     mixed = (generator.initial_seed() + (position + 1) * 0x9E3779B97F4A7C15) % 2**64
     mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
@@ -115,14 +121,14 @@ def _times(
     t = _beta(config.time_dist, batch, generator)
     u = _uniform(batch, generator)
     if roles is None:
-        t, r = t, t - u * t
-        focused = list(range(batch))
+        r, focused = t - u * t, torch.arange(batch)
     else:
-        role_r = {"mul": t - _MUL_SPAN * u * t, "any": t - u * t, "one": torch.zeros_like(t), "adv": -t}
-        r = torch.stack([role_r[role][i] if role != "e2e" else t.new_zeros(()) for i, role in enumerate(roles)])
-        t = torch.stack([t[i] if role not in ("e2e", "adv") else r[i] for i, role in enumerate(roles)])
-        t[[i for i, role in enumerate(roles) if role == "e2e"]] = 1.0
-        focused = [i for i, role in enumerate(roles) if role == "any"]
+        code = torch.tensor([ROLES.index(role) for role in roles])
+        e2e, mul, any_time, one, adv = (code == k for k in range(len(ROLES)))
+        span = torch.where(mul, _MUL_SPAN * u * t, u * t)
+        r = torch.where(adv, -t, torch.where(e2e | one, 0.0, t - span))
+        t = torch.where(e2e, 1.0, torch.where(adv, -t, t))
+        focused = any_time.nonzero()[:, 0]
     _focus(config, focused, t, r, generator)
     return t.float(), r.float()
 
@@ -138,18 +144,21 @@ def _beta(dist: tuple[float, float, float], count: int, generator: torch.Generat
 
 
 def _focus(
-    config: TwinFlowConfig, rows: list[int], t: torch.Tensor, r: torch.Tensor, generator: torch.Generator | None
+    config: TwinFlowConfig,
+    rows: torch.Tensor,
+    t: torch.Tensor,
+    r: torch.Tensor,
+    generator: torch.Generator | None,
 ) -> None:
     """Moves a share of the rows, in place, onto the queries that sampling in `target_step_count` steps makes."""
-    if config.step_focus == 0.0 or not rows:
+    if config.step_focus == 0.0 or not len(rows):
         return
-    grid = sampling_grid(config.target_step_count)
-    picks = _uniform(3 * len(rows), generator).view(3, -1)
-    for k, row in enumerate(rows):
-        if picks[0, k] < config.step_focus:
-            step = int(picks[1, k] * config.target_step_count)
-            t[row] = grid[step]
-            r[row] = 0.0 if picks[2, k] < 0.5 else grid[step + 1]
+    grid = torch.tensor(sampling_grid(config.target_step_count), dtype=torch.float64)
+    chosen, step, to_zero = _uniform(3 * len(rows), generator).view(3, -1)
+    moved = chosen < config.step_focus
+    start = (step[moved] * config.target_step_count).long()
+    t[rows[moved]] = grid[start]
+    r[rows[moved]] = torch.where(to_zero[moved] < 0.5, 0.0, grid[start + 1])
 
 
 def check_draws(draws: Draws, config: TwinFlowConfig, latents: torch.Tensor, where: str = "TwinFlowLoss") -> None:
@@ -165,7 +174,7 @@ def check_draws(draws: Draws, config: TwinFlowConfig, latents: torch.Tensor, whe
         noises["z_rectify"] = (draws.z_rectify, rectify)  # type: ignore[assignment]
     for name, (value, rows) in noises.items():
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-            raise TypeError(f"{where}: draws.{name} must be a floating tensor, got {_kind(value)}")
+            raise ArgumentTypeError(where, f"draws.{name}", "a floating tensor", _kind(value))
         if value.shape != (rows, *latents.shape[1:]):
             raise _error(where, name, f"of shape {(rows, *latents.shape[1:])}", tuple(value.shape))
         if value.device != latents.device:
@@ -175,7 +184,7 @@ def check_draws(draws: Draws, config: TwinFlowConfig, latents: torch.Tensor, whe
 def check_roles_and_times(draws: Draws, config: TwinFlowConfig, where: str, batch: int | None = None) -> int:
     """Raises TypeError or ValueError unless a plan can be made of the draws; returns the number of rectify rows."""
     if not isinstance(draws, Draws):
-        raise TypeError(f"{where}: draws must be Draws or None, got {type(draws).__name__}")
+        raise ArgumentTypeError(where, "draws", "Draws or None", type(draws).__name__)
     if batch is None:
         batch = len(draws.t) if isinstance(draws.t, torch.Tensor) and draws.t.dim() else 1
     _check_roles(draws, config, batch, where)
@@ -193,7 +202,7 @@ def _check_roles(draws: Draws, config: TwinFlowConfig, batch: int, where: str) -
     if (draws.roles is None) != (config.recipe == "all_terms"):
         raise _error(where, "roles", "None for all_terms and given for partition", draws.roles)
     if not isinstance(draws.roles, (tuple, list, type(None))):
-        raise TypeError(f"{where}: draws.roles must be a tuple of names or None, got {type(draws.roles).__name__}")
+        raise ArgumentTypeError(where, "draws.roles", "a tuple of names or None", type(draws.roles).__name__)
     if draws.roles is not None and len(draws.roles) != batch:
         raise _error(where, "roles", f"{batch} names", len(draws.roles))
     for role in draws.roles or ():
@@ -203,7 +212,7 @@ def _check_roles(draws: Draws, config: TwinFlowConfig, batch: int, where: str) -
 
 def _check_time(name: str, value: torch.Tensor | None, rows: int, where: str) -> None:
     if not isinstance(value, torch.Tensor) or value.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{where}: draws.{name} must be a float32 or float64 tensor, got {_kind(value)}")
+        raise ArgumentTypeError(where, f"draws.{name}", "a float32 or float64 tensor", _kind(value))
     if value.device.type != "cpu" or value.shape != (rows,):
         raise _error(where, name, f"a CPU tensor of shape ({rows},)", f"{tuple(value.shape)} on {value.device}")
     low = 0 if name == "t_rectify" else -1
@@ -213,17 +222,20 @@ def _check_time(name: str, value: torch.Tensor | None, rows: int, where: str) ->
 
 def _check_order(draws: Draws, where: str) -> None:
     """r lies between 0 and t; `adv` rows have t = r < 0, all others t >= 0."""
-    for i, (t, r) in enumerate(zip(draws.t.tolist(), draws.r.tolist(), strict=True)):
-        role = draws.roles[i] if draws.roles else "all"
-        if t != 0 and (role == "adv") != (t < 0):
-            raise _error(where, "t", "negative for adv rows and not for others", f"{t} for row {i} ({role})")
-        if not min(t, 0.0) <= r <= max(t, 0.0) or (role == "adv" and r != t):
-            wanted = "t for adv rows" if role == "adv" else "between 0 and t"
-            raise _error(where, "r", wanted, f"{r} with t = {t} for row {i} ({role})")
+    t, r = draws.t.numpy(), draws.r.numpy()
+    adv = draws.mask("adv") if draws.roles else np.zeros(len(t), dtype=bool)
+    sign = (t != 0) & (adv != (t < 0))
+    order = ~((np.minimum(t, 0) <= r) & (r <= np.maximum(t, 0))) | (adv & (r != t))
+    for row in np.flatnonzero(sign | order)[:1].tolist():
+        role = draws.roles[row] if draws.roles else "all"
+        if sign[row]:
+            raise _error(where, "t", "negative for adv rows and not for others", f"{t[row]} for row {row} ({role})")
+        wanted = "t for adv rows" if role == "adv" else "between 0 and t"
+        raise _error(where, "r", wanted, f"{r[row]} with t = {t[row]} for row {row} ({role})")
 
 
-def _error(where: str, name: str, wanted: str, actual: object) -> ValueError:
-    return ValueError(f"{where}: draws.{name} must be {wanted}, got {actual}")
+def _error(where: str, name: str, wanted: str, actual: object) -> ArgumentError:
+    return ArgumentError(where, f"draws.{name}", wanted, actual)
 
 
 def _kind(value: object) -> str:

@@ -1,23 +1,24 @@
 """`TwinFlowLoss`: plans a training step, runs the plan, and gives the loss."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from twinflow.distributed import calls_in_lockstep, world
+from twinflow.distributed import calls_in_lockstep, data_parallel, unwrap, world
+from twinflow.errors import ArgumentTypeError
 from twinflow.interface import Student, Teacher
-from twinflow.objective.checks import Given, check_arguments, check_latents, check_micro_batch, check_teacher
+from twinflow.objective.checks import check_inputs, check_latents, check_micro_batch, check_step_rows, check_teacher
 from twinflow.objective.config import TwinFlowConfig
 from twinflow.objective.draws import Draws, check_draws, check_roles_and_times, draw_step
-from twinflow.objective.passes import Plan, PlanOptions
-from twinflow.objective.plan import make_plan
+from twinflow.objective.plan import TARGET_CALLS, NetworkCall, Plan, PlanOptions, make_plan
 from twinflow.objective.roles import RoleCounter
 from twinflow.objective.row_coefficients import row_coefficients
 from twinflow.objective.rows import broadcast_condition, same_leaf_shapes
-from twinflow.objective.runner import StepRun, run_step
-from twinflow.objective.step import Batch
+from twinflow.objective.step import Step, StepInputs
+from twinflow.objective.terms import MicroBatchLoss
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,10 @@ class TwinFlowOutput:
 
 
 class TwinFlowLoss:
-    """The TwinFlow objective, drop-in for any training loop; docs/method.md holds the equations.
+    """The TwinFlow objective, drop-in for any training loop.
+
+    Where things are: docs/method.md holds the equations, terms.py one method per term of the loss, plan.py the order of
+    the network calls, draws.py all randomness, `twinflow_kernels` the arithmetic on latents.
 
     A student is any callable F(x_t, t, r, cond) -> velocity: x_t (B, ...) in the latents' dtype; t, r (B,) float32,
     signed; the velocity (B, ...) in any floating dtype. It may have `begin_step(plan)` and `end_step()`.
@@ -54,7 +58,7 @@ class TwinFlowLoss:
     def __init__(self, config: TwinFlowConfig | None = None) -> None:
         self.config = TwinFlowConfig() if config is None else config
         if not isinstance(self.config, TwinFlowConfig):
-            raise TypeError(f"TwinFlowLoss: config must be a TwinFlowConfig, got {type(config).__name__}")
+            raise ArgumentTypeError("TwinFlowLoss", "config", "a TwinFlowConfig", type(config).__name__)
         partition = self.config.recipe == "partition"
         self._roles = RoleCounter(self.config.active_shares() if partition else {"all": 1.0})
 
@@ -94,8 +98,10 @@ class TwinFlowLoss:
             ValueError, TypeError: an argument is wrong; nothing has then been modified.
             FloatingPointError: a non-finite loss, with `check_finite`.
         """
-        given = Given(student, latents, cond, uncond, teacher, generator, draws, step_rows)
-        return self._step(given, schedule, None, update_teacher, None)
+        return self._step(
+            StepInputs(student, teacher, latents, cond, uncond, draws), generator, step_rows=step_rows,
+            schedule=schedule, update_teacher=update_teacher,
+        )  # fmt: skip
 
     def backward(
         self,
@@ -127,8 +133,10 @@ class TwinFlowLoss:
             As for the call.
         """
         check_micro_batch("backward", micro_batch)
-        given = Given(student, latents, cond, uncond, teacher, generator, draws, step_rows)
-        return self._step(given, "planned", micro_batch, update_teacher, backward)
+        return self._step(
+            StepInputs(student, teacher, latents, cond, uncond, draws), generator, step_rows=step_rows,
+            micro_batch=micro_batch, update_teacher=update_teacher, backward=backward,
+        )  # fmt: skip
 
     @torch.no_grad()
     def evaluate(
@@ -178,8 +186,8 @@ class TwinFlowLoss:
         check_teacher("plan", teacher)
         if micro_batch is not None:
             check_micro_batch("plan", micro_batch)
-        request = self._request(None, teacher, has_uncond, has_uncond, schedule, micro_batch)
-        return make_plan(self.config, draws, request)
+        options = self._options(None, teacher, has_uncond, has_uncond, schedule, micro_batch)
+        return make_plan(self.config, draws, options)
 
     def state_dict(self) -> dict[str, Any]:
         """The role counter; a generator's state is the caller's to save."""
@@ -197,7 +205,7 @@ class TwinFlowLoss:
         own = roles[rank * batch : (rank + 1) * batch]
         return (None if self.config.recipe == "all_terms" else own), counts
 
-    def _request(
+    def _options(
         self,
         student: Student | None,
         teacher: Teacher | None,
@@ -213,35 +221,147 @@ class TwinFlowLoss:
             merge=merge,
             schedule=schedule,
             micro_batch=1 if self.config.rng_align == "rows" else micro_batch,
-            keep=calls_in_lockstep(student),
+            pad_calls=calls_in_lockstep(student),
         )
 
     def _step(
         self,
-        given: Given,
-        schedule: str,
-        micro_batch: int | None,
+        inputs: StepInputs,
+        generator: torch.Generator | None,
+        *,
+        step_rows: int | None,
         update_teacher: bool,
-        backward: Callable[[torch.Tensor], Any] | None,
+        schedule: str = "planned",
+        micro_batch: int | None = None,
+        backward: Callable[[torch.Tensor], Any] | None = None,
     ) -> TwinFlowOutput:
         """Checks everything, draws, plans, runs; before the run only the generator has moved."""
-        config, draws, dealt = self.config, given.draws, 0
-        check_arguments(config, given)
-        batch = given.latents.shape[0]
-        uncond = broadcast_condition(given.uncond, batch)
-        merge = uncond is not None and same_leaf_shapes(given.cond, uncond)
-        request = self._request(given.student, given.teacher, uncond is not None, merge, schedule, micro_batch)
+        config, draws, dealt = self.config, inputs.draws, 0
+        check_inputs(config, inputs)
+        batch = inputs.latents.shape[0]
+        check_step_rows(step_rows, batch)
+        uncond = broadcast_condition(inputs.uncond, batch)
+        merge = uncond is not None and same_leaf_shapes(inputs.cond, uncond)
+        options = self._options(inputs.student, inputs.teacher, uncond is not None, merge, schedule, micro_batch)
         if draws is None:
             roles, counts = self._next_roles(batch)
-            draws = draw_step(config, given.latents, roles, given.generator, self._roles.rows)
+            draws = draw_step(config, inputs.latents, roles, generator, self._roles.rows)
             dealt = batch * world()[1]
         else:
-            check_draws(draws, config, given.latents)
+            check_draws(draws, config, inputs.latents)
             counts = {role: float(draws.roles.count(role)) for role in draws.roles or ()}  # type: ignore[union-attr]
-        plan = make_plan(config, draws, request)
-        table = row_coefficients(config, draws, plan, counts, given.step_rows)
-        tensors = Batch(given.latents.detach(), given.cond, uncond, draws)
-        run = StepRun(given.student, given.teacher, tensors, plan, table)
-        loss, terms = run_step(config, run, update_teacher, backward)
+        inputs = replace(inputs, latents=inputs.latents.detach(), uncond=uncond, draws=draws)
+        plan = make_plan(config, draws, options)
+        coefficients = row_coefficients(config, draws, plan, counts, step_rows)
+        if update_teacher and inputs.teacher is not None:
+            inputs.teacher.update()
+        loss, terms = _run_step(Step(config, inputs, plan, coefficients), backward)
         self._roles.take(dealt)
         return TwinFlowOutput(loss, terms, draws)
+
+
+def _run_step(
+    step: Step, backward: Callable[[torch.Tensor], Any] | None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Runs a plan: calls in order, the loss of each micro-batch after its last call.
+
+    Args:
+        step: the step; its teacher has moved.
+        backward: differentiates the loss of each micro-batch as it comes; None keeps the graph.
+
+    Returns:
+        The loss and its terms; the loss is detached where `backward` is given.
+    """
+    due = _losses_due(step.plan)
+    losses: dict[int, torch.Tensor] = {}
+    terms: dict[str, torch.Tensor] = {}
+    with _student_step(step, backward is not None), _Synchronisation(step, backward) as synchronisation:
+        try:
+            for i, call in enumerate(step.plan.calls):
+                synchronisation.before(call)
+                step.run(call)
+                for micro_batch in due.get(i, ()):
+                    losses[micro_batch] = _micro_batch_loss(step, micro_batch, terms, backward)
+        finally:
+            step.random.finish()
+    if not losses:
+        return _zero(step.inputs.latents, backward is None), terms
+    if len(losses) == 1:
+        return next(iter(losses.values())), terms
+    return torch.stack([losses[micro_batch] for micro_batch in sorted(losses)]).sum(), terms
+
+
+def _micro_batch_loss(
+    step: Step, number: int, terms: dict[str, torch.Tensor], backward: Callable[[torch.Tensor], Any] | None
+) -> torch.Tensor:
+    """The loss of a micro-batch; adds to `terms`; differentiated and detached where `backward` is given."""
+    micro_batch = MicroBatchLoss(step, number)
+    loss = micro_batch.total()
+    if step.config.check_finite:
+        micro_batch.require_finite()
+    for name, value in micro_batch.terms.items():
+        terms[name] = terms[name] + value if name in terms else value
+    step.forget(number)
+    if backward is None:
+        return loss
+    if loss.requires_grad:
+        backward(loss)
+    return loss.detach()
+
+
+def _losses_due(plan: Plan) -> dict[int, list[int]]:
+    """Number of a call -> the micro-batches whose loss follows it: their last call, once every target is complete."""
+    complete = max((i for i, call in enumerate(plan.calls) if call.name in TARGET_CALLS), default=0)
+    last = {call.micro_batch: i for i, call in enumerate(plan.calls)}
+    due: dict[int, list[int]] = {}
+    for micro_batch in sorted({call.micro_batch for call in plan.calls if call.gradient}):
+        due.setdefault(max(last[micro_batch], complete), []).append(micro_batch)
+    return due
+
+
+class _Synchronisation:
+    """Under DDP, `backward` by micro-batches synchronises gradients on the last micro-batch only."""
+
+    def __init__(self, step: Step, backward: Callable[[torch.Tensor], Any] | None) -> None:
+        self._last = len(step.plan.micro_batches) - 1
+        self._pause: AbstractContextManager | None = None
+        wrapper = data_parallel(step.inputs.student)
+        if wrapper is not None and backward is not None and self._last > 0:
+            self._pause = wrapper.no_sync()
+
+    def before(self, call: NetworkCall) -> None:
+        if self._pause is not None and call.gradient and call.micro_batch == self._last:
+            self.__exit__()
+
+    def __enter__(self) -> "_Synchronisation":
+        if self._pause is not None:
+            self._pause.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._pause is not None:
+            pause, self._pause = self._pause, None
+            pause.__exit__(None, None, None)
+
+
+@contextmanager
+def _student_step(step: Step, by_micro_batch: bool) -> Iterator[None]:
+    """Tells a student that wants to know its calls in advance, and rehearses them where it asks for that."""
+    module = unwrap(step.inputs.student)
+    begin, rehearsal, end = (getattr(module, name, None) for name in ("begin_step", "rehearsal", "end_step"))
+    try:
+        if begin is not None:
+            begin(step.plan)
+        rehearsed = None if rehearsal is None else rehearsal(by_micro_batch)
+        if rehearsed is not None:
+            with rehearsed as announce:
+                step.rehearse(announce)
+        yield
+    finally:
+        if end is not None:
+            end()
+
+
+def _zero(latents: torch.Tensor, differentiable: bool) -> torch.Tensor:
+    dtype = torch.promote_types(latents.dtype, torch.float32)
+    return torch.zeros((), dtype=dtype, device=latents.device, requires_grad=differentiable)

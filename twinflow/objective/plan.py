@@ -1,174 +1,315 @@
 """`make_plan()`: draws -> the ordered network calls of a step. Pure, on the host, without a model.
 
-The `published` schedule runs the calls of the published code: every row of every teacher pass, one kind of query per
+The `published` schedule runs the calls of the published code: every row of every teacher call, one kind of query per
 call. The `planned` schedule runs the rows that count (docs/method.md, section 4): all work without gradient first,
 then the student.
 """
 
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+import numpy as np
 
+from twinflow.errors import ArgumentError
 from twinflow.objective.config import TwinFlowConfig
 from twinflow.objective.draws import Draws
-from twinflow.objective.passes import NetworkCall, Plan, PlanOptions
 from twinflow.objective.rows import Rows
 
-Entry = tuple[int, str, float, float]  # row, kind, t, r
+SCHEDULES = ("planned", "published")
+TARGET_CALLS = ("fake", "data", "cfg", "rollout")  # what the regression targets are made of
+_MARKS = {"uncond": "u", "real": "+", "fake": "-", "generated": "g"}
+
+
+@dataclass(frozen=True)
+class NetworkCall:
+    """One network call.
+
+    Args:
+        name: the method of the step that runs it: `fake`, `data`, `cfg`, `rollout`, `student`, `velocity`, `generate`,
+            `fake_velocity`, `rectify`.
+        who: `student` or `teacher`.
+        rows: the batch row of each entry; a row may stand twice (cond and uncond, or two branches).
+        parts: what the entries are, in order, as (kind, number of entries): `cond` and `uncond` (`cfg`), `fake` and
+            `real` (`rectify`), `main` and `generated` (`rollout`), `main` elsewhere.
+        t, r: signed times per entry.
+        gradient: whether the call is differentiated.
+        micro_batch: number of the micro-batch that it belongs to, whose loss follows its last call.
+        segment: number of the Euler segment, from 0 (`rollout`).
+        discarded: True for a call that only keeps ranks in step; its result is dropped.
+    """
+
+    name: str
+    who: str
+    rows: Rows
+    parts: tuple[tuple[str, int], ...]
+    t: tuple[float, ...]
+    r: tuple[float, ...]
+    gradient: bool = False
+    micro_batch: int = 0
+    segment: int = 0
+    discarded: bool = False
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kind of each entry."""
+        return tuple(kind for kind, entries in self.parts for _ in range(entries))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The ordered calls of a step of `batch` rows, and `str()` that shows them beside the published row count."""
+
+    calls: tuple[NetworkCall, ...]
+    micro_batches: tuple[Rows, ...]
+    batch: int
+    schedule: str
+    recipe: str
+    order: int
+    enhanced: frozenset[int]
+    rollout_rows: frozenset[int]
+    published_rows: int = field(repr=False)
+    times: np.ndarray = field(repr=False, compare=False)  # (3, entries): t, r, t - r of all calls' entries in order
+
+    @property
+    def rows_without_gradient(self) -> int:
+        """Network rows executed without gradient."""
+        return sum(len(call.rows) for call in self.calls if not call.gradient)
+
+    @property
+    def rows_with_gradient(self) -> int:
+        """Network rows executed with gradient."""
+        return sum(len(call.rows) for call in self.calls if call.gradient)
+
+    def __str__(self) -> str:
+        head = f"{'call':<14} {'who':<8} {'gradient':<9} {'micro-batch':>11} {'rows':>5}  queries (row: t -> r)"
+        lines = [f"step of {self.batch} rows, recipe {self.recipe}, order {self.order}, {self.schedule} schedule", head]
+        for call in self.calls:
+            entries = zip(call.rows, call.kinds, call.t, call.r, strict=True)
+            shown = [f"{row}{_MARKS.get(kind, '')}: {t:.3g} -> {r:.3g}" for row, kind, t, r in entries]
+            text = ", ".join(shown[:4]) + (", ..." if len(shown) > 4 else "")
+            name = call.name + (f" {call.segment + 1}" if call.name == "rollout" else "")
+            gradient = "yes" if call.gradient else "-"
+            numbers = f"{call.micro_batch:>11} {len(call.rows):>5}"
+            lines.append(f"{name:<14} {call.who:<8} {gradient:<9} {numbers}  {text}")
+        lines.append(
+            f"rows without gradient: {self.rows_without_gradient} (published schedule: {self.published_rows}); "
+            f"rows with gradient: {self.rows_with_gradient}"
+        )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What besides config and draws decides a plan.
+
+    Args:
+        cfg_by, rollout_by: who answers guidance queries and rollouts: `teacher` or `student`.
+        has_uncond: whether there is an unconditional condition.
+        merge: whether cond and uncond can be one call.
+        schedule: `planned` or `published`.
+        micro_batch: most rows of a micro-batch, and of a call; None: the whole batch is one.
+        pad_calls: calls that get one discarded row where they have none, so that ranks which share collectives run the
+            same calls: `none`, `student` (the differentiated ones) or `all`.
+
+    Raises:
+        ValueError: an unknown schedule.
+    """
+
+    cfg_by: str = "teacher"
+    rollout_by: str = "teacher"
+    has_uncond: bool = True
+    merge: bool = True
+    schedule: str = "planned"
+    micro_batch: int | None = None
+    pad_calls: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ArgumentError("TwinFlowLoss", "schedule", f"one of {', '.join(SCHEDULES)}", repr(self.schedule))
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """Entries of one kind of a call: rows and signed times, as arrays."""
+
+    kind: str
+    rows: np.ndarray
+    t: np.ndarray
+    r: np.ndarray
 
 
 class _Planner:
-    """Builds the passes of one step."""
+    """Builds the calls of one step from masks over its rows."""
 
-    def __init__(self, config: TwinFlowConfig, draws: Draws, request: PlanOptions) -> None:
-        self.config, self.draws, self.request = config, draws, request
-        self.published = request.schedule == "published"
-        self.t, self.r = draws.t.double().tolist(), draws.r.double().tolist()
+    def __init__(self, config: TwinFlowConfig, draws: Draws, options: PlanOptions) -> None:
+        self.config, self.draws, self.options = config, draws, options
+        self.published = options.schedule == "published"
+        self.t, self.r = draws.t.double().numpy(), draws.r.double().numpy()
         self.batch = len(self.t)
-        self.roles = draws.roles or ("all",) * self.batch
-        self.calls: list[NetworkCall] = []
+        self.all_terms = draws.roles is None
+        nothing, everything = np.zeros(self.batch, dtype=bool), np.ones(self.batch, dtype=bool)
+        self.adv = nothing if self.all_terms else draws.mask("adv")
+        e2e = everything if self.all_terms else draws.mask("e2e")
+        order, size = config.estimate_order, np.abs(self.t)
         low, high = config.enhanced_range
-        guided = config.enhanced_ratio > 0 and request.has_uncond
-        self.enhanced = frozenset(
-            i
-            for i in range(self.batch)
-            if guided and self.roles[i] != "adv" and self.counted(i)
-            and (low < abs(self.t[i]) < high or (self.roles[i] == "all" and abs(self.t[i]) == high))
-        )  # fmt: skip
-        self.rollout = frozenset(
-            i
-            for i in range(self.batch)
-            if config.estimate_order > 0 and self.roles[i] != "adv" and self.t[i] - config.delta_t > self.r[i]
-        )
-        self.rectified = {row: k for k, row in enumerate(self._rectify_rows())}
+        # A row counts where it has a main loss (docs/method.md, equation 16).
+        counted = everything
+        if order == 0 and not self.all_terms:
+            counted = self.adv | draws.mask("mul")
+        self.guided = config.enhanced_ratio > 0 and options.has_uncond
+        within = (low < size) & (size < high) | ((size == high) if self.all_terms else nothing)
+        self.enhanced = within & ~self.adv & counted if self.guided else nothing
+        self.rolled = ~self.adv & (self.t - config.delta_t > self.r) if order > 0 else nothing
+        self.rectified = e2e if config.adversarial and config.rectify_weight > 0 else nothing
+        self.run = everything if self.published else counted | self.rectified  # by the student, with gradient
+        self.calls: list[NetworkCall] = []
+        self.times: list[np.ndarray] = []
 
-    def _rectify_rows(self) -> Rows:
-        if not (self.config.adversarial and self.config.rectify_weight > 0):
-            return ()
-        return tuple(i for i in range(self.batch) if self.roles[i] in ("e2e", "all"))
+    def rows(self, mask: np.ndarray, micro_batch: int) -> np.ndarray:
+        """The rows of a micro-batch where a mask holds."""
+        first, last = self.bounds[micro_batch]
+        return np.flatnonzero(mask[first:last]) + first
 
-    def counted(self, row: int) -> bool:
-        """Whether the row has a main loss (docs/method.md, equation 16)."""
-        return self.config.estimate_order > 0 or self.roles[row] in ("mul", "adv", "all")
+    def entries(self, kind: str, rows: np.ndarray, t: Any = None, r: Any = None) -> _Entries:
+        """Entries for some rows, at their own times unless others are given."""
+        t = self.t[rows] if t is None else np.broadcast_to(np.float64(t), rows.shape)
+        r = self.r[rows] if r is None else np.broadcast_to(np.float64(r), rows.shape)
+        return _Entries(kind, rows, t, r)
 
-    def student_rows(self, rows: Sequence[int]) -> Rows:
-        """The rows of a micro-batch that the student runs with gradient."""
-        return tuple(i for i in rows if self.published or self.counted(i) or i in self.rectified)
-
-    def add(self, name: str, who: str, entries: list[Entry], micro_batch: int, **more: Any) -> None:
-        """Appends a call for (row, kind, t, r) entries; none for no entries, unless ranks must keep step."""
-        if not entries:
-            if self.request.keep == "none" or (self.request.keep == "student" and not more.get("gradient")):
+    def add(self, name: str, who: str, parts: list[_Entries], micro_batch: int, **more: Any) -> None:
+        """Appends a call; none without entries, unless ranks must keep step."""
+        parts = [part for part in parts if len(part.rows)]
+        if not parts:
+            pad = self.options.pad_calls
+            if pad == "none" or (pad == "student" and not more.get("gradient")):
                 return
-            row = self.micro_batches[micro_batch][0]
-            entries, more = [(row, "main", self.t[row], self.r[row])], {**more, "discarded": True}
-        rows, kinds, t, r = zip(*entries, strict=True)
+            parts = [self.entries("main", np.array([self.bounds[micro_batch][0]]))]
+            more["discarded"] = True
+        rows = tuple(np.concatenate([part.rows for part in parts]).tolist())
+        times = np.concatenate([(part.t, part.r) for part in parts], axis=1)
+        kinds = tuple((part.kind, len(part.rows)) for part in parts)
+        t, r = map(tuple, times.tolist())
+        self.times.append(times)
         self.calls.append(NetworkCall(name, who, rows, kinds, t, r, micro_batch=micro_batch, **more))
 
-    def add_pair(self, name: str, who: str, a: list[Entry], b: list[Entry], micro_batch: int, merge: bool) -> None:
+    def add_pair(self, name: str, who: str, pair: list[_Entries], micro_batch: int, merge: bool) -> None:
         """Appends two kinds of query as one call, or as two where they cannot be or must not be one."""
-        for entries in [a + b] if merge and self.fits(len(a) + len(b)) else [a, b]:
-            self.add(name, who, entries, micro_batch)
+        for parts in [pair] if merge and self.fits(pair) else [[part] for part in pair]:
+            self.add(name, who, parts, micro_batch)
 
-    def fits(self, rows: int) -> bool:
+    def fits(self, parts: list[_Entries]) -> bool:
         """Whether different kinds of query may be one call; ranks that share collectives decide alike."""
-        most = self.request.micro_batch
-        return not self.published and (most is None or (rows <= most and self.request.keep != "all"))
+        most = self.options.micro_batch
+        rows = sum(len(part.rows) for part in parts)
+        return not self.published and (most is None or (rows <= most and self.options.pad_calls != "all"))
 
     def samples(self, micro_batch: int) -> None:
         """One-step samples: fake data of the adv rows, and all other data in data-free mode (equations 5, 9)."""
-        rows = self.micro_batches[micro_batch]
-        if self.config.adversarial and self.roles[0] != "all" and self.config.shares["adv"] > 0:
-            self.add("fake", "student", [(i, "main", 1.0, 0.0) for i in rows if self.roles[i] == "adv"], micro_batch)
+        if self.config.adversarial and not self.all_terms and self.config.shares["adv"] > 0:
+            fakes = self.entries("main", self.rows(self.adv, micro_batch), 1.0, 0.0)
+            self.add("fake", "student", [fakes], micro_batch)
         if self.config.data_free:
-            self.add("data", "student", [(i, "main", 1.0, 0.0) for i in rows if self.roles[i] != "adv"], micro_batch)
+            data = self.entries("main", self.rows(~self.adv, micro_batch), 1.0, 0.0)
+            self.add("data", "student", [data], micro_batch)
 
     def guidance(self, micro_batch: int) -> None:
         """Teacher queries of the enhanced target (equation 8)."""
-        if not (self.config.enhanced_ratio > 0 and self.request.has_uncond):
+        if not self.guided:
             return
-        rows = [i for i in self.micro_batches[micro_batch] if self.published or i in self.enhanced]
-        cond = [(i, "cond", self.t[i], self.t[i]) for i in rows]
-        uncond = [(i, "uncond", self.t[i], self.t[i]) for i in rows]
-        self.add_pair("cfg", self.request.cfg_by, cond, uncond, micro_batch, self.request.merge)
+        rows = self.rows(np.ones_like(self.adv) if self.published else self.enhanced, micro_batch)
+        pair = [self.entries(kind, rows, self.t[rows], self.t[rows]) for kind in ("cond", "uncond")]
+        self.add_pair("cfg", self.options.cfg_by, pair, micro_batch, self.options.merge)
 
     def rollouts(self, micro_batch: int) -> None:
         """Teacher rollouts (equations 10 to 12): N equal Euler segments from max(t - delta, r) down to r."""
-        order, delta = self.config.estimate_order, self.config.delta_t
+        order = self.config.estimate_order
         if order == 0:
             return
-        rows = self.micro_batches[micro_batch]
-        main = [(i, "main", self.t[i], self.r[i]) for i in rows if self.published or i in self.rollout]
-        generated: list[Entry] = []
-        if self.draws.roles is None and self.config.adversarial and self.config.consistency_weight > 0:
-            generated = [(i, "generated", 1.0, 0.0) for i in rows]
-        groups = [main + generated] if self.fits(len(main) + len(generated)) else [main, generated]
-        for entries in groups if generated else [main]:
+        everything = np.ones_like(self.adv)
+        parts = [self.entries("main", self.rows(everything if self.published else self.rolled, micro_batch))]
+        if self.all_terms and self.config.adversarial and self.config.consistency_weight > 0:
+            parts.append(self.entries("generated", self.rows(everything, micro_batch), 1.0, 0.0))
+        for group in [parts] if self.fits(parts) else [[part] for part in parts]:
             for k in range(order):
-                segment = [(i, kind, *_segment(t, r, delta, order, k)) for i, kind, t, r in entries]
-                self.add("rollout", self.request.rollout_by, segment, micro_batch, segment=k)
+                segments = [self.segment(part, k) for part in group]
+                self.add("rollout", self.options.rollout_by, segments, micro_batch, segment=k)
+
+    def segment(self, part: _Entries, k: int) -> _Entries:
+        """Times (a, b) of the k-th of N equal segments from max(t - delta, r) to r; empty ones stay exactly at r."""
+        order, r = self.config.estimate_order, part.r
+        start = np.maximum(part.t - self.config.delta_t, r)
+        a, b = (start + (r - start) * j / order for j in (k, k + 1))
+        empty = start <= r
+        return _Entries(part.kind, part.rows, np.where(empty, r, a), r if k + 1 == order else np.where(empty, r, b))
 
     def student(self, micro_batch: int) -> None:
         """The differentiated calls."""
-        rows = self.student_rows(self.micro_batches[micro_batch])
-        if self.draws.roles is not None:
-            self.add(
-                "student", "student", [(i, "main", self.t[i], self.r[i]) for i in rows], micro_batch, gradient=True
-            )
+        config, rows = self.config, self.rows(self.run, micro_batch)
+
+        def add(name: str, *times: Any) -> None:
+            self.add(name, "student", [self.entries("main", rows, *times)], micro_batch, gradient=True)
+
+        if not self.all_terms or config.estimate_order > 0:
+            add("student")
+        if not self.all_terms:
             return
-        config = self.config
-        if config.estimate_order > 0:
-            self.add(
-                "student", "student", [(i, "main", self.t[i], self.r[i]) for i in rows], micro_batch, gradient=True
-            )
         if config.real_velocity_weight > 0:
-            self.add(
-                "velocity", "student", [(i, "main", self.t[i], self.t[i]) for i in rows], micro_batch, gradient=True
-            )
+            add("velocity", self.t[rows], self.t[rows])
         if needs_generation(config):
-            self.add("generate", "student", [(i, "main", 1.0, 0.0) for i in rows], micro_batch, gradient=True)
+            add("generate", 1.0, 0.0)
         if config.adversarial and config.adversarial_weight > 0:
-            fakes = [(i, "main", -self.t[i], -self.t[i]) for i in rows]
-            self.add("fake_velocity", "student", fakes, micro_batch, gradient=True)
+            add("fake_velocity", -self.t[rows], -self.t[rows])
 
     def rectify(self, micro_batch: int) -> None:
         """Fake against real velocity of generated samples, by the student (equation 21)."""
         if not (self.config.adversarial and self.config.rectify_weight > 0):
             return
-        if self.draws.roles is not None and self.config.shares["e2e"] == 0:
+        if not self.all_terms and self.config.shares["e2e"] == 0:
             return
-        rows = [i for i in self.micro_batches[micro_batch] if i in self.rectified]
-        again = [] if self.draws.t_rectify is None else self.draws.t_rectify.double().tolist()
-        fake = [(i, "fake", -again[self.rectified[i]], -again[self.rectified[i]]) for i in rows]
-        real = [(i, "real", again[self.rectified[i]], again[self.rectified[i]]) for i in rows]
-        self.add_pair("rectify", "student", fake, real, micro_batch, merge=True)
+        rows = self.rows(self.rectified, micro_batch)
+        again = np.zeros(self.batch)
+        if self.draws.t_rectify is not None:
+            again[self.rectified] = self.draws.t_rectify.double().numpy()
+        pair = [self.entries(kind, rows, sign * again[rows], sign * again[rows]) for kind, sign in _RECTIFY]
+        self.add_pair("rectify", "student", pair, micro_batch, merge=True)
 
     def published_rows(self) -> int:
-        """Rows without gradient of the published schedule: it drops none of a pass's rows."""
-        config, all_terms = self.config, self.draws.roles is None
-        fakes = 0 if all_terms else self.roles.count("adv")
+        """Rows without gradient of the published schedule: it drops none of a call's rows."""
+        config = self.config
+        fakes = int(self.adv.sum())
         data = self.batch - fakes if config.data_free else 0
-        guidance = 2 * self.batch if config.enhanced_ratio > 0 and self.request.has_uncond else 0
-        walks = 2 if all_terms and config.adversarial and config.consistency_weight > 0 else 1
-        return fakes + data + guidance + walks * config.estimate_order * self.batch + 2 * len(self.rectified)
+        guidance = 2 * self.batch if self.guided else 0
+        rollouts = 2 if self.all_terms and config.adversarial and config.consistency_weight > 0 else 1
+        rectified = int(self.rectified.sum())
+        return fakes + data + guidance + rollouts * config.estimate_order * self.batch + 2 * rectified
 
     def build(self) -> Plan:
-        most = self.request.micro_batch or self.batch
-        self.micro_batches = tuple(tuple(range(i, min(i + most, self.batch))) for i in range(0, self.batch, most))
-        micro_batches = range(len(self.micro_batches))
+        most = self.options.micro_batch or self.batch
+        self.bounds = [(first, min(first + most, self.batch)) for first in range(0, self.batch, most)]
+        numbers = range(len(self.bounds))
         for phase in (self.samples, *([self.student] if self.published else []), self.guidance, self.rollouts):
-            for micro_batch in micro_batches:
+            for micro_batch in numbers:
                 phase(micro_batch)
-        for micro_batch in micro_batches:
+        for micro_batch in numbers:
             if not self.published:
                 self.student(micro_batch)
             self.rectify(micro_batch)
+        times = np.concatenate(self.times, axis=1) if self.times else np.zeros((2, 0))
         return Plan(
-            calls=tuple(self.calls), micro_batches=self.micro_batches, batch=self.batch, schedule=self.request.schedule,
-            recipe=self.config.recipe, order=self.config.estimate_order, enhanced=self.enhanced,
-            rollout_rows=self.rollout, published_rows=self.published_rows(),
-        )  # fmt: skip
+            calls=tuple(self.calls),
+            micro_batches=tuple(tuple(range(*bounds)) for bounds in self.bounds),
+            batch=self.batch,
+            schedule=self.options.schedule,
+            recipe=self.config.recipe,
+            order=self.config.estimate_order,
+            enhanced=frozenset(np.flatnonzero(self.enhanced).tolist()),
+            rollout_rows=frozenset(np.flatnonzero(self.rolled).tolist()),
+            published_rows=self.published_rows(),
+            times=np.concatenate([times, times[:1] - times[1:]]),
+        )
+
+
+_RECTIFY = (("fake", -1.0), ("real", 1.0))
 
 
 def needs_generation(config: TwinFlowConfig) -> bool:
@@ -177,32 +318,15 @@ def needs_generation(config: TwinFlowConfig) -> bool:
     return config.adversarial and (config.adversarial_weight > 0 or config.rectify_weight > 0 or consistency)
 
 
-def _segment(t: float, r: float, delta: float, order: int, k: int) -> tuple[float, float]:
-    """Times (a, b) of the k-th of N equal segments from max(t - delta, r) to r; empty ones stay exactly at r."""
-    start = max(t - delta, r)
-    if start <= r:
-        return r, r
-    nodes = [start + (r - start) * j / order for j in (k, k + 1)]
-    return nodes[0], r if k + 1 == order else nodes[1]
-
-
-def make_plan(config: TwinFlowConfig, draws: Draws, request: PlanOptions | None = None) -> Plan:
+def make_plan(config: TwinFlowConfig, draws: Draws, options: PlanOptions | None = None) -> Plan:
     """Plans a step.
 
     Args:
         config: the objective's settings.
         draws: the step's random numbers; only roles and times matter.
-        request: who answers, which schedule, how many rows a call; None: the defaults.
+        options: who answers, which schedule, how many rows a call; None: the defaults.
 
     Returns:
         The plan.
     """
-    request = request or PlanOptions()
-    return _Planner(config, draws, request).build()
-
-
-def time_table(plan: Plan, dtype: torch.dtype) -> torch.Tensor:
-    """(3, entries) on the CPU: t, r and t - r of every entry of every call in order, for one transfer per step."""
-    t = [value for p in plan.calls for value in p.t]
-    r = [value for p in plan.calls for value in p.r]
-    return torch.tensor([t, r, [a - b for a, b in zip(t, r, strict=True)]], dtype=torch.float64).to(dtype)
+    return _Planner(config, draws, options or PlanOptions()).build()

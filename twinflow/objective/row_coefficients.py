@@ -4,16 +4,20 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from twinflow.objective.config import TwinFlowConfig
 from twinflow.objective.draws import Draws
 from twinflow.objective.plan import Plan
 
+_PER_ROW = ("noise", "rectify_noise", "ratio", "delta")
+_LOSSES = ("main", "velocity", "fake_velocity", "rectify", "consistency")
+
 
 @dataclass(frozen=True)
 class RowCoefficients:
-    """Numbers per row; all tensors have B rows, and the rows of a `coefficients` tensor are velocity_loss's `rows`.
+    """Numbers per row; all tensors have B rows, and those of a loss are velocity_loss's `rows`.
 
     Args:
         noise: |t|, the share of noise in x_t.
@@ -34,22 +38,22 @@ class RowCoefficients:
     consistency: torch.Tensor
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "RowCoefficients":
-        """The table on a device, in one transfer."""
-        columns = [v.unsqueeze(-1) if v.dim() == 1 else v for v in vars(self).values()]
-        packed = torch.cat(columns, dim=1).to(dtype).to(device, non_blocking=True)
-        parts = packed.split([c.shape[1] for c in columns], dim=1)
-        unpacked = [
-            p.squeeze(1) if v.dim() == 1 else p.contiguous() for p, v in zip(parts, vars(self).values(), strict=True)
-        ]
-        return RowCoefficients(*unpacked)
+        """The same on a device, in one transfer."""
+        # All columns are views of one buffer, in this order (`row_coefficients`).
+        rows, storage = len(self.noise), self.noise.untyped_storage()
+        flat = torch.empty(0, dtype=torch.float64).set_(storage).to(dtype).to(device, non_blocking=True)
+        return _unpacked(flat, rows)
 
 
-def time_weight(t: float, r: float) -> float:
-    """tan((1 - (|t| - |r|)) pi / 2.5) + 1 (docs/method.md, equation 19)."""
-    return math.tan((1 - (abs(t) - abs(r))) * math.pi / 2.5) + 1
+def _unpacked(flat: torch.Tensor, rows: int) -> RowCoefficients:
+    """Views of one buffer that holds the numbers per row, then four numbers per row for each loss."""
+    parts = flat.split([rows] * len(_PER_ROW) + [4 * rows] * len(_LOSSES))
+    return RowCoefficients(*parts[: len(_PER_ROW)], *(part.view(rows, 4) for part in parts[len(_PER_ROW) :]))
 
 
-def denominators(config: TwinFlowConfig, plan: Plan, counts: Mapping[str, float], step_rows: int | None) -> tuple:
+def denominators(
+    config: TwinFlowConfig, plan: Plan, counts: Mapping[str, float], step_rows: int | None
+) -> tuple[float, float]:
     """The rows that the main and the rectify means run over (docs/method.md, equation 23).
 
     Args:
@@ -69,48 +73,41 @@ def denominators(config: TwinFlowConfig, plan: Plan, counts: Mapping[str, float]
 def row_coefficients(
     config: TwinFlowConfig, draws: Draws, plan: Plan, counts: Mapping[str, float], step_rows: int | None
 ) -> RowCoefficients:
-    """Builds the table of a step; arguments as in `denominators`."""
-    t, r = draws.t.double().tolist(), draws.r.double().tolist()
-    roles = draws.roles or ("all",) * len(t)
-    rows, delta, clamp = range(len(t)), config.delta_t, config.clamp
+    """Makes the numbers of a step; arguments as in `denominators`."""
+    t, r = draws.t.double().numpy(), draws.r.double().numpy()
+    rows, delta, clamp = len(t), config.delta_t, config.clamp
     main_rows, rectify_rows = denominators(config, plan, counts, step_rows)
-    main = []
-    for i in rows:
-        factor = 1.0 / main_rows if main_rows else 0.0
-        if roles[i] == "adv":
-            main.append((1.0, 0.0, math.inf, config.adversarial_weight * factor))
-            continue
-        if config.time_weight:
-            factor *= time_weight(t[i], r[i])
-        if config.estimate_order == 0:
-            main.append((1.0, 0.0, math.inf, factor if roles[i] == "mul" else 0.0))
-        elif i in plan.rollout_rows:
-            main.append(((t[i] - r[i]) / delta, 1.0 / delta, clamp, factor))
+    mean = 1.0 / main_rows if main_rows else 0.0
+    buffer = np.zeros(rows * (len(_PER_ROW) + 4 * len(_LOSSES)))
+    noise, rectify_noise, ratio, first_step = buffer[: 4 * rows].reshape(4, rows)
+    main, velocity, fake_velocity, rectify, consistency = buffer[4 * rows :].reshape(len(_LOSSES), rows, 4)
+    noise[:] = np.abs(t)
+    ratio[[*plan.enhanced]] = config.enhanced_ratio
+    rolled = [*plan.rollout_rows]
+    first_step[rolled] = delta
+
+    # scale_pred, scale_path, clamp and weight (equations 13 to 16 and 19)
+    main[:] = (1.0, 0.0, clamp, mean)
+    if config.time_weight:
+        main[:, 3] = mean * (np.tan((1 - (np.abs(t) - np.abs(r))) * (math.pi / 2.5)) + 1)
+    if config.estimate_order == 0:
+        main[:, 2] = math.inf
+        if draws.roles is not None:
+            main[:, 3] *= draws.mask("mul")
         else:
-            main.append((1.0, 0.0, clamp, factor))
-    rectified = [i for i in rows if roles[i] in ("e2e", "all")]
-    again = [] if draws.t_rectify is None else draws.t_rectify.double().tolist()
-    noise_again = dict(zip(rectified, again, strict=bool(again)))
-    rectify_weight = config.rectify_weight / rectify_rows if rectify_rows else 0.0
-    rectify = [(0.0, -1.0, _rectify_clamp(config), rectify_weight if i in noise_again else 0.0) for i in rows]
-    generated = (1.0 / delta, 1.0 / delta) if delta < 1 else (1.0, 0.0)
-
-    def every(a: float, b: float, bound: float, weight: float) -> torch.Tensor:
-        return torch.tensor([(a, b, bound, weight / main_rows if main_rows else 0.0)] * len(t), dtype=torch.float64)
-
-    return RowCoefficients(
-        noise=draws.t.double().abs(),
-        rectify_noise=torch.tensor([noise_again.get(i, 0.0) for i in rows], dtype=torch.float64),
-        ratio=torch.tensor([config.enhanced_ratio * (i in plan.enhanced) for i in rows], dtype=torch.float64),
-        delta=torch.tensor([delta * (i in plan.rollout_rows) for i in rows], dtype=torch.float64),
-        main=torch.tensor(main, dtype=torch.float64),
-        velocity=every(1.0, 0.0, math.inf, config.real_velocity_weight),
-        fake_velocity=every(1.0, 0.0, math.inf, config.adversarial_weight),
-        rectify=torch.tensor(rectify, dtype=torch.float64),
-        consistency=every(*generated, clamp, config.consistency_weight),
-    )
-
-
-def _rectify_clamp(config: TwinFlowConfig) -> float:
-    """`all_terms` leaves the rectify residual unclamped (docs/method.md, equation 27)."""
-    return math.inf if config.recipe == "all_terms" else config.clamp
+            main[:, 3] = 0.0
+    main[rolled, 0] = (t[rolled] - r[rolled]) / delta
+    main[rolled, 1] = 1.0 / delta
+    if draws.roles is not None:
+        main[draws.mask("adv")] = (1.0, 0.0, math.inf, config.adversarial_weight * mean)
+    velocity[:] = (1.0, 0.0, math.inf, config.real_velocity_weight * mean)
+    fake_velocity[:] = (1.0, 0.0, math.inf, config.adversarial_weight * mean)
+    # `all_terms` leaves the rectify residual unclamped (equation 27).
+    rectify[:] = (0.0, -1.0, math.inf if config.recipe == "all_terms" else clamp, 0.0)
+    if draws.t_rectify is not None:
+        rectified = slice(None) if draws.roles is None else draws.mask("e2e")
+        rectify_noise[rectified] = draws.t_rectify.double().numpy()
+        rectify[rectified, 3] = config.rectify_weight / rectify_rows if rectify_rows else 0.0
+    scales = (1.0 / delta, 1.0 / delta) if delta < 1 else (1.0, 0.0)
+    consistency[:] = (*scales, clamp, config.consistency_weight * mean)
+    return _unpacked(torch.from_numpy(buffer), rows)

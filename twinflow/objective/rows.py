@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from twinflow.errors import ArgumentError, ArgumentTypeError
+
 Rows = tuple[int, ...]
 
 
@@ -20,29 +22,38 @@ class RowSelector:
     def __init__(self, batch: int, device: torch.device) -> None:
         self.batch = batch
         self.device = device
+        self._all = tuple(range(batch))
         self._indices: dict[tuple[Rows, torch.device], torch.Tensor] = {}
 
     def index(self, rows: Rows, device: torch.device | None = None) -> torch.Tensor:
         """The rows as an int64 tensor, on the latents' device or another."""
         device = self.device if device is None else device
-        if (rows, device) not in self._indices:
-            self._indices[rows, device] = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
-        return self._indices[rows, device]
+        index = self._indices.get((rows, device))
+        if index is None:
+            index = torch.tensor(rows, dtype=torch.int64)
+            index = index if device.type == "cpu" else index.to(device, non_blocking=True)
+            self._indices[rows, device] = index
+        return index
 
     def take(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Rows of a (B, ...) tensor: the tensor itself, a view of neighbouring rows, or a copy."""
-        if rows == tuple(range(self.batch)):
+        count = len(rows)
+        if count == self.batch and rows == self._all:
             return x
-        if rows and rows == tuple(range(rows[0], rows[0] + len(rows))):
-            return x.narrow(0, rows[0], len(rows))
+        if count and rows[-1] - rows[0] + 1 == count and rows == self._all[rows[0] : rows[-1] + 1]:
+            return x.narrow(0, rows[0], count)
         return x.index_select(0, self.index(rows, x.device))
 
     def put(self, x: torch.Tensor, rows: Rows, values: torch.Tensor) -> None:
         """Writes rows of a (B, ...) tensor in place."""
-        x.index_copy_(0, self.index(rows), values.to(x.dtype))
+        x.index_copy_(0, self.index(rows), values if values.dtype == x.dtype else values.to(x.dtype))
 
     def take_condition(self, condition: Any, rows: Rows) -> Any:
         """Rows of every tensor leaf."""
+        if isinstance(condition, torch.Tensor):
+            return self.take(condition, rows)
+        if type(condition) is dict:  # most conditions are: a pytree's walk costs the host ten times as much
+            return {name: self.take_condition(value, rows) for name, value in condition.items()}
         return pytree.tree_map_only(torch.Tensor, lambda leaf: self.take(leaf, rows), condition)
 
 
@@ -51,6 +62,8 @@ def concatenate(conditions: Sequence[Any]) -> Any:
     first, *others = conditions
     if not others:
         return first
+    if isinstance(first, torch.Tensor):
+        return torch.cat([*conditions])
     leaves, spec = pytree.tree_flatten(first)
     columns = zip(leaves, *(pytree.tree_leaves(other) for other in others), strict=True)
     joined = [torch.cat(column) if isinstance(column[0], torch.Tensor) else column[0] for column in columns]
@@ -63,7 +76,11 @@ def broadcast_condition(condition: Any, batch: int) -> Any:
     def expand(leaf: torch.Tensor) -> torch.Tensor:
         return leaf.expand(batch, *leaf.shape[1:]) if leaf.shape[0] == 1 != batch else leaf
 
-    return pytree.tree_map_only(torch.Tensor, expand, condition)
+    return (
+        expand(condition)
+        if isinstance(condition, torch.Tensor)
+        else pytree.tree_map_only(torch.Tensor, expand, condition)
+    )
 
 
 def same_leaf_shapes(a: Any, b: Any) -> bool:
@@ -102,11 +119,11 @@ def check_condition(where: str, name: str, condition: Any, latents: torch.Tensor
             held = getattr(leaf, "__dict__", {}).values()
             if isinstance(leaf, Mapping) or hasattr(leaf, "shape") or any(isinstance(v, torch.Tensor) for v in held):
                 wanted = "a pytree of tensors (register the class with torch.utils._pytree, or pass a dict)"
-                raise TypeError(f"{where}: {label} must be {wanted}, got {type(leaf).__name__}")
+                raise ArgumentTypeError(where, label, wanted, type(leaf).__name__)
             continue
         if leaf.dim() == 0 or (leaf.shape[0] != batch and not (broadcast and leaf.shape[0] == 1)):
             wanted = f"a tensor whose first axis is the batch of {batch}" + (" or 1" if broadcast else "")
-            raise ValueError(f"{where}: {label} must be {wanted}, got shape {tuple(leaf.shape)}")
+            raise ArgumentError(where, label, wanted, f"shape {tuple(leaf.shape)}")
         on_host = leaf.device.type == "cpu" and not leaf.is_floating_point()  # lengths, read without a sync
         if leaf.device != latents.device and not on_host:
-            raise ValueError(f"{where}: {label} must be on the latents' device {latents.device}, got {leaf.device}")
+            raise ArgumentError(where, label, f"on the latents' device {latents.device}", leaf.device)

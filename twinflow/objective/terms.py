@@ -1,4 +1,17 @@
-"""`MicroBatchLoss`: the loss of a micro-batch of a step, one named method per term."""
+"""The terms of the loss, one method of `MicroBatchLoss` each; numbers are equations of docs/method.md.
+
+`partition`, every row has one role:
+    consistency_and_fake_velocity   (13)-(20)  R = clamp(((t - r) F - S) / delta - v*), and R = F - v in `adv` rows
+    rectify                         (21), (22) R = clamp(F(x', -t', -t') - F(x', t', t')) as the error of F(z, 1, 0)
+`all_terms`, every row has all terms:
+    mean_velocity                   (24)       R = clamp(((t - r) F - S) / delta - v*)
+    real_velocity                   (25)       R = F(x_t, t, t) - v*
+    fake_velocity                   (26)       R = F(t z + (1 - t) x_f, -t, -t) - (z - x_f)
+    rectify                         (27)       R = F(x', -t', -t') - F(x', t', t') as the error of F(z, 1, 0)
+    consistency                     (28)       R = clamp((F(z, 1, 0) - S) / delta - v*)
+S is the teacher's rollout, x_start - x_end (11), (12); v* the target with guidance (8). Which rows have which
+coefficients stands in row_coefficients.py; `twinflow_kernels.velocity_loss` makes loss and gradient of R (17), (18).
+"""
 
 import torch
 
@@ -15,11 +28,12 @@ class MicroBatchLoss:
         micro_batch: its number.
 
     Attributes:
-        terms: name -> weighted contribution to the loss, 0-dim.
+        terms: name -> weighted contribution to the loss, 0-dim, detached.
     """
 
     def __init__(self, step: Step, micro_batch: int) -> None:
         self._step, self._micro_batch, self._config = step, micro_batch, step.config
+        self._sums: list[torch.Tensor] = []
         self._rows: dict[str, tuple[Rows, torch.Tensor]] = {}
         self.terms: dict[str, torch.Tensor] = {}
 
@@ -27,29 +41,26 @@ class MicroBatchLoss:
         """Computes the terms and their sum (docs/method.md, equation 23)."""
         if self._step.plan.recipe == "partition":
             self.consistency_and_fake_velocity()
-            self.rectify("student", self._config.rectify_loss)
+            self.rectify("student")
         else:
             self.mean_velocity()
             self.real_velocity()
             self.fake_velocity()
-            self.rectify("generate", self._config.rectify_loss)
+            self.rectify("generate")
             self.consistency()
         # Calls that only keep ranks in step stay in the graph with weight 0.
-        values = [*self.terms.values(), *(self._nothing(v) for v in self._step.discarded)]
-        if not values:  # rows that ran but do not count: a differentiable zero
-            values = [
-                self._nothing(v)
-                for (_, micro_batch), (_, v) in self._step.predictions.items()
-                if micro_batch == self._micro_batch
-            ]
-        return torch.stack(values).sum()
+        sums = [*self._sums, *(self._weightless(v) for v in self._step.discarded)]
+        if not self.terms and not self._step.discarded:  # rows that ran but do not count: a differentiable zero
+            predictions = self._step.predictions.items()
+            sums = [self._weightless(v) for (_, number), (_, v) in predictions if number == self._micro_batch]
+        return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
 
     def require_finite(self) -> None:
         """Raises FloatingPointError naming term and rows of a non-finite loss; waits for the device."""
         for name, (rows, losses) in self._rows.items():
             bad = [row for row, fine in zip(rows, torch.isfinite(losses).tolist(), strict=True) if not fine]
             if bad:
-                roles = self._step.batch.draws.roles
+                roles = self._step.draws.roles
                 named = [f"{row} ({roles[row]})" if roles else str(row) for row in bad]
                 raise FloatingPointError(f"TwinFlowLoss: the {name} loss is not finite in rows {', '.join(named)}")
 
@@ -58,22 +69,22 @@ class MicroBatchLoss:
         if ("student", self._micro_batch) not in self._step.predictions:
             return
         rows, velocity = self._step.predictions["student", self._micro_batch]
-        target = self._step.targets[0]
-        losses = self._losses(velocity, rows, target, "main", self._step.table.main, self._config.loss)
-        roles = self._step.batch.draws.roles or ()
+        roles = self._step.draws.roles or ()
         counted = self._config.estimate_order > 0
         real = tuple(k for k, row in enumerate(rows) if roles[row] != "adv" and (counted or roles[row] == "mul"))
         fake = tuple(k for k, row in enumerate(rows) if roles[row] == "adv")
-        self._file("rcgm" if counted else "velocity", rows, losses, real)
-        self._file("adversarial", rows, losses, fake)
+        self._add(
+            velocity, rows, self._step.coefficients.main, "main",
+            {"rcgm" if counted else "velocity": real, "adversarial": fake},
+        )  # fmt: skip
 
     def mean_velocity(self) -> None:
         """RCGM at (t, r) (equation 24)."""
-        self._term("rcgm", "student", self._step.table.main, "main")
+        self._add_prediction("rcgm", "student", self._step.coefficients.main, "main")
 
     def real_velocity(self) -> None:
         """F(x_t, t, t) against v* (equation 25)."""
-        self._term("real_velocity", "velocity", self._step.table.velocity)
+        self._add_prediction("real_velocity", "velocity", self._step.coefficients.velocity)
 
     def fake_velocity(self) -> None:
         """F(t z + (1 - t) x_f, -t, -t) against z - x_f (equation 26)."""
@@ -82,76 +93,81 @@ class MicroBatchLoss:
         rows, velocity = self._step.predictions["fake_velocity", self._micro_batch]
         # z - x_f = F(z, 1, 0), the one-step prediction itself.
         target = self._step.predictions["generate", self._micro_batch][1].detach()
-        losses = self._loss(velocity, target, None, None, rows, self._step.table.fake_velocity, self._config.loss)
-        self._file("adversarial", rows, losses, tuple(range(len(rows))))
+        losses = self._losses(velocity, target, None, rows, self._step.coefficients.fake_velocity, self._config.loss)
+        self._keep(losses, rows, {"adversarial": None})
 
     def consistency(self) -> None:
         """RCGM error of the one-step prediction, x = z at t = 1, r = 0 (equation 28)."""
         if "generated" in self._step.rollout_ends:
-            self._term("consistency", "generate", self._step.table.consistency, "generated")
+            self._add_prediction("consistency", "generate", self._step.coefficients.consistency, "generated")
 
-    def rectify(self, prediction: str, loss: str) -> None:
+    def rectify(self, prediction: str) -> None:
         """Fake minus real velocity of generated samples, as the error of the prediction (equations 21, 22, 27)."""
         step = self._step
         if not step.rectify_velocities or (prediction, self._micro_batch) not in step.predictions:
             return
         run, velocity = step.predictions[prediction, self._micro_batch]
-        roles = step.batch.draws.roles
+        roles = step.draws.roles
         rows = tuple(row for row in run if roles is None or roles[row] == "e2e")
         if not rows:
             return
         if rows != run:
             velocity = velocity.index_select(0, step.select.index(tuple(run.index(row) for row in rows)))
-        fake, real = (step.select.take(step.rectify_velocities[kind], rows) for kind in ("fake", "real"))
-        losses = self._loss(velocity, None, fake, real, rows, step.table.rectify, loss)
-        self._file("rectify", rows, losses, tuple(range(len(rows))))
+        ends = tuple(step.select.take(step.rectify_velocities[kind], rows) for kind in ("fake", "real"))
+        losses = self._losses(velocity, None, ends, rows, step.coefficients.rectify, self._config.rectify_loss)
+        self._keep(losses, rows, {"rectify": None})
 
-    def _term(self, name: str, prediction: str, table: torch.Tensor, rollout: str | None = None) -> None:
-        """Files the loss of a prediction against v* in every row."""
-        if (prediction, self._micro_batch) not in self._step.predictions:
-            return
-        rows, velocity = self._step.predictions[prediction, self._micro_batch]
-        losses = self._losses(velocity, rows, self._step.targets[0], rollout, table, self._config.loss)
-        self._file(name, rows, losses, tuple(range(len(rows))))
+    def _add_prediction(
+        self, term: str, prediction: str, coefficients: torch.Tensor, rollout: str | None = None
+    ) -> None:
+        """Adds the loss of a prediction against v* in every row."""
+        if (prediction, self._micro_batch) in self._step.predictions:
+            rows, velocity = self._step.predictions[prediction, self._micro_batch]
+            self._add(velocity, rows, coefficients, rollout, {term: None})
+
+    def _add(
+        self,
+        velocity: torch.Tensor,
+        rows: Rows,
+        coefficients: torch.Tensor,
+        rollout: str | None,
+        terms: dict[str, Rows | None],
+    ) -> None:
+        """Adds the loss of velocities against v*, after a rollout where they have one."""
+        step, ends = self._step, None
+        if rollout in step.rollout_ends:
+            start = step.targets[1] if rollout == "main" else step.generated_start
+            ends = step.select.take(start, rows), step.select.take(step.rollout_ends[rollout], rows)
+        target = step.select.take(step.targets[0], rows)
+        self._keep(self._losses(velocity, target, ends, rows, coefficients, self._config.loss), rows, terms)
 
     def _losses(
         self,
         velocity: torch.Tensor,
-        rows: Rows,
-        target: torch.Tensor,
-        rollout: str | None,
-        table: torch.Tensor,
-        loss: str,
-    ) -> torch.Tensor:
-        step, start, end = self._step, None, None
-        if rollout in step.rollout_ends:
-            full = step.targets[1] if rollout == "main" else step.generated_start
-            start, end = step.select.take(full, rows), step.select.take(step.rollout_ends[rollout], rows)
-        return self._loss(velocity, step.select.take(target, rows), start, end, rows, table, loss)
-
-    def _loss(
-        self,
-        velocity: torch.Tensor,
         target: torch.Tensor | None,
-        start: torch.Tensor | None,
-        end: torch.Tensor | None,
+        ends: tuple[torch.Tensor, ...] | None,
         rows: Rows,
-        table: torch.Tensor,
+        coefficients: torch.Tensor,
         loss: str,
     ) -> torch.Tensor:
-        config, coefficients = self._config, self._step.select.take(table, rows)
-        return velocity_loss(
-            velocity, target, start, end, coefficients, loss=loss, alpha=config.barron_alpha, c=config.barron_c
-        )
+        """The loss of each row."""
+        start, end = ends or (None, None)
+        coefficients = self._step.select.take(coefficients, rows)
+        alpha, c = self._config.barron_alpha, self._config.barron_c
+        return velocity_loss(velocity, target, start, end, coefficients, loss=loss, alpha=alpha, c=c)
 
-    def _file(self, name: str, rows: Rows, losses: torch.Tensor, at: Rows) -> None:
-        """Adds the sum over some entries to a term."""
-        if not at:
-            return
-        chosen = losses if len(at) == len(rows) else losses.index_select(0, self._step.select.index(at))
-        self.terms[name] = chosen.sum()
-        self._rows[name] = (tuple(rows[k] for k in at), chosen.detach())
+    def _keep(self, losses: torch.Tensor, rows: Rows, terms: dict[str, Rows | None]) -> None:
+        """Adds losses to the total, and their sums over some entries (None: all) to the terms."""
+        detached = losses.detach()
+        for name, at in terms.items():
+            if at is None or len(at) == len(rows):
+                self.terms[name], self._rows[name] = detached.sum(), (rows, detached)
+            elif at:
+                chosen = detached.index_select(0, self._step.select.index(at))
+                self.terms[name], self._rows[name] = chosen.sum(), (tuple(rows[k] for k in at), chosen)
+        if any(at is None or at for at in terms.values()):
+            self._sums.append(losses.sum())  # rows that do not count have weight 0
 
-    def _nothing(self, velocity: torch.Tensor) -> torch.Tensor:
-        weightless = velocity.new_zeros((velocity.shape[0], 4), dtype=self._step.dtype)
-        return velocity_loss(velocity, None, None, None, weightless, loss="l2").sum()
+    def _weightless(self, velocity: torch.Tensor) -> torch.Tensor:
+        coefficients = velocity.new_zeros((velocity.shape[0], 4), dtype=self._step.dtype)
+        return velocity_loss(velocity, None, None, None, coefficients, loss="l2").sum()

@@ -15,10 +15,10 @@ from twinflow.memory.modulation.step import DeferredStep, Entry, connect
 from twinflow.memory.modulation.streamed_weights import StreamedWeights
 from twinflow.memory.modulation.table import ModulationTable
 from twinflow.models import FlowModel
-from twinflow.objective.passes import NetworkCall, Plan
+from twinflow.objective.plan import NetworkCall, Plan
 
 DEVICES = ("cuda", "cpu")
-_ALONE = NetworkCall("call", "student", (0,), ("main",), (0.0,), (0.0,))  # a call outside of a step
+_ALONE = NetworkCall("call", "student", (0,), (("main", 1),), (0.0,), (0.0,))  # a call outside of a step
 
 
 class DeferredModulation:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from twinflow.memory.modulation.table import Autocast, ModulationTable
-from twinflow.objective.passes import NetworkCall, Plan
+from twinflow.objective.plan import NetworkCall, Plan
 
 # Whether the backward that runs now was asked to keep its graph; True where torch does not say: it is freed with it.
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)

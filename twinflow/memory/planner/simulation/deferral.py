@@ -11,7 +11,7 @@ from twinflow.memory.planner.simulation.shortened_model import ShortenedModel, s
 from twinflow.memory.planner.workload import Workload
 from twinflow.memory.presets import PRESETS, MemoryPreset
 from twinflow.models import FlowModel
-from twinflow.objective.passes import NetworkCall
+from twinflow.objective.plan import NetworkCall
 
 SWEEP = "modulation"  # name of the regions in which the weights pass
 
