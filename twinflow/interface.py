@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from twinflow.distributed import unwrap
+from twinflow.errors import ArgumentError
 
 Student = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any], torch.Tensor]
 
@@ -18,8 +19,8 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def guidance_times(student: Student, t: torch.Tensor, r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The times that a guidance query at (t, r = t) asks the network with; a student may say (`guidance_times`)."""
-    asks = getattr(unwrap(student), "guidance_times", None)
-    return (t, r) if asks is None else asks(t, r)
+    at = getattr(unwrap(student), "guidance_times", None)
+    return (t, r) if at is None else at(t, r)
 
 
 class Teacher:
@@ -59,10 +60,9 @@ class Teacher:
         """Continues from a saved state."""
 
 
-def check_same_student(mine: Student, given: Student) -> None:
-    mine, given = unwrap(mine), unwrap(given)
-    if isinstance(mine, nn.Module) and isinstance(given, nn.Module) and mine is not given:
-        raise ValueError(
-            "TwinFlowLoss: teacher must be made from the student it is used with, got a teacher of another "
-            f"{type(mine).__name__}"
-        )
+def check_same_student(teacher_student: Student, student: Student) -> None:
+    """Raises ArgumentError where a teacher was made from another module than the student's."""
+    made_from, used_with = unwrap(teacher_student), unwrap(student)
+    if isinstance(made_from, nn.Module) and isinstance(used_with, nn.Module) and made_from is not used_with:
+        wanted = "made from the student it is used with"
+        raise ArgumentError("TwinFlowLoss", "teacher", wanted, f"a teacher of another {type(made_from).__name__}")

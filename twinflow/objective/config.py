@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from twinflow.errors import ArgumentError, ArgumentTypeError
 from twinflow.objective.flags import parse_flags
 
 RECIPES = ("partition", "all_terms")
@@ -155,8 +156,12 @@ class TwinFlowConfig:
         return "\n".join(["TwinFlowConfig", *lines])
 
 
-def _error(name: str, wanted: str, actual: object, where: str = "TwinFlowConfig") -> ValueError:
-    return ValueError(f"{where}: {name} must be {wanted}, got {actual!r}")
+def _error(name: str, wanted: str, value: object, where: str = "TwinFlowConfig") -> ArgumentError:
+    return ArgumentError(where, name, wanted, repr(value))
+
+
+def _type_error(name: str, wanted: str, value: object) -> ArgumentTypeError:
+    return ArgumentTypeError("TwinFlowConfig", name, wanted, repr(value))
 
 
 def _require_choice(name: str, value: object, allowed: tuple[str, ...], where: str = "TwinFlowConfig") -> None:
@@ -166,29 +171,29 @@ def _require_choice(name: str, value: object, allowed: tuple[str, ...], where: s
 
 def _checked_shares(shares: Mapping[str, float], adversarial: bool) -> dict[str, float]:
     if not isinstance(shares, Mapping):
-        raise TypeError(f"TwinFlowConfig: shares must be a mapping of role to share, got {type(shares).__name__}")
+        raise ArgumentTypeError("TwinFlowConfig", "shares", "a mapping of role to share", type(shares).__name__)
     for role, share in shares.items():
         _require_choice("shares", role, ROLES)
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < math.inf:
             raise _error(f"shares[{role!r}]", "a number >= 0", share)
-    found = {role: float(shares.get(role, 0.0)) for role in ROLES}
+    checked = {role: float(shares.get(role, 0.0)) for role in ROLES}
     if not adversarial:
-        found["adv"] = 0.0
-    if sum(found.values()) <= 0:
+        checked["adv"] = 0.0
+    if sum(checked.values()) <= 0:
         raise _error("shares", "positive for at least one role that runs", dict(shares))
-    return found
+    return checked
 
 
 def _numbers(name: str, values: Sequence[float]) -> tuple[float, ...]:
     if not isinstance(values, (tuple, list)) or not {type(value) for value in values} <= {int, float}:
-        raise TypeError(f"TwinFlowConfig: {name} must be a tuple of numbers, got {values!r}")
+        raise _type_error(name, "a tuple of numbers", values)
     return tuple(values)
 
 
 def _number(config: TwinFlowConfig, name: str, low: float, high: float, wanted: str, open_low: bool = False) -> None:
     value = getattr(config, name)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"TwinFlowConfig: {name} must be {wanted}, got {value!r}")
+        raise _type_error(name, wanted, value)
     if not low <= value <= high or (open_low and value == low):  # False for NaN
         raise _error(name, wanted, value)
 
@@ -198,7 +203,7 @@ def _check(config: TwinFlowConfig) -> None:
     for name in ("estimate_order", "target_step_count"):
         value, least = getattr(config, name), 0 if name == "estimate_order" else 1
         if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"TwinFlowConfig: {name} must be an integer >= {least}, got {value!r}")
+            raise _type_error(name, f"an integer >= {least}", value)
         if value < least:
             raise _error(name, f"an integer >= {least}", value)
     weights = ("real_velocity_weight", "adversarial_weight", "rectify_weight", "consistency_weight")
@@ -215,7 +220,7 @@ def _check(config: TwinFlowConfig) -> None:
     _require_choice("rng_align", config.rng_align, ("batch", "rows"))
     for name in ("adversarial", "time_weight", "data_free", "check_finite"):
         if not isinstance(getattr(config, name), bool):
-            raise TypeError(f"TwinFlowConfig: {name} must be True or False, got {getattr(config, name)!r}")
+            raise _type_error(name, "True or False", getattr(config, name))
     low_high, dist = config.enhanced_range, config.time_dist
     if len(low_high) != 2 or not 0 <= low_high[0] < low_high[1]:
         raise _error("enhanced_range", "(lo, hi) with 0 <= lo < hi", low_high)

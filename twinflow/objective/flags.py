@@ -4,6 +4,8 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from twinflow.errors import ArgumentError, ArgumentTypeError
+
 # option -> (default, kind, setting of TwinFlowConfig or None where only the trainer reads it)
 _FLAGS: dict[str, tuple[Any, type, str | None]] = {
     "twinflow_enabled":                (False, bool,  None),
@@ -39,15 +41,15 @@ def parse_flags(mapping: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
         ValueError: an unknown name (the nearest is suggested) or a value that its kind cannot hold.
     """
     if not isinstance(mapping, Mapping):
-        raise TypeError(f"from_flags: mapping must be a mapping of option to value, got {type(mapping).__name__}")
+        raise ArgumentTypeError("from_flags", "mapping", "a mapping of option to value", type(mapping).__name__)
     for name in map(str, mapping):
         if name not in _FLAGS:
-            raise ValueError(f"from_flags: unknown option {name!r}{_suggestion(name)}")
+            raise ArgumentError("from_flags", "mapping", "known options", repr(name), _suggestion(name), "hold")
     settings: dict[str, Any] = {}
     rest: dict[str, Any] = {}
     for name, (default, kind, setting) in _FLAGS.items():
-        given = mapping.get(name)
-        value = default if given is None or given == "" else _convert(name, given, kind)
+        value = mapping.get(name)
+        value = default if value is None or value == "" else _convert(name, value, kind)
         if setting is not None:
             settings[setting] = value
         if setting is None or name in _IN_REST:
@@ -58,7 +60,7 @@ def parse_flags(mapping: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
 def _suggestion(name: str) -> str:
     nearest = difflib.get_close_matches(name, _FLAGS, n=1, cutoff=0.6)
     nearest = nearest or difflib.get_close_matches(f"twinflow_{name}", _FLAGS, n=1, cutoff=0.8)
-    return f"; did you mean {nearest[0]!r}?" if nearest else f"; known are {', '.join(_FLAGS)}"
+    return f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(_FLAGS)}"
 
 
 def _convert(name: str, value: Any, kind: type) -> Any:
@@ -76,4 +78,4 @@ def _convert(name: str, value: Any, kind: type) -> Any:
             raise ValueError
         return kind(number)
     except (KeyError, TypeError, ValueError, OverflowError):
-        raise ValueError(f"from_flags: {name} must be {wanted}, got {value!r}") from None
+        raise ArgumentError("from_flags", name, wanted, repr(value)) from None

@@ -5,6 +5,8 @@ from fractions import Fraction
 from math import lcm
 from typing import Any
 
+from twinflow.errors import ArgumentError
+
 
 class RoleCounter:
     """Deals roles so that over every prefix of the stream each role's count is within one row of its share.
@@ -68,5 +70,5 @@ class RoleCounter:
         """Continues from a saved state; ValueError if it deals other roles."""
         counts = dict(state["counts"])
         if set(counts) != set(self.counts):
-            raise ValueError(f"RoleCounter: counts must be for roles {sorted(self.counts)}, got {sorted(counts)}")
+            raise ArgumentError("RoleCounter", "counts", f"for roles {sorted(self.counts)}", sorted(counts))
         self.counts = {role: int(counts[role]) for role in self.counts}
