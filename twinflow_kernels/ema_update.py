@@ -179,7 +179,7 @@ def ema_update_(
         targets, sources = [targets[i] for i in order], [sources[i] for i in order]
     try:
         with torch.no_grad():
-            torch.ops.twinflow.ema_update_(targets, sources, decay, decay_tensor, shadows)
+            _operation.call(targets, sources, decay, decay_tensor, shadows)
     except (RuntimeError, TypeError):
         check_lists(targets, sources, shadows or None)
         raise

@@ -169,4 +169,4 @@ def rollout_start(
             require_like(where, name, value, "x_t", x_t)
         wanted = "a tensor without requires_grad, as targets are constants"
         require(not (torch.is_grad_enabled() and value.requires_grad), where, name, wanted, "requires_grad=True")
-    return torch.ops.twinflow.rollout_start(v_target, x_t, v_cond, v_uncond, ratio, delta)
+    return _operation.call(v_target, x_t, v_cond, v_uncond, ratio, delta)

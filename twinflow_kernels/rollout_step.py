@@ -121,5 +121,5 @@ def rollout_step_(x: torch.Tensor, v_pred: torch.Tensor, dt: torch.Tensor) -> to
     if not torch.compiler.is_compiling():
         for name, value in (("v_pred", v_pred), ("dt", dt)):
             require(not _registry.overlaps(x, value), where, name, "memory of its own", "an overlap with x")
-    torch.ops.twinflow.rollout_step_(x, v_pred, dt)
+    _operation.call(x, v_pred, dt)
     return x

@@ -161,7 +161,7 @@ def _backward(ctx, grad_loss, *_):
     if _may_give_away(residual, ctx.dtype):
         return _backward_cpu(grad_loss, factor, residual, ctx.dtype, out=residual), *(None,) * 7
     with torch.no_grad():
-        dv = torch.ops.twinflow.velocity_loss_backward.default(grad_loss, factor, residual, ctx.dtype)
+        dv = _backward_operation.call(grad_loss, factor, residual, ctx.dtype)
     if torch.is_grad_enabled():
         message = b"velocity_loss: has no second derivative, its target and its weight are constants"
         dv = torch._C._functions.DelayedError(message, 1)(dv.requires_grad_())
@@ -187,7 +187,28 @@ _backward_operation = register(
 )
 
 
+def _fits(v_pred, v_target, x_start, x_end, rows, loss, alpha, c) -> bool:
+    """Whether the arguments pass every check of `_check`."""
+    if not isinstance(v_pred, Tensor) or not isinstance(rows, Tensor) or v_pred.dtype not in _registry.DTYPE_CODES:
+        return False
+    shape, device, graded = v_pred.shape, v_pred.device, torch.is_grad_enabled()
+    for x in (v_target, x_start, x_end):
+        if x is not None and not (
+            isinstance(x, Tensor) and x.shape == shape and x.device == device and x.dtype in _registry.DTYPE_CODES
+            and not (graded and x.requires_grad)
+        ):  # fmt: skip
+            return False
+    return (
+        len(shape) >= 1 and 0 not in shape[1:] and (x_start is None) == (x_end is None)
+        and rows.dtype in (torch.float32, torch.float64) and rows.shape == (shape[0], 4) and rows.device == device
+        and not (graded and rows.requires_grad) and loss in ("barron", "l2")
+        and -math.inf < alpha < math.inf and 0 < c < math.inf
+    )  # fmt: skip
+
+
 def _check(v_pred, v_target, x_start, x_end, rows, loss, alpha, c) -> None:
+    if _fits(v_pred, v_target, x_start, x_end, rows, loss, alpha, c):
+        return  # before any message is made: this is on the path of every call
     require_floating(WHERE, "v_pred", v_pred)
     shape = tuple(v_pred.shape)
     require(len(shape) >= 1 and 0 not in shape[1:], WHERE, "v_pred", "of shape (B, ...), rows not empty", shape)
@@ -247,4 +268,5 @@ def velocity_loss(
     _check(v_pred, v_target, x_start, x_end, rows, loss, alpha, c)
     keep = v_pred.requires_grad and torch.is_grad_enabled()
     alpha, c = (float(alpha), float(c)) if loss == "barron" else (2.0, 1.0)
-    return torch.ops.twinflow.velocity_loss.default(v_pred, v_target, x_start, x_end, rows, alpha, c, keep)[0]
+    arguments = v_pred, v_target, x_start, x_end, rows, alpha, c, keep
+    return (_operation.differentiable(*arguments) if keep else _operation.call(*arguments))[0]
