@@ -63,13 +63,12 @@ class Operation:
     @cached_property
     def _function(self) -> Any:
         """The autograd function of the operation."""
-        operation = self
+        operation: Any = self
 
         class Function(torch.autograd.Function):
             @staticmethod
             def forward(ctx: Any, *args: Any) -> Any:
                 output = operation._straight(*args)
-                assert operation.setup_context is not None
                 operation.setup_context(ctx, args, output)
                 return output
 
