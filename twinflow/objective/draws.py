@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -39,11 +40,18 @@ class Draws:
 
     def rows_of(self, role: str) -> tuple[int, ...]:
         """The rows with a role."""
-        return tuple(i for i, name in enumerate(self.roles or ()) if name == role)
+        return tuple(np.flatnonzero(self.mask(role)).tolist())
 
     def mask(self, role: str) -> np.ndarray:
-        """(B,) booleans: which rows have a role."""
-        return np.fromiter((name == role for name in self.roles or ()), bool, len(self.roles or ()))
+        """(B,) booleans, read-only: which rows have a role; no rows for `all_terms`."""
+        return _mask(tuple(self.roles or ()), role)
+
+
+@lru_cache(maxsize=64)
+def _mask(roles: tuple[str, ...], role: str) -> np.ndarray:
+    mask = np.array(roles, dtype=str) == role
+    mask.setflags(write=False)
+    return mask
 
 
 def draw_step(
@@ -76,8 +84,7 @@ def draw_step(
         return torch.randn((rows, *latents.shape[1:]), dtype=dtype, device=latents.device, generator=device)
 
     t, r = _times(config, batch, roles, host)
-    rectify = batch if roles is None else list(roles).count("e2e")
-    fakes = 0 if roles is None else list(roles).count("adv")
+    rectify, fakes = (batch, 0) if roles is None else (list(roles).count(role) for role in ("e2e", "adv"))
     rectify = rectify if config.adversarial and config.rectify_weight > 0 else 0
     return Draws(
         roles=None if roles is None else tuple(roles),
@@ -123,8 +130,8 @@ def _times(
     if roles is None:
         r, focused = t - u * t, torch.arange(batch)
     else:
-        code = torch.tensor([ROLES.index(role) for role in roles])
-        e2e, mul, any_time, one, adv = (code == k for k in range(len(ROLES)))
+        names = np.array(roles, dtype=str)
+        e2e, mul, any_time, one, adv = (torch.from_numpy(names == role) for role in ROLES)
         span = torch.where(mul, _MUL_SPAN * u * t, u * t)
         r = torch.where(adv, -t, torch.where(e2e | one, 0.0, t - span))
         t = torch.where(e2e, 1.0, torch.where(adv, -t, t))
@@ -166,7 +173,7 @@ def check_draws(draws: Draws, config: TwinFlowConfig, latents: torch.Tensor, whe
     batch = latents.shape[0]
     rectify = check_roles_and_times(draws, config, where, batch)
     noises = {"z": (draws.z, batch)}
-    if adv := len(draws.rows_of("adv")):
+    if adv := (draws.roles or ()).count("adv"):
         noises["z_fake"] = (draws.z_fake, adv)  # type: ignore[assignment]
     if config.data_free:
         noises["z_data"] = (draws.z_data, batch)  # type: ignore[assignment]
@@ -188,13 +195,14 @@ def check_roles_and_times(draws: Draws, config: TwinFlowConfig, where: str, batc
     if batch is None:
         batch = len(draws.t) if isinstance(draws.t, torch.Tensor) and draws.t.dim() else 1
     _check_roles(draws, config, batch, where)
-    rectify = batch if draws.roles is None else len(draws.rows_of("e2e"))
+    rectify = batch if draws.roles is None else draws.roles.count("e2e")
     rectify = rectify if config.adversarial and config.rectify_weight > 0 else 0
-    _check_time("t", draws.t, batch, where)
-    _check_time("r", draws.r, batch, where)
+    t, r = (_checked_time(name, getattr(draws, name), batch, where) for name in ("t", "r"))
     if rectify:
-        _check_time("t_rectify", draws.t_rectify, rectify, where)
-    _check_order(draws, where)
+        again = _checked_time("t_rectify", draws.t_rectify, rectify, where)
+        if not ((again >= 0) & (again <= 1)).all():  # False for NaN too
+            raise _error(where, "t_rectify", "in [0, 1]", again.tolist())
+    _check_order(draws, t, r, where)
     return rectify
 
 
@@ -205,33 +213,35 @@ def _check_roles(draws: Draws, config: TwinFlowConfig, batch: int, where: str) -
         raise ArgumentTypeError(where, "draws.roles", "a tuple of names or None", type(draws.roles).__name__)
     if draws.roles is not None and len(draws.roles) != batch:
         raise _error(where, "roles", f"{batch} names", len(draws.roles))
-    for role in draws.roles or ():
+    for role in dict.fromkeys(draws.roles or ()):
         if role not in config.shares or (role == "adv" and not config.adversarial):
             raise _error(where, "roles", f"of {', '.join(config.shares)} (adv only where adversarial)", role)
 
 
-def _check_time(name: str, value: torch.Tensor | None, rows: int, where: str) -> None:
+def _checked_time(name: str, value: torch.Tensor | None, rows: int, where: str) -> np.ndarray:
+    """The times as an array, of the right dtype and shape."""
     if not isinstance(value, torch.Tensor) or value.dtype not in (torch.float32, torch.float64):
         raise ArgumentTypeError(where, f"draws.{name}", "a float32 or float64 tensor", _kind(value))
     if value.device.type != "cpu" or value.shape != (rows,):
         raise _error(where, name, f"a CPU tensor of shape ({rows},)", f"{tuple(value.shape)} on {value.device}")
-    low = 0 if name == "t_rectify" else -1
-    if not bool(((value >= low) & (value <= 1)).all()):  # False for NaN too
-        raise _error(where, name, f"in [{low}, 1]", value.tolist())
+    return value.detach().numpy()
 
 
-def _check_order(draws: Draws, where: str) -> None:
-    """r lies between 0 and t; `adv` rows have t = r < 0, all others t >= 0."""
-    t, r = draws.t.numpy(), draws.r.numpy()
+def _check_order(draws: Draws, t: np.ndarray, r: np.ndarray, where: str) -> None:
+    """|t| <= 1, and r lies between 0 and t; `adv` rows have t = r < 0, all others t >= 0."""
     adv = draws.mask("adv") if draws.roles else np.zeros(len(t), dtype=bool)
-    sign = (t != 0) & (adv != (t < 0))
-    order = ~((np.minimum(t, 0) <= r) & (r <= np.maximum(t, 0))) | (adv & (r != t))
-    for row in np.flatnonzero(sign | order)[:1].tolist():
-        role = draws.roles[row] if draws.roles else "all"
-        if sign[row]:
-            raise _error(where, "t", "negative for adv rows and not for others", f"{t[row]} for row {row} ({role})")
-        wanted = "t for adv rows" if role == "adv" else "between 0 and t"
-        raise _error(where, "r", wanted, f"{r[row]} with t = {t[row]} for row {row} ({role})")
+    ordered = np.where(adv, (r == t) & (t <= 0), (r <= t) & (r >= 0))  # False for NaN
+    if (ordered & (np.abs(t) <= 1)).all():
+        return
+    for name, times in (("t", t), ("r", r)):
+        if not (np.abs(times) <= 1).all():
+            raise _error(where, name, "in [-1, 1]", times.tolist())
+    row = int(np.flatnonzero(~ordered)[0])
+    role = draws.roles[row] if draws.roles else "all"
+    if t[row] != 0 and adv[row] != (t[row] < 0):
+        raise _error(where, "t", "negative for adv rows and not for others", f"{t[row]} for row {row} ({role})")
+    wanted = "t for adv rows" if role == "adv" else "between 0 and t"
+    raise _error(where, "r", wanted, f"{r[row]} with t = {t[row]} for row {row} ({role})")
 
 
 def _error(where: str, name: str, wanted: str, actual: object) -> ArgumentError:

@@ -15,7 +15,7 @@ from twinflow.objective.config import TwinFlowConfig
 from twinflow.objective.draws import Draws, check_draws, check_roles_and_times, draw_step
 from twinflow.objective.plan import TARGET_CALLS, NetworkCall, Plan, PlanOptions, make_plan
 from twinflow.objective.roles import RoleCounter
-from twinflow.objective.row_coefficients import row_coefficients
+from twinflow.objective.row_coefficients import RowCoefficients, row_coefficients
 from twinflow.objective.rows import broadcast_condition, same_leaf_shapes
 from twinflow.objective.step import Step, StepInputs
 from twinflow.objective.terms import MicroBatchLoss
@@ -249,10 +249,13 @@ class TwinFlowLoss:
             dealt = batch * world()[1]
         else:
             check_draws(draws, config, inputs.latents)
-            counts = {role: float(draws.roles.count(role)) for role in draws.roles or ()}  # type: ignore[union-attr]
+            roles = draws.roles or ()
+            counts = {role: float(roles.count(role)) for role in dict.fromkeys(roles)}
         inputs = replace(inputs, latents=inputs.latents.detach(), uncond=uncond, draws=draws)
         plan = make_plan(config, draws, options)
-        coefficients = row_coefficients(config, draws, plan, counts, step_rows)
+        dtype = torch.promote_types(torch.promote_types(inputs.latents.dtype, draws.z.dtype), torch.float32)
+        numbers = row_coefficients(config, draws, plan, counts, step_rows)
+        coefficients = RowCoefficients(numbers, inputs.latents.device, dtype)
         if update_teacher and inputs.teacher is not None:
             inputs.teacher.update()
         loss, terms = _run_step(Step(config, inputs, plan, coefficients), backward)

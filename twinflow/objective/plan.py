@@ -144,7 +144,7 @@ class _Planner:
     def __init__(self, config: TwinFlowConfig, draws: Draws, options: PlanOptions) -> None:
         self.config, self.draws, self.options = config, draws, options
         self.published = options.schedule == "published"
-        self.t, self.r = draws.t.double().numpy(), draws.r.double().numpy()
+        self.t, self.r = (times.numpy().astype(np.float64) for times in (draws.t, draws.r))
         self.batch = len(self.t)
         self.all_terms = draws.roles is None
         nothing, everything = np.zeros(self.batch, dtype=bool), np.ones(self.batch, dtype=bool)
@@ -163,18 +163,20 @@ class _Planner:
         self.rectified = e2e if config.adversarial and config.rectify_weight > 0 else nothing
         self.run = everything if self.published else counted | self.rectified  # by the student, with gradient
         self.calls: list[NetworkCall] = []
-        self.times: list[np.ndarray] = []
+        self.times: list[tuple[np.ndarray, np.ndarray]] = []  # t and r of each call
 
     def rows(self, mask: np.ndarray, micro_batch: int) -> np.ndarray:
         """The rows of a micro-batch where a mask holds."""
+        if len(self.bounds) == 1:
+            return np.flatnonzero(mask)
         first, last = self.bounds[micro_batch]
         return np.flatnonzero(mask[first:last]) + first
 
     def entries(self, kind: str, rows: np.ndarray, t: Any = None, r: Any = None) -> _Entries:
         """Entries for some rows, at their own times unless others are given."""
-        t = self.t[rows] if t is None else np.broadcast_to(np.float64(t), rows.shape)
-        r = self.r[rows] if r is None else np.broadcast_to(np.float64(r), rows.shape)
-        return _Entries(kind, rows, t, r)
+        if isinstance(t, float):
+            t, r = np.full(len(rows), t), np.full(len(rows), r)
+        return _Entries(kind, rows, self.t[rows] if t is None else t, self.r[rows] if r is None else r)
 
     def add(self, name: str, who: str, parts: list[_Entries], micro_batch: int, **more: Any) -> None:
         """Appends a call; none without entries, unless ranks must keep step."""
@@ -185,12 +187,13 @@ class _Planner:
                 return
             parts = [self.entries("main", np.array([self.bounds[micro_batch][0]]))]
             more["discarded"] = True
-        rows = tuple(np.concatenate([part.rows for part in parts]).tolist())
-        times = np.concatenate([(part.t, part.r) for part in parts], axis=1)
+        rows, t, r = parts[0].rows, parts[0].t, parts[0].r
+        if len(parts) > 1:
+            rows, t, r = (np.concatenate([getattr(part, a) for part in parts]) for a in ("rows", "t", "r"))
         kinds = tuple((part.kind, len(part.rows)) for part in parts)
-        t, r = map(tuple, times.tolist())
-        self.times.append(times)
-        self.calls.append(NetworkCall(name, who, rows, kinds, t, r, micro_batch=micro_batch, **more))
+        self.times.append((t, r))
+        tuples = (tuple(rows.tolist()), kinds, tuple(t.tolist()), tuple(r.tolist()))
+        self.calls.append(NetworkCall(name, who, *tuples, micro_batch=micro_batch, **more))
 
     def add_pair(self, name: str, who: str, pair: list[_Entries], micro_batch: int, merge: bool) -> None:
         """Appends two kinds of query as one call, or as two where they cannot be or must not be one."""
@@ -230,17 +233,16 @@ class _Planner:
         if self.all_terms and self.config.adversarial and self.config.consistency_weight > 0:
             parts.append(self.entries("generated", self.rows(everything, micro_batch), 1.0, 0.0))
         for group in [parts] if self.fits(parts) else [[part] for part in parts]:
+            points = [self.points(part) for part in group]
             for k in range(order):
-                segments = [self.segment(part, k) for part in group]
+                segments = [_Entries(p.kind, p.rows, x[k], x[k + 1]) for p, x in zip(group, points, strict=True)]
                 self.add("rollout", self.options.rollout_by, segments, micro_batch, segment=k)
 
-    def segment(self, part: _Entries, k: int) -> _Entries:
-        """Times (a, b) of the k-th of N equal segments from max(t - delta, r) to r; empty ones stay exactly at r."""
+    def points(self, part: _Entries) -> list[np.ndarray]:
+        """The times that N equal segments from max(t - delta, r) to r lie between; the last is exactly r."""
         order, r = self.config.estimate_order, part.r
         start = np.maximum(part.t - self.config.delta_t, r)
-        a, b = (start + (r - start) * j / order for j in (k, k + 1))
-        empty = start <= r
-        return _Entries(part.kind, part.rows, np.where(empty, r, a), r if k + 1 == order else np.where(empty, r, b))
+        return [start, *(start + (r - start) * k / order for k in range(1, order)), r]
 
     def student(self, micro_batch: int) -> None:
         """The differentiated calls."""
@@ -294,7 +296,7 @@ class _Planner:
             if not self.published:
                 self.student(micro_batch)
             self.rectify(micro_batch)
-        times = np.concatenate(self.times, axis=1) if self.times else np.zeros((2, 0))
+        t, r = (np.concatenate(times) for times in zip(*self.times, strict=True)) if self.times else np.zeros((2, 0))
         return Plan(
             calls=tuple(self.calls),
             micro_batches=tuple(tuple(range(*bounds)) for bounds in self.bounds),
@@ -305,7 +307,7 @@ class _Planner:
             enhanced=frozenset(np.flatnonzero(self.enhanced).tolist()),
             rollout_rows=frozenset(np.flatnonzero(self.rolled).tolist()),
             published_rows=self.published_rows(),
-            times=np.concatenate([times, times[:1] - times[1:]]),
+            times=np.stack([t, r, t - r]),
         )
 
 

@@ -5,8 +5,6 @@ afterwards the streams stand where the first student call left them.
 """
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -30,19 +28,19 @@ class StepRandomState:
         self._left: _Streams | None = None
         self._micro_batches = {0: self._start}
 
-    @contextmanager
-    def call(self, micro_batch: int, student: bool) -> Iterator[None]:
-        """Puts the streams at the state of a micro-batch; remembers where the first student call leaves them.
+    def before_call(self, micro_batch: int) -> None:
+        """Puts the streams at the state of a micro-batch.
 
         Args:
             micro_batch: its number; number 0 starts where the step started, the others at states derived from it.
-            student: whether this is the student's differentiated call.
         """
         if micro_batch not in self._micro_batches:
             self._micro_batches[micro_batch] = self._derive(micro_batch)
         self._restore(self._micro_batches[micro_batch])
-        yield
-        if student and self._left is None:
+
+    def after_student_call(self) -> None:
+        """Remembers where the first differentiated call left the streams."""
+        if self._left is None:
             self._left = self._capture()
 
     def finish(self) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 from twinflow.errors import ArgumentError
 
+_LONGEST_CYCLE = 1000
+
 
 class RoleCounter:
     """Deals roles so that over every prefix of the stream each role's count is within one row of its share.
@@ -25,6 +27,9 @@ class RoleCounter:
         # Shares as integers that sum to `_whole`; the arithmetic below is in units of 1 / `_whole`.
         self._shares = {role: int(share / total * self._whole) for role, share in exact.items()}
         self.counts = dict.fromkeys(self._shares, 0)
+        # The stream repeats after `_whole` rows; a short period is dealt once.
+        self._cycle: tuple[str, ...] = ()
+        self._cycle = self._deal(dict(self.counts), self._whole) if self._whole <= _LONGEST_CYCLE else ()
 
     @property
     def rows(self) -> int:
@@ -44,11 +49,18 @@ class RoleCounter:
             (role,) = counts
             counts[role] += rows
             return (role,) * rows
+        done = sum(counts.values())
+        if self._on_cycle(counts, done):
+            start = done % self._whole
+            cycle = self._cycle * ((start + rows) // self._whole + 1)
+            roles = cycle[start : start + rows]
+            for role in counts:
+                counts[role] += roles.count(role)
+            return roles
         dealt: list[str] = []
         # A role is due once it is owed 1 / parts of a row; the next row is that of the due role whose debt would be
         # the first to exceed 1 - 1 / parts.
         parts, whole = 2 * len(counts) - 2, self._whole
-        done = sum(counts.values())
         for position in range(done + 1, done + 1 + rows):
             chosen, chosen_room = "", 0
             for role, share in self._shares.items():
@@ -61,6 +73,12 @@ class RoleCounter:
             counts[chosen] += 1
             dealt.append(chosen)
         return tuple(dealt)
+
+    def _on_cycle(self, counts: dict[str, int], done: int) -> bool:
+        """Whether the counts are those of the stream's own beginning; others may have been loaded."""
+        periods, start = divmod(done, self._whole)
+        past = self._cycle[:start]
+        return bool(self._cycle) and all(n == periods * self._shares[r] + past.count(r) for r, n in counts.items())
 
     def state_dict(self) -> dict[str, Any]:
         """The rows dealt to each role."""

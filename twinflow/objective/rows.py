@@ -3,12 +3,19 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
 from twinflow.errors import ArgumentError, ArgumentTypeError
 
 Rows = tuple[int, ...]
+
+
+def positions(chosen: Rows, rows: Rows) -> Rows:
+    """Where the chosen ones of some rows stand among them."""
+    place = {row: k for k, row in enumerate(rows)}
+    return tuple(place[row] for row in chosen)
 
 
 class RowSelector:
@@ -22,7 +29,7 @@ class RowSelector:
     def __init__(self, batch: int, device: torch.device) -> None:
         self.batch = batch
         self.device = device
-        self._all = tuple(range(batch))
+        self.all_rows = tuple(range(batch))
         self._indices: dict[tuple[Rows, torch.device], torch.Tensor] = {}
 
     def index(self, rows: Rows, device: torch.device | None = None) -> torch.Tensor:
@@ -30,7 +37,7 @@ class RowSelector:
         device = self.device if device is None else device
         index = self._indices.get((rows, device))
         if index is None:
-            index = torch.tensor(rows, dtype=torch.int64)
+            index = torch.from_numpy(np.array(rows, dtype=np.int64))  # torch.tensor costs twice as much
             index = index if device.type == "cpu" else index.to(device, non_blocking=True)
             self._indices[rows, device] = index
         return index
@@ -38,9 +45,9 @@ class RowSelector:
     def take(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Rows of a (B, ...) tensor: the tensor itself, a view of neighbouring rows, or a copy."""
         count = len(rows)
-        if count == self.batch and rows == self._all:
+        if count == self.batch and rows == self.all_rows:
             return x
-        if count and rows[-1] - rows[0] + 1 == count and rows == self._all[rows[0] : rows[-1] + 1]:
+        if count and rows[-1] - rows[0] + 1 == count and rows == self.all_rows[rows[0] : rows[-1] + 1]:
             return x.narrow(0, rows[0], count)
         return x.index_select(0, self.index(rows, x.device))
 
@@ -111,7 +118,10 @@ def check_condition(where: str, name: str, condition: Any, latents: torch.Tensor
         latents: (B, ...).
         broadcast: whether a batch of 1 will do.
     """
-    batch = latents.shape[0]
+    batch, device = latents.shape[0], latents.device
+    # Paths cost the host ten times as much as leaves, so they are made for a message only.
+    if all(_fits(leaf, batch, device, broadcast) for leaf in pytree.tree_leaves(condition)):
+        return
     for path, leaf in pytree.tree_flatten_with_path(condition)[0]:
         label = name + pytree.keystr(path)
         if not isinstance(leaf, torch.Tensor):
@@ -127,3 +137,10 @@ def check_condition(where: str, name: str, condition: Any, latents: torch.Tensor
         on_host = leaf.device.type == "cpu" and not leaf.is_floating_point()  # lengths, read without a sync
         if leaf.device != latents.device and not on_host:
             raise ArgumentError(where, label, f"on the latents' device {latents.device}", leaf.device)
+
+
+def _fits(leaf: Any, batch: int, device: torch.device, broadcast: bool) -> bool:
+    """Whether a leaf is a tensor of the batch on the device; False where it takes a closer look."""
+    if not isinstance(leaf, torch.Tensor) or leaf.dim() == 0 or leaf.device != device:
+        return False
+    return leaf.shape[0] == batch or (broadcast and leaf.shape[0] == 1)

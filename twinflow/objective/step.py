@@ -16,7 +16,7 @@ from twinflow.objective.draws import Draws
 from twinflow.objective.plan import NetworkCall, Plan
 from twinflow.objective.random_state import StepRandomState
 from twinflow.objective.row_coefficients import RowCoefficients
-from twinflow.objective.rows import Rows, RowSelector, concatenate
+from twinflow.objective.rows import Rows, RowSelector, concatenate, positions
 from twinflow_kernels import rollout_start, rollout_step_
 
 Times = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # t, r and t - r of a call's entries
@@ -48,7 +48,7 @@ class Step:
         config: the objective's settings.
         inputs: networks, tensors and draws.
         plan: the calls to come.
-        coefficients: numbers per row, on the host.
+        coefficients: numbers per row, on the latents' device; their dtype is that of the step's arithmetic.
     """
 
     def __init__(self, config: TwinFlowConfig, inputs: StepInputs, plan: Plan, coefficients: RowCoefficients) -> None:
@@ -56,17 +56,14 @@ class Step:
         assert inputs.draws is not None
         latents, self.draws = inputs.latents, inputs.draws
         draws = self.draws
-        self.dtype = torch.promote_types(torch.promote_types(latents.dtype, draws.z.dtype), torch.float32)
+        self.dtype = coefficients.dtype
         self.select = RowSelector(plan.batch, latents.device)
-        self.coefficients = coefficients.to(latents.device, self.dtype)
+        self.coefficients = coefficients
         self.random = StepRandomState(latents.device)
         self._student_without_gradient = without_collectives(inputs.student)
         self._noise = _cast(draws.z, self.dtype)
         self._times = self._times_by_call()
         self._next = 0
-        self._fake_row = {row: k for k, row in enumerate(draws.rows_of("adv"))}
-        rectified = draws.rows_of("e2e") if draws.roles is not None else range(plan.batch)
-        self._rectify_row = {row: k for k, row in enumerate(rectified)}
         self._samples: torch.Tensor | None = None
         self._queries: dict[str, torch.Tensor] = {}
         self._states: dict[tuple, torch.Tensor] = {}
@@ -145,7 +142,7 @@ class Step:
         run, velocity = self.predictions["generate" if all_terms else "student", micro_batch]
         velocity = velocity.detach()
         if rows != run:
-            velocity = velocity.index_select(0, self.select.index(tuple(run.index(row) for row in rows)))
+            velocity = velocity.index_select(0, self.select.index(positions(rows, run)))
         velocity = _cast(velocity, self.dtype)
         if all_terms:
             return self.select.take(self._noise, rows) - velocity
@@ -165,8 +162,10 @@ class Step:
         inputs, cond = self.inputs, self._condition(call)
         x_t = _cast(x_t, inputs.latents.dtype)
         student = inputs.student if call.gradient else self._student_without_gradient
-        with self.random.call(call.micro_batch, call.gradient):
-            velocity = run_call(call, student, inputs.teacher, x_t, times, cond)
+        self.random.before_call(call.micro_batch)
+        velocity = run_call(call, student, inputs.teacher, x_t, times, cond)
+        if call.gradient:
+            self.random.after_student_call()
         if not isinstance(velocity, torch.Tensor) or velocity.shape != x_t.shape or not velocity.is_floating_point():
             got = f"{velocity.dtype} {tuple(velocity.shape)}" if isinstance(velocity, torch.Tensor) else type(velocity)
             wanted = f"a floating velocity {tuple(x_t.shape)}"
@@ -191,16 +190,16 @@ class Step:
         self.select.put(self._samples, call.rows, z - self._velocity_of(call, z, times))
 
     def _fake(self, call: NetworkCall, times: Times) -> None:
-        rows = tuple(self._fake_row[row] for row in call.rows)
-        self._sample(call, times, self._noise_rows(self.draws.z_fake, rows))
+        self._sample(call, times, self._noise_rows(self.draws.z_fake, self.draws.rows_of("adv"), call.rows))
 
     def _data(self, call: NetworkCall, times: Times) -> None:
-        self._sample(call, times, self._noise_rows(self.draws.z_data, call.rows))
+        self._sample(call, times, self._noise_rows(self.draws.z_data, self.select.all_rows, call.rows))
 
-    def _noise_rows(self, noise: torch.Tensor | None, rows: Rows) -> torch.Tensor:
+    def _noise_rows(self, noise: torch.Tensor | None, rows: Rows, chosen: Rows) -> torch.Tensor:
+        """The chosen ones of the rows that a noise was drawn for."""
         assert noise is not None
         noise = _cast(noise, self.dtype)
-        return noise if rows == tuple(range(len(noise))) else noise.index_select(0, self.select.index(rows))
+        return noise if chosen == rows else noise.index_select(0, self.select.index(positions(chosen, rows)))
 
     def _cfg(self, call: NetworkCall, times: Times) -> None:
         velocity = self._velocity_of(call, self.select.take(self.x_t, call.rows), times)
@@ -257,7 +256,8 @@ class Step:
         """F(x', -t', -t') and F(x', t', t') at re-noised samples x' (equation 21)."""
         rows = call.rows[: call.parts[0][1]]
         t = self._per_row(self.select.take(self.coefficients.rectify_noise, rows))
-        again = self._noise_rows(self.draws.z_rectify, tuple(self._rectify_row[row] for row in rows))
+        drawn = self.select.all_rows if self.draws.roles is None else self.draws.rows_of("e2e")
+        again = self._noise_rows(self.draws.z_rectify, drawn, rows)
         x_t = t * again + (1 - t) * self.samples(call.micro_batch, rows)
         x_t = torch.cat([x_t] * len(call.parts)) if len(call.parts) > 1 else x_t  # fake and real: the same samples
         self._scatter(self.rectify_velocities, call, self._velocity_of(call, x_t, times))

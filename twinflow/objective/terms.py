@@ -13,9 +13,12 @@ S is the teacher's rollout, x_start - x_end (11), (12); v* the target with guida
 coefficients stands in row_coefficients.py; `twinflow_kernels.velocity_loss` makes loss and gradient of R (17), (18).
 """
 
+import itertools
+
+import numpy as np
 import torch
 
-from twinflow.objective.rows import Rows
+from twinflow.objective.rows import Rows, positions
 from twinflow.objective.step import Step
 from twinflow_kernels import velocity_loss
 
@@ -53,7 +56,9 @@ class MicroBatchLoss:
         if not self.terms and not self._step.discarded:  # rows that ran but do not count: a differentiable zero
             predictions = self._step.predictions.items()
             sums = [self._weightless(v) for (_, number), (_, v) in predictions if number == self._micro_batch]
-        return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+        if len(sums) <= 2:
+            return sums[0] if len(sums) == 1 else sums[0] + sums[1]
+        return torch.stack(sums).sum()
 
     def require_finite(self) -> None:
         """Raises FloatingPointError naming term and rows of a non-finite loss; waits for the device."""
@@ -69,10 +74,10 @@ class MicroBatchLoss:
         if ("student", self._micro_batch) not in self._step.predictions:
             return
         rows, velocity = self._step.predictions["student", self._micro_batch]
-        roles = self._step.draws.roles or ()
-        counted = self._config.estimate_order > 0
-        real = tuple(k for k, row in enumerate(rows) if roles[row] != "adv" and (counted or roles[row] == "mul"))
-        fake = tuple(k for k, row in enumerate(rows) if roles[row] == "adv")
+        draws, chosen, counted = self._step.draws, list(rows), self._config.estimate_order > 0
+        adv = draws.mask("adv")[chosen]
+        real = tuple(np.flatnonzero(~adv if counted else draws.mask("mul")[chosen]).tolist())
+        fake = tuple(np.flatnonzero(adv).tolist())
         self._add(
             velocity, rows, self._step.coefficients.main, "main",
             {"rcgm" if counted else "velocity": real, "adversarial": fake},
@@ -107,12 +112,13 @@ class MicroBatchLoss:
         if not step.rectify_velocities or (prediction, self._micro_batch) not in step.predictions:
             return
         run, velocity = step.predictions[prediction, self._micro_batch]
-        roles = step.draws.roles
-        rows = tuple(row for row in run if roles is None or roles[row] == "e2e")
+        rows = run
+        if step.draws.roles is not None:
+            rows = tuple(itertools.compress(run, step.draws.mask("e2e")[list(run)].tolist()))
         if not rows:
             return
         if rows != run:
-            velocity = velocity.index_select(0, step.select.index(tuple(run.index(row) for row in rows)))
+            velocity = velocity.index_select(0, step.select.index(positions(rows, run)))
         ends = tuple(step.select.take(step.rectify_velocities[kind], rows) for kind in ("fake", "real"))
         losses = self._losses(velocity, None, ends, rows, step.coefficients.rectify, self._config.rectify_loss)
         self._keep(losses, rows, {"rectify": None})
@@ -158,15 +164,16 @@ class MicroBatchLoss:
 
     def _keep(self, losses: torch.Tensor, rows: Rows, terms: dict[str, Rows | None]) -> None:
         """Adds losses to the total, and their sums over some entries (None: all) to the terms."""
-        detached = losses.detach()
+        if not any(at is None or at for at in terms.values()):
+            return
+        total, detached = losses.sum(), losses.detach()  # rows that do not count have weight 0
+        self._sums.append(total)
         for name, at in terms.items():
             if at is None or len(at) == len(rows):
-                self.terms[name], self._rows[name] = detached.sum(), (rows, detached)
+                self.terms[name], self._rows[name] = total.detach(), (rows, detached)
             elif at:
                 chosen = detached.index_select(0, self._step.select.index(at))
                 self.terms[name], self._rows[name] = chosen.sum(), (tuple(rows[k] for k in at), chosen)
-        if any(at is None or at for at in terms.values()):
-            self._sums.append(losses.sum())  # rows that do not count have weight 0
 
     def _weightless(self, velocity: torch.Tensor) -> torch.Tensor:
         coefficients = velocity.new_zeros((velocity.shape[0], 4), dtype=self._step.dtype)
