@@ -148,6 +148,7 @@ class _Planner:
         self.batch = len(self.t)
         self.all_terms = draws.roles is None
         nothing, everything = np.zeros(self.batch, dtype=bool), np.ones(self.batch, dtype=bool)
+        self.everything = everything
         self.adv = nothing if self.all_terms else draws.mask("adv")
         e2e = everything if self.all_terms else draws.mask("e2e")
         order, size = config.estimate_order, np.abs(self.t)
@@ -157,7 +158,7 @@ class _Planner:
         if order == 0 and not self.all_terms:
             counted = self.adv | draws.mask("mul")
         self.guided = config.enhanced_ratio > 0 and options.has_uncond
-        within = (low < size) & (size < high) | ((size == high) if self.all_terms else nothing)
+        within = (low < size) & (size <= high if self.all_terms else size < high)
         self.enhanced = within & ~self.adv & counted if self.guided else nothing
         self.rolled = ~self.adv & (self.t - config.delta_t > self.r) if order > 0 else nothing
         self.rectified = e2e if config.adversarial and config.rectify_weight > 0 else nothing
@@ -219,7 +220,7 @@ class _Planner:
         """Teacher queries of the enhanced target (equation 8)."""
         if not self.guided:
             return
-        rows = self.rows(np.ones_like(self.adv) if self.published else self.enhanced, micro_batch)
+        rows = self.rows(self.everything if self.published else self.enhanced, micro_batch)
         pair = [self.entries(kind, rows, self.t[rows], self.t[rows]) for kind in ("cond", "uncond")]
         self.add_pair("cfg", self.options.cfg_by, pair, micro_batch, self.options.merge)
 
@@ -228,10 +229,9 @@ class _Planner:
         order = self.config.estimate_order
         if order == 0:
             return
-        everything = np.ones_like(self.adv)
-        parts = [self.entries("main", self.rows(everything if self.published else self.rolled, micro_batch))]
+        parts = [self.entries("main", self.rows(self.everything if self.published else self.rolled, micro_batch))]
         if self.all_terms and self.config.adversarial and self.config.consistency_weight > 0:
-            parts.append(self.entries("generated", self.rows(everything, micro_batch), 1.0, 0.0))
+            parts.append(self.entries("generated", self.rows(self.everything, micro_batch), 1.0, 0.0))
         for group in [parts] if self.fits(parts) else [[part] for part in parts]:
             points = [self.points(part) for part in group]
             for k in range(order):
@@ -278,11 +278,11 @@ class _Planner:
     def published_rows(self) -> int:
         """Rows without gradient of the published schedule: it drops none of a call's rows."""
         config = self.config
-        fakes = int(self.adv.sum())
+        fakes = np.count_nonzero(self.adv)
         data = self.batch - fakes if config.data_free else 0
         guidance = 2 * self.batch if self.guided else 0
         rollouts = 2 if self.all_terms and config.adversarial and config.consistency_weight > 0 else 1
-        rectified = int(self.rectified.sum())
+        rectified = np.count_nonzero(self.rectified)
         return fakes + data + guidance + rollouts * config.estimate_order * self.batch + 2 * rectified
 
     def build(self) -> Plan:

@@ -48,9 +48,10 @@ class ModuleCopy:
 
     def copy_buffers(self) -> None:
         """Takes the student's buffers anew."""
-        theirs = dict(unwrap(self._student).named_buffers())
-        for name, mine in self.module.named_buffers():
-            mine.copy_(theirs[name])
+        copies = list(self.module.named_buffers())
+        originals = dict(unwrap(self._student).named_buffers()) if copies else {}
+        for name, buffer in copies:
+            buffer.copy_(originals[name])
 
     def saved_buffers(self) -> dict[str, torch.Tensor]:
         """The copy's buffers that a state holds."""
