@@ -278,11 +278,11 @@ class _Planner:
     def published_rows(self) -> int:
         """Rows without gradient of the published schedule: it drops none of a call's rows."""
         config = self.config
-        fakes = np.count_nonzero(self.adv)
+        fakes = int(np.count_nonzero(self.adv))
         data = self.batch - fakes if config.data_free else 0
         guidance = 2 * self.batch if self.guided else 0
         rollouts = 2 if self.all_terms and config.adversarial and config.consistency_weight > 0 else 1
-        rectified = np.count_nonzero(self.rectified)
+        rectified = int(np.count_nonzero(self.rectified))
         return fakes + data + guidance + rollouts * config.estimate_order * self.batch + 2 * rectified
 
     def build(self) -> Plan:
