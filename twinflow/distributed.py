@@ -40,7 +40,7 @@ def _host_group() -> Any:
 
 
 def calls_in_lockstep(student: Any) -> str:
-    """Which calls every rank must run alike (see plan.Request)."""
+    """Which calls every rank must run alike: `none`, `student` or `all` (PlanOptions.pad_calls)."""
     if student is not None and data_parallel(student) is not None:
         return "student"
     module = unwrap(student) if student is not None else None
@@ -59,7 +59,9 @@ def calls_in_lockstep(student: Any) -> str:
 def unwrap(student: Any) -> Any:
     """The module inside torch.compile and data-parallel wrappers; anything else as it is."""
     while True:
-        inner = getattr(student, "_orig_mod", None)
+        # A module that torch.compile has made keeps the original as a submodule; getattr on others is slow to fail.
+        modules = student._modules if isinstance(student, nn.Module) else getattr(student, "__dict__", {})
+        inner = modules.get("_orig_mod")
         if inner is None and isinstance(student, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             inner = student.module
         if inner is None:
@@ -69,7 +71,8 @@ def unwrap(student: Any) -> Any:
 
 def data_parallel(student: Any) -> nn.parallel.DistributedDataParallel | None:
     """The DDP wrapper of a student, compiled or not; None where there is none."""
-    student = getattr(student, "_orig_mod", student)
+    if isinstance(student, nn.Module):
+        student = student._modules.get("_orig_mod", student)
     return student if isinstance(student, nn.parallel.DistributedDataParallel) else None
 
 

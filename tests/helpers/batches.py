@@ -1,6 +1,6 @@
 """Batches, draws and steps of the toy network for the objective's tests."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 from helpers.toy import ToyNet, make_teacher
@@ -11,6 +11,8 @@ from twinflow.objective.draws import draw_step
 DIM, COND = 5, 3
 FOUR = ("e2e", "mul", "any", "adv")
 EIGHT = ("e2e", "mul", "any", "adv", "any", "mul", "adv", "e2e")
+# How ranks are started. A fork needs no imports; where CUDA is, autograd has threads of its own that do not come along.
+STARTED = "spawn" if torch.cuda.is_available() else "fork"
 TEACHERS = {"student": 0, "ema": 0.9, "frozen": 1}
 
 
@@ -27,6 +29,17 @@ def toy_draws(config: TwinFlowConfig, latents, roles=None) -> Draws:
         return draws
     again = None if draws.t_rectify is None else draws.t_rectify.double()
     return replace(draws, t=draws.t.double(), r=draws.r.double(), t_rectify=again)
+
+
+def rows_of(draws, start, stop):
+    """The draws of some rows."""
+    if draws.roles is None:
+        return Draws(**{f.name: v if (v := getattr(draws, f.name)) is None else v[start:stop] for f in fields(draws)})
+    before = {role: sum(r == role for r in draws.roles[:start]) for role in ("e2e", "adv")}
+    until = {role: sum(r == role for r in draws.roles[:stop]) for role in ("e2e", "adv")}
+    e2e, adv = (slice(before[role], until[role]) for role in ("e2e", "adv"))
+    return Draws(draws.roles[start:stop], draws.t[start:stop], draws.r[start:stop], draws.z[start:stop],
+                 z_fake=draws.z_fake[adv], z_rectify=draws.z_rectify[e2e], t_rectify=draws.t_rectify[e2e])  # fmt: skip
 
 
 def with_times(draws: Draws, t, r) -> Draws:
@@ -69,7 +82,7 @@ def step(config, student, teacher, batch, draws, **more):
 
 
 def backward(config, student, teacher, batch, draws, **more):
-    """(loss, gradients) of one step by pieces."""
+    """(loss, gradients) of one step by micro-batches."""
     out = TwinFlowLoss(config).backward(student, *batch, teacher=teacher, draws=draws, update_teacher=False, **more)
     return out.loss, gradients(student)
 

@@ -12,11 +12,10 @@ import torch
 import torch.multiprocessing as mp
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from helpers.batches import EIGHT, toy_draws
+from helpers.batches import EIGHT, rows_of, toy_draws
 from helpers.family_batches import make_batch
 from helpers.tiny_pipelines import saved_pipeline
 from models.test_families_wrapping import spread
-from objective.test_data_parallel import rows_of
 from torch import distributed
 
 from twinflow import TwinFlowConfig, TwinFlowLoss

@@ -7,10 +7,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.multiprocessing as mp
-from helpers.batches import EIGHT, gradients, toy_draws
+from helpers.batches import EIGHT, STARTED, gradients, rows_of, toy_draws
 from helpers.family_batches import make_batch, make_student
 from models.test_families_wrapping import spread
-from objective.test_data_parallel import STARTED, rows_of
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 

@@ -7,7 +7,7 @@ from dataclasses import fields
 import pytest
 import torch
 import torch.multiprocessing as mp
-from helpers.batches import COND, DIM, EIGHT, assert_close, gradients, toy_batch, toy_draws
+from helpers.batches import COND, DIM, EIGHT, STARTED, assert_close, gradients, rows_of, toy_batch, toy_draws
 from helpers.toy import ToyNet, make_teacher
 from torch import distributed
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -30,9 +30,6 @@ SCENARIOS = {
     "compiled wrapper": (dict(estimate_order=0, rectify_weight=0.0), 1, 0, "compiled", 4),
 }
 
-# A fork needs no imports; where CUDA is, autograd has threads of its own that do not come along.
-STARTED = "spawn" if torch.cuda.is_available() else "fork"
-
 
 class Buffered(ToyNet):
     """With a buffer, which DDP broadcasts on each of its calls."""
@@ -46,17 +43,6 @@ def given(config):
     torch.manual_seed(3)
     batch = toy_batch(8, torch.float64)
     return batch, toy_draws(config, batch[0], EIGHT if config.recipe == "partition" else None)
-
-
-def rows_of(draws, start, stop):
-    """The draws of some rows."""
-    if draws.roles is None:
-        return Draws(**{f.name: v if (v := getattr(draws, f.name)) is None else v[start:stop] for f in fields(draws)})
-    before = {role: sum(r == role for r in draws.roles[:start]) for role in ("e2e", "adv")}
-    until = {role: sum(r == role for r in draws.roles[:stop]) for role in ("e2e", "adv")}
-    e2e, adv = (slice(before[role], until[role]) for role in ("e2e", "adv"))
-    return Draws(draws.roles[start:stop], draws.t[start:stop], draws.r[start:stop], draws.z[start:stop],
-                 z_fake=draws.z_fake[adv], z_rectify=draws.z_rectify[e2e], t_rectify=draws.t_rectify[e2e])  # fmt: skip
 
 
 def joined(parts):

@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 import torch.multiprocessing as mp
+from helpers.batches import STARTED
 from helpers.toy import ToyNet, make_teacher
-from objective.test_data_parallel import STARTED
 from torch import distributed
 
 from twinflow import StudentTeacher, TwinFlowConfig, TwinFlowLoss

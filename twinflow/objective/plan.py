@@ -6,7 +6,7 @@ then the student.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -128,8 +128,7 @@ class PlanOptions:
             raise ArgumentError("TwinFlowLoss", "schedule", f"one of {', '.join(SCHEDULES)}", repr(self.schedule))
 
 
-@dataclass(frozen=True)
-class _Entries:
+class _Entries(NamedTuple):
     """Entries of one kind of a call: rows and signed times, as arrays."""
 
     kind: str
