@@ -2,13 +2,14 @@
 
     python benchmarks/memory_run.py --model qwen-image --run 80gb [--batch 4] [--depth 6] [--cap-gb 84.5]
 
-Before it stands what `apply_memory` prints. Running out of device memory is an outcome like another; any other error
+Before it stands what `apply_memory` logs. Running out of device memory is an outcome like another; any other error
 ends the process.
 """
 
 import argparse
 import gc
 import json
+import logging
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -208,6 +209,7 @@ def measure(configuration: Configuration, device: torch.device, steps: int, warm
 
 
 def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(networks.NETWORKS), required=True)
     parser.add_argument("--run", required=True, help="a memory preset, auto or published")

@@ -14,8 +14,7 @@ from memory_run import MEASURED, PUBLISHED, Configuration
 
 from twinflow.memory import PRESETS, MemoryPreset
 from twinflow.memory.planner.choose import choose
-from twinflow.memory.planner.forecast import Forecast
-from twinflow.memory.planner.forecasting import Planner
+from twinflow.memory.planner.forecast import Forecast, Planner
 from twinflow.memory.planner.gpus import GPUS
 from twinflow.memory.planner.simulation.deferral import obstacle
 

@@ -17,8 +17,7 @@ from fit_tables import markdown
 
 from twinflow.memory.planner.architectures import architectures
 from twinflow.memory.planner.choose import forecasts
-from twinflow.memory.planner.forecast import Forecast
-from twinflow.memory.planner.forecasting import Planner
+from twinflow.memory.planner.forecast import Forecast, Planner
 from twinflow.memory.planner.gpus import GPUS
 from twinflow.memory.planner.overview import deferral_head, deferral_rows, head, rows
 from twinflow.memory.planner.peers.forecast import peer_forecasts

@@ -17,14 +17,15 @@ def names_of(student, kind) -> set[str]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_40gb_is_exact(family, capsys):
+def test_40gb_is_exact(family, caplog):
+    caplog.set_level("INFO", "twinflow")
     plain = trained(student_of(family), 2)
     student = student_of(family)
     with apply_memory(student, "40gb") as applied:
         assert applied.micro_batch == 1 and student.deferral is not None
         assert_equal(trained(student, 2, applied.micro_batch), plain)
     assert student.deferral is None and not any("forward" in vars(m) for m in student.modules())
-    said = capsys.readouterr().out.splitlines()
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("twinflow")]
     assert said[0].startswith("modulation deferred: ")
     assert said[1].startswith("memory preset 40gb: 1 row(s) at a time; blocks keep input; modulation weights in pinned")
 

@@ -176,10 +176,11 @@ def trained_once(student) -> None:
     criterion.backward(student, *batch)
 
 
-def test_presets_are_applied_by_name(capsys):
+def test_presets_are_applied_by_name(caplog):
+    caplog.set_level("INFO", "twinflow")
     student = student_of("sd3", True)
     applied = apply_memory(student, "80gb")
-    assert capsys.readouterr().out == "memory preset 80gb: 1 row(s) at a time; blocks keep products\n"
+    assert caplog.messages[-1:] == ["memory preset 80gb: 1 row(s) at a time; blocks keep products"]
     assert isinstance(applied, AppliedMemory) and applied.preset is PRESETS["80gb"]
     with pytest.raises(ValueError, match="blocks must be without it yet"):
         apply_memory(student, "checkpoint")
@@ -188,12 +189,13 @@ def test_presets_are_applied_by_name(capsys):
     assert "forward" not in vars(student)
 
 
-def test_a_failed_preset_leaves_nothing(capsys):
+def test_a_failed_preset_leaves_nothing(caplog):
+    caplog.set_level("INFO", "twinflow")
     student = student_of("sd3", True)
     with pytest.raises(ValueError, match=r"budget_gb must be at most the host memory available, .* GB, got 1e"):
         apply_memory(student, MemoryPreset("huge", "input", 1, 1e6))
     assert not any("forward" in vars(m) for m in student.modules())
-    assert capsys.readouterr().out == ""
+    assert not any(record.name.startswith("twinflow") for record in caplog.records)
 
 
 def test_auto_asks_the_planner():

@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from twinflow.memory.planner.choose import choose, forecasts
-    from twinflow.memory.planner.forecasting import Planner
+    from twinflow.memory.planner.forecast import Planner
     from twinflow.memory.planner.gpus import gpu_of
     from twinflow.memory.planner.report import as_json, notes, table
 
@@ -134,7 +134,7 @@ def _plan_all(options: argparse.Namespace) -> int:
 
     from twinflow.memory.planner.architectures import architectures
     from twinflow.memory.planner.choose import forecasts
-    from twinflow.memory.planner.forecasting import Planner
+    from twinflow.memory.planner.forecast import Planner
     from twinflow.memory.planner.gpus import gpu_of
     from twinflow.memory.planner.overview import overview
     from twinflow.memory.planner.report import as_json

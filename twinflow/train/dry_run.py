@@ -80,7 +80,7 @@ def step_plan(settings: TrainSettings) -> str:
 
 def _forecast(settings: TrainSettings, folder: Path, console: Console) -> None:
     """The presets that apply and their peaks; of a named one, its own."""
-    from twinflow.memory.planner.forecasting import Planner
+    from twinflow.memory.planner.forecast import Planner
 
     say = _sayer(console)
     student = build_student(settings, folder, weights=False)

@@ -9,11 +9,10 @@ from memory.planner.test_depth import shorter
 
 from twinflow.lora import add_lora
 from twinflow.memory import quantise_base
-from twinflow.memory.planner import forecasting
 from twinflow.memory.planner.architectures import architecture_of
 from twinflow.memory.planner.choose import choose, forecasts
 from twinflow.memory.planner.costs import CostOf
-from twinflow.memory.planner.forecasting import Planner
+from twinflow.memory.planner.forecast import Planner
 from twinflow.memory.planner.from_student import workload_from_student
 from twinflow.memory.planner.gpus import GPUS
 from twinflow.memory.planner.overview import cards, deferral_rows, rows
@@ -165,7 +164,7 @@ def test_8_bit_adam_moves_less():
 def test_rows_beyond_those_that_run(monkeypatch):
     workload = short(batch=8)
     added = Planner(workload).forecast(PRESETS["40gb"])
-    monkeypatch.setattr(forecasting, "_PIECES", 8)
+    monkeypatch.setattr("twinflow.memory.planner.forecast._MICRO_BATCHES", 8)
     run = Planner(workload).forecast(PRESETS["40gb"])
     assert added.peak == pytest.approx(run.peak, abs=60_000)
 

@@ -7,7 +7,7 @@ import pytest
 
 from twinflow.memory.offload.activations import window_bytes
 from twinflow.memory.planner.architectures import Architecture, architecture_of
-from twinflow.memory.planner.forecasting import CUBLAS_BYTES, Planner
+from twinflow.memory.planner.forecast import CUBLAS_BYTES, Planner
 from twinflow.memory.planner.gpus import GPUS
 from twinflow.memory.planner.simulation.meta_student import meta_student, meta_teacher
 from twinflow.memory.planner.simulation.run import StepSimulation, worst_draws

@@ -12,10 +12,9 @@ from torch import nn
 
 from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss
 from twinflow.lora import add_lora
-from twinflow.memory.planner import forecasting
 from twinflow.memory.planner.architectures import architecture_of, architectures
 from twinflow.memory.planner.choose import choose, forecasts, mixed
-from twinflow.memory.planner.forecasting import CUBLAS_BYTES, Planner
+from twinflow.memory.planner.forecast import CUBLAS_BYTES, Planner
 from twinflow.memory.planner.from_student import workload_from_student
 from twinflow.memory.planner.gpus import GPUS, gpu_of
 from twinflow.memory.planner.report import headline
@@ -123,7 +122,7 @@ def test_rows_beyond_those_that_run_are_added_exactly(monkeypatch):
     architecture = replace(architecture_of("sana-1.6b"), config={"num_layers": 2})
     workload = Workload(architecture=architecture, batch=7, lora_rank=8)
     added = Planner(workload).forecast(PRESETS["checkpoint"])
-    monkeypatch.setattr(forecasting, "_PIECES", 7)
+    monkeypatch.setattr("twinflow.memory.planner.forecast._MICRO_BATCHES", 7)
     run = Planner(workload).forecast(PRESETS["checkpoint"])
     assert added.peak == pytest.approx(run.peak, abs=50_000)  # masks and sums of a few rows
     assert run.bytes["step"] > Planner(workload.but(batch=4)).forecast(PRESETS["checkpoint"]).bytes["step"]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from twinflow.memory.planner.costs import CostOf
-from twinflow.memory.planner.forecasting import Planner
+from twinflow.memory.planner.forecast import Planner
 from twinflow.memory.planner.gpus import GPUS
 from twinflow.memory.planner.simulation import run as simulation
 from twinflow.memory.planner.simulation.autocast import MetaAutocast

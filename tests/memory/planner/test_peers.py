@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from twinflow.lora import add_lora
 from twinflow.memory.planner.architectures import architecture_of
-from twinflow.memory.planner.forecasting import Planner
+from twinflow.memory.planner.forecast import Planner
 from twinflow.memory.planner.gpus import GPUS
 from twinflow.memory.planner.peers.forecast import peer_forecasts
 from twinflow.memory.planner.peers.networks import LiveDerivative

@@ -3,8 +3,7 @@
 from dataclasses import replace
 from typing import NoReturn
 
-from twinflow.memory.planner.forecast import SPARE, Forecast
-from twinflow.memory.planner.forecasting import Planner
+from twinflow.memory.planner.forecast import SPARE, Forecast, Planner
 from twinflow.memory.planner.workload import Workload
 from twinflow.memory.presets import MemoryPreset
 

@@ -1,6 +1,7 @@
 """`Display`: what a run says in the terminal: bars where someone watches, lines where it is written to a file."""
 
 import io
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -94,12 +95,18 @@ class Display:
 
 @contextmanager
 def redirect_stdout_to(display: Display) -> Iterator[None]:
-    """What is printed inside, on every process, the display says."""
+    """The display says what is printed or logged (INFO, by twinflow) inside, on every process."""
     written = io.StringIO()
+    logger, handler = logging.getLogger("twinflow"), logging.StreamHandler(written)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     try:
         with redirect_stdout(written):
             yield
     finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
         if written.getvalue().strip():
             display.say(written.getvalue().strip())
 

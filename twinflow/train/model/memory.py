@@ -1,5 +1,6 @@
 """`put_memory()`: the memory preset of a run on its student; what was forecast, for whoever runs out of memory."""
 
+import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ from twinflow.train.model.parallel import check_sharded
 if TYPE_CHECKING:
     from twinflow.memory.planner.forecast import Forecast
     from twinflow.memory.planner.workload import Workload
+
+logger = logging.getLogger(__name__)
 
 _TENSORS_OF_A_ROW = 12  # latents, noises and targets that a step holds of each row
 _OPTIMIZERS = {"radam": "adamw"}  # of the same size
@@ -54,12 +57,12 @@ def put_memory(
     try:
         workload = workload_of_run(settings, student, text_tokens)
     except ValueError as error:
-        print(f"memory preset {UNKNOWN}, as no forecast can be made ({error})")
+        logger.info("memory preset %s, as no forecast can be made (%s)", UNKNOWN, error)
         return apply_memory(student, UNKNOWN, device=device)
     free, _ = torch.cuda.mem_get_info(device)
     usable = free + torch.cuda.memory_reserved(device) - SPARE_BYTES - held_bytes(settings, workload)
     from twinflow.memory.planner.choose import choose
-    from twinflow.memory.planner.forecasting import Planner
+    from twinflow.memory.planner.forecast import Planner
 
     return apply_memory(student, choose(Planner(workload), usable / 1e9).preset, device=device)
 
@@ -115,7 +118,7 @@ def after_out_of_memory(
     _, total = torch.cuda.mem_get_info(device)
     said = f"memory preset {name} took {peak / 1e9:.1f} GB of {total / 1e9:.1f} GB"
     try:
-        from twinflow.memory.planner.forecasting import Planner
+        from twinflow.memory.planner.forecast import Planner
 
         planner = Planner(workload_of_run(settings, student))
         # The run keeps its optimizer, whichever preset it goes on with.

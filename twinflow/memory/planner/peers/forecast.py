@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from twinflow.memory.planner.costs import Cost, CostOf
-from twinflow.memory.planner.forecast import Forecast
-from twinflow.memory.planner.forecasting import CUBLAS_BYTES, Planner
+from twinflow.memory.planner.forecast import CUBLAS_BYTES, Forecast, Planner
 from twinflow.memory.planner.gpus import GPU
 from twinflow.memory.planner.peers.networks import PeerRun, frozen_copy, width_of
 from twinflow.memory.planner.peers.steps import Heads, dmd2_step, sana_sprint_step
