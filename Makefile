@@ -17,7 +17,7 @@ test-all: build  ## the slow cases too
 	$(PY) tests/run_lanes.py --slow
 
 bench: build  ## every kernel beside its peers, then the step and inference; writes benchmarks/results/
-	@for file in benchmarks/bench_*.py benchmarks/a100_1024.py; do $(PY) $$file || exit 1; done
+	@for file in benchmarks/bench_*.py benchmarks/host_overhead.py benchmarks/a100_1024.py; do $(PY) $$file || exit 1; done
 
 lint: venv
 	$(PY) -m ruff check .

@@ -1,6 +1,6 @@
 """The host's part of a step: TwinFlowLoss beside the published code's step written plainly, on a network of one layer.
 
-    python benchmarks/host_overhead.py [--rounds 60]
+    python benchmarks/host_overhead.py [--rounds 200]
 
 Order 2, guidance, an EMA teacher, one thread of a CPU, batches of 4, 32 and 128 rows. Both take the same draws and give
 the same loss (checked first). `host` is a step whose network is the identity on 8 values: what is left is planning,
@@ -175,13 +175,23 @@ def measure(batch: int, rounds: int) -> dict[str, Any]:
             if index >= 0:
                 times[name].append((time.perf_counter_ns() - start) / 1e3)
     gc.enable()
-    found: dict[str, Any] = {"batch": batch, "rounds": rounds}
+    cell: dict[str, Any] = {"batch": batch, "rounds": rounds}
     for name in names:
         low, median, high = harness.quantiles(times[name])
-        found[name] = {"median_us": median, "p10_us": low, "p90_us": high}
+        cell[name] = {"median_us": median, "p10_us": low, "p90_us": high}
     ratios = [b / a for a, b in zip(times["twinflow"], times["published, written plainly"], strict=True)]
-    found["speed"] = statistics.median(ratios)
-    return found
+    cell["speed"] = statistics.median(ratios)
+    return cell
+
+
+def table(cells: list[dict[str, Any]]) -> str:
+    """A line per batch: median (p10 - p90) of either, how many times as fast ours is, and the host's part of ours."""
+    lines = ["| rows | twinflow, us | published, us | speed | host's part, us |", "| --- | --- | --- | --- | --- |"]
+    for cell in cells:
+        times = [cell[name] for name in ("twinflow", "published, written plainly")]
+        shown = " | ".join(f"{c['median_us']:.0f} ({c['p10_us']:.0f} - {c['p90_us']:.0f})" for c in times)
+        lines.append(f"| {cell['batch']} | {shown} | {cell['speed']:.2f}x | {cell['host']['median_us']:.0f} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -192,17 +202,14 @@ def main() -> None:
     torch.set_num_threads(1)
     cells = [measure(batch, options.rounds) for batch in BATCHES]
     device = torch.device("cpu")
-    print(f"one layer of width {WIDTH}, order 2, guidance, EMA; {environment.device_name(device)}, one thread")
-    print("rows  twinflow us (p10-p90)    published us (p10-p90)   speed   host us")
-    for cell in cells:
-        shown = [cell[name] for name in ("twinflow", "published, written plainly")]
-        times = "".join(f"{c['median_us']:>9.0f} ({c['p10_us']:.0f}-{c['p90_us']:.0f})".ljust(25) for c in shown)
-        print(f"{cell['batch']:>4}{times}{cell['speed']:>6.2f}x  {cell['host']['median_us']:>7.0f}")
     growth = cells[-1]["host"]["median_us"] / cells[0]["host"]["median_us"]
-    print(f"the host's part grows {growth:.2f}x from {BATCHES[0]} to {BATCHES[-1]} rows")
+    heading = f"One layer of width {WIDTH}, order 2, guidance, EMA; {environment.device_name(device)}, one thread."
+    text = f"{heading}\n\n{table(cells)}\n\nThe host's part grows {growth:.2f}x from 4 to 128 rows.\n"
+    print(text)
     path = environment.ROOT / "benchmarks" / "results" / f"host_overhead_{environment.device_slug(device)}.json"
     report = {"machine": environment.describe(device), "width": WIDTH, "cells": cells, "host_growth": growth}
     path.write_text(json.dumps(report, indent=1) + "\n")
+    path.with_suffix(".md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Any config, any roles, any times: both schedules, every cut into pieces and the restatement agree."""
+"""Any config, any roles, any times: both schedules, every cut into micro-batches and the restatement agree."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def cases(draw, dtype):
     return config, batch, draws
 
 
-def schedules_and_pieces_agree(case, kind, micro_batch):
+def schedules_and_micro_batches_agree(case, kind, micro_batch):
     config, batch, draws = case
     student, teacher = trained_pair(kind)
     planned = step(config, student, teacher, batch, draws)
@@ -81,8 +81,8 @@ KINDS = st.sampled_from(list(TEACHERS))
 
 @settings(max_examples=40, deadline=None)
 @given(cases(torch.float32), KINDS, st.integers(1, 8))
-def test_schedules_and_pieces(case, kind, micro_batch):
-    schedules_and_pieces_agree(case, kind, micro_batch)
+def test_schedules_and_micro_batches(case, kind, micro_batch):
+    schedules_and_micro_batches_agree(case, kind, micro_batch)
 
 
 @settings(max_examples=25, deadline=None)
@@ -94,8 +94,8 @@ def test_restatement(case, kind, step_rows):
 @pytest.mark.slow
 @settings(max_examples=1000, deadline=None)
 @given(cases(torch.float32), KINDS, st.integers(1, 8))
-def test_schedules_and_pieces_at_length(case, kind, micro_batch):
-    schedules_and_pieces_agree(case, kind, micro_batch)
+def test_schedules_and_micro_batches_at_length(case, kind, micro_batch):
+    schedules_and_micro_batches_agree(case, kind, micro_batch)
 
 
 @pytest.mark.slow

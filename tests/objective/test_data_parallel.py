@@ -19,14 +19,14 @@ from twinflow import Draws, TwinFlowConfig, TwinFlowLoss
 SCENARIOS = {
     "given draws": (dict(), 4, 0.9, "given", 1),
     "given draws, all_terms": (dict(recipe="all_terms"), 4, 0.9, "given", 1),
-    "given draws, by pieces": (dict(), 4, 0, "given pieces", 1),
+    "given draws, by micro-batches": (dict(), 4, 0, "given micro-batches", 1),
     "counter": (dict(), 4, 0.9, "counter", 2),
     "counter, one row a rank": (dict(), 1, 0.9, "counter", 4),
     "counter, uneven roles": (dict(shares={"e2e": 1, "mul": 3, "any": 2, "adv": 1}), 3, 0, "counter", 2),
     "order 0, one row a rank": (dict(estimate_order=0, rectify_weight=0.0), 1, 0, "counter", 4),
-    "order 0, by pieces": (dict(estimate_order=0, rectify_weight=0.0), 2, 0, "counter pieces", 4),
-    "data-free, by pieces": (dict(data_free=True), 3, 1, "counter pieces", 2),
-    "all_terms, by pieces": (dict(recipe="all_terms"), 2, 0.9, "counter pieces", 1),
+    "order 0, by micro-batches": (dict(estimate_order=0, rectify_weight=0.0), 2, 0, "counter micro-batches", 4),
+    "data-free, by micro-batches": (dict(data_free=True), 3, 1, "counter micro-batches", 2),
+    "all_terms, by micro-batches": (dict(recipe="all_terms"), 2, 0.9, "counter micro-batches", 1),
     "compiled wrapper": (dict(estimate_order=0, rectify_weight=0.0), 1, 0, "compiled", 4),
 }
 
@@ -78,7 +78,7 @@ def run_scenario(name, rank):
             batch = [x[mine] for x in batch]
             arguments |= dict(draws=rows_of(draws, mine.start, mine.stop), step_rows=rows)
         syncs.clear()
-        if how.endswith("pieces"):
+        if how.endswith("micro-batches"):
             out = criterion.backward(called, *batch, micro_batch=2 if rows > 2 else 1, **arguments)
         else:
             out = criterion(called, *batch, **arguments)

@@ -1,4 +1,4 @@
-"""A step in parts: one-role pieces, accumulation, and what a part may move."""
+"""A step in parts: micro-batches of one role, accumulation, and what a part may move."""
 
 import pytest
 import torch

@@ -22,7 +22,7 @@ from twinflow import TwinFlowConfig, TwinFlowLoss
 from twinflow.objective.config import ROLES
 
 SHARES_WITH_ONE = {"e2e": 1, "mul": 1, "any": 1, "one": 1, "adv": 1}
-SCHEDULES = ("planned", "published", "pieces")
+SCHEDULES = ("planned", "published", "micro-batches")
 
 
 def compare(config, kappa, batches, schedule="planned", step_rows=None):
@@ -37,7 +37,7 @@ def compare(config, kappa, batches, schedule="planned", step_rows=None):
             expected.backward()
         expected = expected.detach(), gradients(net)
         arguments = dict(teacher=teacher, draws=draws, step_rows=step_rows)
-        if schedule == "pieces":
+        if schedule == "micro-batches":
             out = criterion.backward(net, *batch, micro_batch=2, **arguments)
         else:
             out = criterion(net, *batch, schedule=schedule, **arguments)

@@ -81,7 +81,7 @@ def test_planned_equals_published_at_order_zero():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("micro_batch", [1, 2, 3, 5, 11])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_pieces_equal_the_batch(recipe, micro_batch, dtype):
+def test_micro_batches_equal_the_batch(recipe, micro_batch, dtype):
     config = TwinFlowConfig(recipe=recipe)
     student, teacher = trained_pair("ema", dtype)
     batch = toy_batch(8, dtype)
@@ -128,8 +128,8 @@ def live_graphs(student):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_backward_by_pieces_holds_one_piece(recipe):
-    """No output of an earlier piece lives on: memory is that of one piece."""
+def test_backward_holds_one_micro_batch(recipe):
+    """No output of an earlier micro-batch lives on: memory is that of one."""
     config = TwinFlowConfig(recipe=recipe)
     student, teacher = trained_pair("ema")
     batch = toy_batch(8)

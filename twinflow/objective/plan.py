@@ -17,6 +17,7 @@ from twinflow.objective.rows import Rows
 
 SCHEDULES = ("planned", "published")
 TARGET_CALLS = ("fake", "data", "cfg", "rollout")  # what the regression targets are made of
+_LEGEND = "(u unconditional, - fake, + real, g generated)"
 _MARKS = {"uncond": "u", "real": "+", "fake": "-", "generated": "g"}
 
 
@@ -81,7 +82,9 @@ class Plan:
         return sum(len(call.rows) for call in self.calls if call.gradient)
 
     def __str__(self) -> str:
-        head = f"{'call':<14} {'who':<8} {'gradient':<9} {'micro-batch':>11} {'rows':>5}  queries (row: t -> r)"
+        head = (
+            f"{'call':<14} {'who':<8} {'gradient':<9} {'micro-batch':>11} {'rows':>5}  entries, row: t -> r {_LEGEND}"
+        )
         lines = [f"step of {self.batch} rows, recipe {self.recipe}, order {self.order}, {self.schedule} schedule", head]
         for call in self.calls:
             entries = zip(call.rows, call.kinds, call.t, call.r, strict=True)
