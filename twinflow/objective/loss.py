@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -251,13 +251,14 @@ class TwinFlowLoss:
             check_draws(draws, config, inputs.latents)
             roles = draws.roles or ()
             counts = {role: float(roles.count(role)) for role in dict.fromkeys(roles)}
-        inputs = replace(inputs, latents=inputs.latents.detach(), uncond=uncond, draws=draws)
+        student, teacher, latents = inputs.student, inputs.teacher, inputs.latents.detach()
+        inputs = StepInputs(student, teacher, latents, inputs.cond, uncond, draws)
         plan = make_plan(config, draws, options)
-        dtype = torch.promote_types(torch.promote_types(inputs.latents.dtype, draws.z.dtype), torch.float32)
+        dtype = torch.promote_types(torch.promote_types(latents.dtype, draws.z.dtype), torch.float32)
         numbers = row_coefficients(config, draws, plan, counts, step_rows)
-        coefficients = RowCoefficients(numbers, inputs.latents.device, dtype)
-        if update_teacher and inputs.teacher is not None:
-            inputs.teacher.update()
+        coefficients = RowCoefficients(numbers, latents.device, dtype)
+        if update_teacher and teacher is not None:
+            teacher.update()
         loss, terms = _run_step(Step(config, inputs, plan, coefficients), backward)
         self._roles.take(dealt)
         return TwinFlowOutput(loss, terms, draws)

@@ -21,8 +21,7 @@ _LEGEND = "(u unconditional, - fake, + real, g generated)"
 _MARKS = {"uncond": "u", "real": "+", "fake": "-", "generated": "g"}
 
 
-@dataclass(frozen=True)
-class NetworkCall:
+class NetworkCall(NamedTuple):
     """One network call.
 
     Args:
@@ -183,17 +182,19 @@ class _Planner:
 
     def add(self, name: str, who: str, parts: list[_Entries], micro_batch: int, **more: Any) -> None:
         """Appends a call; none without entries, unless ranks must keep step."""
-        parts = [part for part in parts if len(part.rows)]
-        if not parts:
+        if not any(len(part.rows) for part in parts):
             pad = self.options.pad_calls
             if pad == "none" or (pad == "student" and not more.get("gradient")):
                 return
             parts = [self.entries("main", np.array([self.bounds[micro_batch][0]]))]
             more["discarded"] = True
-        rows, t, r = parts[0].rows, parts[0].t, parts[0].r
+        kind, rows, t, r = parts[0]
+        kinds: tuple[tuple[str, int], ...] = ((kind, len(rows)),)
         if len(parts) > 1:
-            rows, t, r = (np.concatenate([getattr(part, a) for part in parts]) for a in ("rows", "t", "r"))
-        kinds = tuple((part.kind, len(part.rows)) for part in parts)
+            parts = [part for part in parts if len(part.rows)]
+            _, *columns = zip(*parts, strict=True)
+            rows, t, r = map(np.concatenate, columns)
+            kinds = tuple([(part.kind, len(part.rows)) for part in parts])
         self.times.append((t, r))
         tuples = (tuple(rows.tolist()), kinds, tuple(t.tolist()), tuple(r.tolist()))
         self.calls.append(NetworkCall(name, who, *tuples, micro_batch=micro_batch, **more))

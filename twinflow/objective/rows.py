@@ -30,6 +30,7 @@ class RowSelector:
         self.batch = batch
         self.device = device
         self.all_rows = tuple(range(batch))
+        self._spans: dict[Rows, tuple[int, int] | None] = {self.all_rows: (0, batch)}
         self._indices: dict[tuple[Rows, torch.device], torch.Tensor] = {}
 
     def index(self, rows: Rows, device: torch.device | None = None) -> torch.Tensor:
@@ -44,12 +45,13 @@ class RowSelector:
 
     def take(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Rows of a (B, ...) tensor: the tensor itself, a view of neighbouring rows, or a copy."""
-        count = len(rows)
-        if count == self.batch and rows == self.all_rows:
-            return x
-        if count and rows[-1] - rows[0] + 1 == count and rows == self.all_rows[rows[0] : rows[-1] + 1]:
-            return x.narrow(0, rows[0], count)
-        return x.index_select(0, self.index(rows, x.device))
+        if rows not in self._spans:
+            neighbours = rows and rows == self.all_rows[rows[0] : rows[-1] + 1]
+            self._spans[rows] = (rows[0], len(rows)) if neighbours else None
+        span = self._spans[rows]
+        if span is None:
+            return x.index_select(0, self.index(rows, x.device))
+        return x if span[1] == self.batch else x.narrow(0, *span)
 
     def put(self, x: torch.Tensor, rows: Rows, values: torch.Tensor) -> None:
         """Writes rows of a (B, ...) tensor in place."""
