@@ -285,7 +285,10 @@ def _run_step(
                 synchronisation.before(call)
                 step.run(call)
                 for micro_batch in due.get(i, ()):
-                    losses[micro_batch] = _micro_batch_loss(step, micro_batch, terms, backward)
+                    parts = MicroBatchLoss(step, micro_batch)
+                    loss = parts.total()
+                    step.forget(micro_batch)
+                    losses[micro_batch] = _taken(parts, loss, terms, backward)
         finally:
             step.random.finish()
     if not losses:
@@ -295,17 +298,15 @@ def _run_step(
     return torch.stack([losses[micro_batch] for micro_batch in sorted(losses)]).sum(), terms
 
 
-def _micro_batch_loss(
-    step: Step, number: int, terms: dict[str, torch.Tensor], backward: Callable[[torch.Tensor], Any] | None
+def _taken(
+    parts: MicroBatchLoss,
+    loss: torch.Tensor,
+    terms: dict[str, torch.Tensor],
+    backward: Callable[[torch.Tensor], Any] | None,
 ) -> torch.Tensor:
-    """The loss of a micro-batch; adds to `terms`; differentiated and detached where `backward` is given."""
-    micro_batch = MicroBatchLoss(step, number)
-    loss = micro_batch.total()
-    if step.config.check_finite:
-        micro_batch.require_finite()
-    for name, value in micro_batch.terms.items():
+    """The loss of a micro-batch, whose parts are added to `terms`; differentiated where `backward` is given."""
+    for name, value in parts.terms.items():
         terms[name] = terms[name] + value if name in terms else value
-    step.forget(number)
     if backward is None:
         return loss
     if loss.requires_grad:

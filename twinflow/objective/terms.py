@@ -22,6 +22,8 @@ from twinflow.objective.rows import Rows, positions
 from twinflow.objective.step import Step
 from twinflow_kernels import velocity_loss
 
+Target = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]  # v*, and the ends of a rollout
+
 
 class MicroBatchLoss:
     """The terms of the rows of one micro-batch, from the velocities its step has gathered.
@@ -56,11 +58,13 @@ class MicroBatchLoss:
         if not self.terms and not self._step.discarded:  # rows that ran but do not count: a differentiable zero
             predictions = self._step.predictions.items()
             sums = [self._weightless(v) for (_, number), (_, v) in predictions if number == self._micro_batch]
+        if self._config.check_finite:
+            self._require_finite()
         if len(sums) <= 2:
             return sums[0] if len(sums) == 1 else sums[0] + sums[1]
         return torch.stack(sums).sum()
 
-    def require_finite(self) -> None:
+    def _require_finite(self) -> None:
         """Raises FloatingPointError naming term and rows of a non-finite loss; waits for the device."""
         for name, (rows, losses) in self._rows.items():
             bad = [row for row, fine in zip(rows, torch.isfinite(losses).tolist(), strict=True) if not fine]
@@ -78,10 +82,9 @@ class MicroBatchLoss:
         adv = draws.mask("adv")[chosen]
         real = tuple(np.flatnonzero(~adv if counted else draws.mask("mul")[chosen]).tolist())
         fake = tuple(np.flatnonzero(adv).tolist())
-        self._add(
-            velocity, rows, self._step.coefficients.main, "main",
-            {"rcgm" if counted else "velocity": real, "adversarial": fake},
-        )  # fmt: skip
+        terms: dict[str, Rows | None] = {"rcgm" if counted else "velocity": real, "adversarial": fake}
+        target = self._target(rows, "main")
+        self._add(velocity, rows, target, self._step.coefficients.main, self._config.loss, terms)
 
     def mean_velocity(self) -> None:
         """RCGM at (t, r) (equation 24)."""
@@ -98,8 +101,8 @@ class MicroBatchLoss:
         rows, velocity = self._step.predictions["fake_velocity", self._micro_batch]
         # z - x_f = F(z, 1, 0), the one-step prediction itself.
         target = self._step.predictions["generate", self._micro_batch][1].detach()
-        losses = self._losses(velocity, target, None, rows, self._step.coefficients.fake_velocity, self._config.loss)
-        self._keep(losses, rows, {"adversarial": None})
+        coefficients = self._step.coefficients.fake_velocity
+        self._add(velocity, rows, (target, None, None), coefficients, self._config.loss, {"adversarial": None})
 
     def consistency(self) -> None:
         """RCGM error of the one-step prediction, x = z at t = 1, r = 0 (equation 28)."""
@@ -119,9 +122,9 @@ class MicroBatchLoss:
             return
         if rows != run:
             velocity = velocity.index_select(0, step.select.index(positions(rows, run)))
-        ends = tuple(step.select.take(step.rectify_velocities[kind], rows) for kind in ("fake", "real"))
-        losses = self._losses(velocity, None, ends, rows, step.coefficients.rectify, self._config.rectify_loss)
-        self._keep(losses, rows, {"rectify": None})
+        fake, real = (step.select.take(step.rectify_velocities[kind], rows) for kind in ("fake", "real"))
+        coefficients, loss = step.coefficients.rectify, self._config.rectify_loss
+        self._add(velocity, rows, (None, fake, real), coefficients, loss, {"rectify": None})
 
     def _add_prediction(
         self, term: str, prediction: str, coefficients: torch.Tensor, rollout: str | None = None
@@ -129,50 +132,40 @@ class MicroBatchLoss:
         """Adds the loss of a prediction against v* in every row."""
         if (prediction, self._micro_batch) in self._step.predictions:
             rows, velocity = self._step.predictions[prediction, self._micro_batch]
-            self._add(velocity, rows, coefficients, rollout, {term: None})
+            self._add(velocity, rows, self._target(rows, rollout), coefficients, self._config.loss, {term: None})
+
+    def _target(self, rows: Rows, rollout: str | None) -> Target:
+        """v* of some rows, and the ends of their rollout, None where they have none."""
+        step = self._step
+        target = step.select.take(step.targets[0], rows)
+        if rollout not in step.rollout_ends:
+            return target, None, None
+        start = step.targets[1] if rollout == "main" else step.generated_start
+        return target, step.select.take(start, rows), step.select.take(step.rollout_ends[rollout], rows)
 
     def _add(
         self,
         velocity: torch.Tensor,
         rows: Rows,
-        coefficients: torch.Tensor,
-        rollout: str | None,
-        terms: dict[str, Rows | None],
-    ) -> None:
-        """Adds the loss of velocities against v*, after a rollout where they have one."""
-        step, ends = self._step, None
-        if rollout in step.rollout_ends:
-            start = step.targets[1] if rollout == "main" else step.generated_start
-            ends = step.select.take(start, rows), step.select.take(step.rollout_ends[rollout], rows)
-        target = step.select.take(step.targets[0], rows)
-        self._keep(self._losses(velocity, target, ends, rows, coefficients, self._config.loss), rows, terms)
-
-    def _losses(
-        self,
-        velocity: torch.Tensor,
-        target: torch.Tensor | None,
-        ends: tuple[torch.Tensor, ...] | None,
-        rows: Rows,
+        target: Target,
         coefficients: torch.Tensor,
         loss: str,
-    ) -> torch.Tensor:
-        """The loss of each row."""
-        start, end = ends or (None, None)
-        coefficients = self._step.select.take(coefficients, rows)
-        alpha, c = self._config.barron_alpha, self._config.barron_c
-        return velocity_loss(velocity, target, start, end, coefficients, loss=loss, alpha=alpha, c=c)
-
-    def _keep(self, losses: torch.Tensor, rows: Rows, terms: dict[str, Rows | None]) -> None:
-        """Adds losses to the total, and their sums over some entries (None: all) to the terms."""
+        terms: dict[str, Rows | None],
+    ) -> None:
+        """Adds the loss of velocities to the total, and its sums over some entries (None: all) to the terms."""
         if not any(at is None or at for at in terms.values()):
             return
+        select, config = self._step.select, self._config
+        losses = velocity_loss(
+            velocity, *target, select.take(coefficients, rows), loss=loss, alpha=config.barron_alpha, c=config.barron_c
+        )
         total, detached = losses.sum(), losses.detach()  # rows that do not count have weight 0
         self._sums.append(total)
         for name, at in terms.items():
             if at is None or len(at) == len(rows):
                 self.terms[name], self._rows[name] = total.detach(), (rows, detached)
             elif at:
-                chosen = detached.index_select(0, self._step.select.index(at))
+                chosen = detached.index_select(0, select.index(at))
                 self.terms[name], self._rows[name] = chosen.sum(), (tuple(rows[k] for k in at), chosen)
 
     def _weightless(self, velocity: torch.Tensor) -> torch.Tensor:
