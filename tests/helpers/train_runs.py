@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from helpers.batches import COND, DIM, toy_batch
 from helpers.family_batches import make_batch, make_student
+from helpers.memory_cases import student_of
 from helpers.toy import ToyNet
-from memory.test_together import student_of
 from torch import nn
 
 from twinflow import EMATeacher, TwinFlowLoss

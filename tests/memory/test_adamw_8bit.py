@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 from helpers.family_batches import make_batch
-from memory.test_together import student_of
+from helpers.memory_cases import student_of
+from helpers.optimizer_cases import parameters, run
 from torch import nn
 
 from twinflow import EMATeacher, TwinFlowLoss
@@ -15,27 +16,12 @@ from twinflow.memory.planner.simulation.static_memory import BLOCKWISE
 from twinflow.memory.quantised_linear import load_library
 
 LIBRARIES = ("bitsandbytes", "torchao")
-SHAPES = ((128, 64), (63, 65), (65, 67), (10,))  # 4095 values are few; 4355 are many, but no multiple of 256
 
 
 @pytest.fixture(autouse=True)
 def uncompiled(monkeypatch):
     """torchao compiles its step, which takes ten seconds here; the same operations without."""
     monkeypatch.setattr(torch, "compile", lambda function=None, **_: function or (lambda f: f))
-
-
-def parameters() -> list[nn.Parameter]:
-    torch.manual_seed(0)
-    return [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
-
-
-def run(weights, optimizer, steps: range) -> None:
-    for step in steps:
-        generator = torch.Generator().manual_seed(step)
-        for weight in weights:
-            weight.grad = torch.randn(weight.shape, generator=generator)
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

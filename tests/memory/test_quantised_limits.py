@@ -8,9 +8,9 @@ import pytest
 import torch
 import torchao.quantization
 from helpers.family_batches import make_student
+from helpers.memory_cases import assert_equal, student_of, trained
+from helpers.quantised_cases import Q, linear
 from helpers.tiny_pipelines import tiny_transformer
-from memory.test_quantised_base import Q, linear
-from memory.test_together import assert_equal, student_of, trained
 from peft import LoraConfig
 from torch import nn
 

@@ -9,8 +9,8 @@ import torch
 import torchao.quantization
 from helpers.export_cases import contents
 from helpers.family_batches import make_batch, relative
-from memory.test_quantised_base import ERROR, FORMS, TIMES, linear, pair, partly_trained
-from memory.test_together import student_of
+from helpers.memory_cases import student_of
+from helpers.quantised_cases import ERROR, FORMS, TIMES, linear, pair, partly_trained
 from safetensors.torch import load_file, save_file
 from torch import nn
 

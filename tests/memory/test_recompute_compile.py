@@ -6,8 +6,8 @@ import pytest
 import torch
 from helpers.batches import assert_close, assert_same, gradients
 from helpers.recompute_cases import ATTENTION, Net, inputs
-from memory.test_recompute_families import step as family_step
-from memory.test_recompute_families import student_and_batch
+from helpers.recompute_families import step as family_step
+from helpers.recompute_families import student_and_batch
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters

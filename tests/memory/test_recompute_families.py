@@ -5,19 +5,17 @@ from collections import Counter
 import pytest
 import torch
 from helpers.batches import assert_same, backward, gradients
-from helpers.family_batches import FAMILIES, make_batch, make_student
+from helpers.family_batches import FAMILIES, make_batch
 from helpers.recompute_cases import Operations
+from helpers.recompute_families import RANK, R, T, step, student_and_batch
 from helpers.tiny_pipelines import tiny_transformer
-from helpers.tiny_unet import SHAPE, prompts, tiny_model
 from peft import LoraConfig, get_peft_model
 
 from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss
-from twinflow.lora import add_lora
 from twinflow.memory.blocks import repeated_blocks
 from twinflow.memory.recompute import SAVED, selective_recompute
 from twinflow.models import load
 
-T, R, RANK = torch.tensor([0.9, 0.31]), torch.tensor([0.2, 0.31]), 2
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution")
 BLOCKS = {
     "qwen_image": [f"transformer_blocks.{i}" for i in (0, 1)],
@@ -34,29 +32,6 @@ BLOCKS = {
     ],
 }  # fmt: skip
 BLOCKS["flux_guidance"] = BLOCKS["flux"]
-
-
-def student_and_batch(family, lora=False, rows=2):
-    """A student told both times, adapters as after training."""
-    if family == "unet":
-        student = tiny_model(conditioning="dual")
-        batch = torch.randn(rows, *SHAPE), prompts(rows), prompts(rows)
-    else:
-        student = make_student(family, "dual")
-        batch = make_batch(family, student, rows)
-    if lora:
-        add_lora(student, RANK)
-        with torch.no_grad():
-            for parameter in student.parameters():
-                if parameter.requires_grad:
-                    parameter += 0.1 * torch.randn_like(parameter)
-    return student, batch
-
-
-def step(student, batch):
-    out = student(batch[0], T, R, batch[1])
-    (out * out.detach().cos()).sum().backward()
-    return out.detach(), gradients(student)
 
 
 def mixed(student):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.deferred_cases import FAMILIES, assert_equal, backward_once, student_of, trained
 from helpers.family_batches import make_batch, make_student
-from memory.test_together import fail_once, live_storages
+from helpers.memory_cases import fail_once, live_storages
 from safetensors.torch import load_file
 
 from twinflow import EMATeacher, TwinFlowLoss

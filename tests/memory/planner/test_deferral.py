@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import family_batches
-from memory.planner.test_depth import shorter
+from helpers.forecasts import Planner, shorter
 
 from twinflow.lora import add_lora
 from twinflow.memory import quantise_base
+from twinflow.memory.planner import forecast as planner_module
 from twinflow.memory.planner.architectures import architecture_of
 from twinflow.memory.planner.choose import choose, forecasts
 from twinflow.memory.planner.costs import CostOf
-from twinflow.memory.planner.forecast import Planner
 from twinflow.memory.planner.from_student import workload_from_student
 from twinflow.memory.planner.gpus import GPUS
 from twinflow.memory.planner.overview import cards, deferral_rows, rows
@@ -101,7 +101,7 @@ def test_presets_that_do_not_apply_are_absent():
     packed = list(applicable(workload_of("qwen-image", base="int8")))
     assert packed == [*PLAIN, "40gb", "40gb-offload", "32gb"]
     planner = Planner(workload_of("sana-0.6b"))
-    assert [f.name for f in forecasts(planner)] == PLAIN
+    assert list(planner.presets) == PLAIN
     with pytest.raises(ValueError, match="preset must be one that applies, got '40gb', which is for a LoRA"):
         planner.forecast(PRESETS["40gb"])
     with pytest.raises(ValueError, match=r"got '40gb', which defers modulation: sana-0\.6b has no layers for it"):
@@ -165,7 +165,7 @@ def test_rows_beyond_those_that_run(monkeypatch):
     workload = short(batch=8)
     added = Planner(workload).forecast(PRESETS["40gb"])
     monkeypatch.setattr("twinflow.memory.planner.forecast._MICRO_BATCHES", 8)
-    run = Planner(workload).forecast(PRESETS["40gb"])
+    run = planner_module.Planner(workload).forecast(PRESETS["40gb"])
     assert added.peak == pytest.approx(run.peak, abs=60_000)
 
 

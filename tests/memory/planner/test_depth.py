@@ -1,32 +1,19 @@
 """The planner's three blocks stand for all: the same bytes as every block run."""
 
 import itertools
-from dataclasses import replace
 
 import pytest
+from helpers.forecasts import SHORTER, Planner, shorter
 
 from twinflow.memory.offload.activations import window_bytes
-from twinflow.memory.planner.architectures import Architecture, architecture_of
-from twinflow.memory.planner.forecast import CUBLAS_BYTES, Planner
+from twinflow.memory.planner.architectures import architecture_of
+from twinflow.memory.planner.forecast import CUBLAS_BYTES
 from twinflow.memory.planner.gpus import GPUS
 from twinflow.memory.planner.simulation.meta_student import meta_student, meta_teacher
 from twinflow.memory.planner.simulation.run import StepSimulation, worst_draws
 from twinflow.memory.planner.simulation.shortened_model import shorten
 from twinflow.memory.planner.workload import Workload
 from twinflow.memory.presets import PRESETS, MemoryPreset
-
-SHORTER = {
-    "qwen-image": {"num_layers": 7},
-    "sd3.5-medium": {"num_layers": 11, "dual_attention_layers": [0, 1, 2, 3, 4]},
-    "sana-1.6b": {"num_layers": 6},
-    "flux.1": {"num_layers": 5, "num_single_layers": 7},
-    "z-image": {"n_layers": 6},
-}
-
-
-def shorter(name: str) -> Architecture:
-    architecture = architecture_of(name)
-    return replace(architecture, config={**architecture.config, **SHORTER[name]})
 
 
 def both(workload: Workload, preset: MemoryPreset, schedule: str = "planned") -> None:

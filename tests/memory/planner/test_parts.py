@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.forecasts import Planner
 from torch import nn
 
 from twinflow.memory.planner.costs import CostOf
-from twinflow.memory.planner.forecast import Planner
 from twinflow.memory.planner.gpus import GPUS
 from twinflow.memory.planner.simulation import run as simulation
 from twinflow.memory.planner.simulation.autocast import MetaAutocast

@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import family_batches
+from helpers.forecasts import Planner
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from twinflow.lora import add_lora
 from twinflow.memory.planner.architectures import architecture_of
-from twinflow.memory.planner.forecast import Planner
 from twinflow.memory.planner.gpus import GPUS
 from twinflow.memory.planner.peers.forecast import peer_forecasts
 from twinflow.memory.planner.peers.networks import LiveDerivative

@@ -8,9 +8,9 @@ from collections import Counter, OrderedDict
 import numpy as np
 import pytest
 import torch
+from helpers.optimizer_cases import parameters, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory.test_adamw_8bit import parameters, run
 from safetensors.torch import load, save
 from torch import nn
 

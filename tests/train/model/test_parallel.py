@@ -8,8 +8,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from helpers.family_batches import make_batch, make_student
+from helpers.memory_cases import student_of
 from helpers.ranked_steps import on_two_ranks, settings_of
-from memory.test_together import student_of
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
