@@ -13,8 +13,14 @@ from twinflow.memory.apply import AppliedMemory
 from twinflow.memory.offload.activations import offload_activations
 
 
-@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family, lora",
+    [
+        pytest.param(family, lora, id=f"{family}-{'lora' if lora else 'full'}", marks=[] if quick else pytest.mark.slow)
+        for family in FAMILIES
+        for lora, quick in ((True, True), (False, family == "sd3"))
+    ],
+)
 def test_offload_and_recompute_row_by_row(family, lora):
     plain = trained(student_of(family, lora), 3, 1)
     for level in LEVELS:
@@ -142,8 +148,6 @@ def test_auto_asks_the_planner():
     settings = dict(resolution=256, batch=2, text_tokens=8)
     with apply_memory(student, "auto", memory_gb=1.0, **settings) as applied:
         assert applied.preset.name == "batch" and applied.micro_batch is None
-    with pytest.raises(ValueError, match=r"memory must be at least 0\.0 GB.*preset"):
-        apply_memory(student, "auto", memory_gb=0.001, **settings)
 
 
 @pytest.mark.parametrize(

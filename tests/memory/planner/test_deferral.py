@@ -1,7 +1,9 @@
 """The planner on deferred modulation, packed bases and 8-bit Adam: bytes by hand, times, and which presets apply."""
 
+import json
 from dataclasses import replace
 
+import environment
 import pytest
 import torch
 from helpers import family_batches
@@ -16,7 +18,7 @@ from twinflow.memory.planner.costs import CostOf
 from twinflow.memory.planner.from_student import workload_from_student
 from twinflow.memory.planner.gpus import GPUS
 from twinflow.memory.planner.overview import cards, deferral_rows, rows
-from twinflow.memory.planner.report import gain, notes
+from twinflow.memory.planner.report import gain, headline, notes
 from twinflow.memory.planner.simulation.deferral import applicable, modulation_sizes
 from twinflow.memory.planner.simulation.static_memory import TRAFFIC
 from twinflow.memory.planner.workload import Workload, workload_of
@@ -185,14 +187,17 @@ def test_what_is_over_keeps_products(seven_blocks):
     assert by_name["40gb"].cost.seconds > found.cost.seconds
 
 
-def test_weights_as_they_are_come_before_packed_ones(seven_blocks):
-    """Within each of them, the order of the presets is that of the least times."""
-    _, found = seven_blocks
-    for base in (None, "int8", "nf4"):
-        seconds = [f.cost.seconds for f in found if f.preset.base == base]
-        assert seconds == sorted(seconds)
-    bases = [f.preset.base for f in found]
-    assert bases == sorted(bases, key=(None, "int8", "nf4").index)
+def test_weights_as_they_are_come_before_packed_ones():
+    """Within each of them, the order of the presets is that of the least times, in the committed table."""
+    report = json.loads((environment.ROOT / "benchmarks" / "results" / "will_it_fit.json").read_text())
+    (group,) = [g for g in report["forecasts"] if g["workload"] == headline(workload_of("qwen-image", lora_rank=64))]
+    found = group["forecasts"]
+    assert [line["name"] for line in found] == NAMES
+    for base in ("bfloat16", "int8", "nf4"):
+        seconds = [line["seconds"] for line in found if line["base"] == base]
+        assert seconds and seconds == sorted(seconds)
+    bases = [line["base"] for line in found]
+    assert bases == sorted(bases, key=("bfloat16", "int8", "nf4").index)
 
 
 def test_a_refusal_names_a_rank_that_fits(qwen):
