@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from twinflow.errors import ArgumentError, ArgumentTypeError, require
 from twinflow.memory.quantised_linear import load_library
 
 DEVICES = ("cpu", "cuda", "xpu")  # where both libraries have the step
@@ -42,28 +43,22 @@ def adamw_8bit(
         ValueError: an unknown library, no parameters, or parameters that it does not serve: on another device, or
             sharded ones with bitsandbytes.
     """
-    if library not in _CLASSES:
-        raise ValueError(f"adamw_8bit: library must be one of {', '.join(_CLASSES)}, got {library!r}")
-    given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-    _check(given, library)
+    require(library in _CLASSES, "adamw_8bit", "library", f"one of {', '.join(_CLASSES)}", repr(library))
+    groups = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+    _check_groups(groups, library)
     load_library(library, "adamw_8bit")
     optimizer: Any = importlib.import_module(_CLASSES[library])
-    return optimizer.AdamW8bit(given, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    return optimizer.AdamW8bit(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
 
-def _check(given: list[Any], library: str) -> None:
-    groups = [part["params"] if isinstance(part, dict) else part for part in given]
-    tensors = [t for group in groups for t in ([group] if isinstance(group, torch.Tensor) else _listed(group))]
-    if not tensors:
-        raise ValueError("adamw_8bit: parameters must be one or more, got none")
+def _check_groups(groups: list[Any], library: str) -> None:
+    members = [group["params"] if isinstance(group, dict) else group for group in groups]
+    tensors = [t for member in members for t in (member if isinstance(member, (list, tuple)) else [member])]
+    require(tensors, "adamw_8bit", "parameters", "one or more", "none")
     for tensor in tensors:
         if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"adamw_8bit: parameters must be tensors or groups of them, got {type(tensor).__name__}")
+            raise ArgumentTypeError("adamw_8bit", "parameters", "tensors or groups of them", type(tensor).__name__)
         if tensor.device.type not in DEVICES:
-            raise ValueError(f"adamw_8bit: parameters must be on {', '.join(DEVICES)}, got one on {tensor.device}")
-        if library == "bitsandbytes" and isinstance(tensor, DTensor):
-            raise ValueError("adamw_8bit: library must be 'torchao' for sharded parameters, got 'bitsandbytes'")
-
-
-def _listed(group: Any) -> list[Any]:
-    return list(group) if isinstance(group, (list, tuple)) else [group]
+            raise ArgumentError("adamw_8bit", "parameters", f"on {', '.join(DEVICES)}", f"one on {tensor.device}")
+        sharded = library == "bitsandbytes" and isinstance(tensor, DTensor)
+        require(not sharded, "adamw_8bit", "library", "'torchao' for sharded parameters", "'bitsandbytes'")
