@@ -1,7 +1,10 @@
-"""Tests of the objective: seeded from their own name."""
+"""Every test is seeded from its own name; what several tests build is kept on disk, new each run, for all workers."""
 
 import os
+import shutil
+import tempfile
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,30 @@ from hypothesis import settings
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
+
+BUILD = Path(__file__).resolve().parent.parent / "build"
+SHARED = pytest.StashKey[Path]()
+# Read by tests/helpers: tiny pipelines, and forecasts of memory.
+FOLDERS = {"TWINFLOW_TINY_PIPELINES": "tiny-pipelines", "TWINFLOW_TEST_CACHE": "cache"}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Makes the shared folders, new each run; pytest-xdist's workers inherit the environment."""
+    if hasattr(config, "workerinput") or os.environ.keys() >= FOLDERS.keys():
+        return
+    BUILD.mkdir(exist_ok=True)
+    shared = config.stash[SHARED] = Path(tempfile.mkdtemp(prefix="tests-", dir=BUILD))
+    for variable, name in FOLDERS.items():
+        (shared / name).mkdir()
+        os.environ.setdefault(variable, str(shared / name))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if SHARED in config.stash:
+        shutil.rmtree(config.stash[SHARED], ignore_errors=True)
+        for variable, name in FOLDERS.items():
+            if os.environ[variable] == str(config.stash[SHARED] / name):
+                del os.environ[variable]
 
 
 @pytest.fixture(autouse=True)

@@ -5,9 +5,12 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 LEFT_OUT = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "*.so", "output", "results", "__pycache__")
@@ -128,3 +131,14 @@ def test_isolated_build(source, tmp_path, from_sdist):
     assert list((folder / "twinflow_kernels").glob("_C*.so"))
     assert not list(folder.rglob("*.pyc"))
     assert use(folder, TWINFLOW_BACKEND="cpu") == []
+
+
+@pytest.mark.skipif(Path(sys.prefix).name != ".venv", reason="not the environment that the Makefile makes")
+def test_constraints_are_what_is_installed():
+    """Nothing chosen by chance: each package has its pin, and each pin its package (pip and twinflow aside)."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [line.split("==") for line in lines if not line.startswith("#")]
+    pinned = {canonicalize_name(name): version for name, version in pins}
+    # torch says where it was built for, as in 2.13.0+cpu.
+    found = {canonicalize_name(d.metadata["Name"]): Version(d.version).public for d in distributions()}
+    assert pinned == {name: version for name, version in found.items() if name not in ("pip", "twinflow")}
