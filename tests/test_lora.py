@@ -10,7 +10,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from twinflow.conditioning import LORA_MODE, MODES
-from twinflow.formats.manifest import LORA, SECOND_EMBEDDERS
+from twinflow.formats.manifest import LORA
 from twinflow.lora import add_lora, load_lora, lora_tensors
 from twinflow.teachers.adapter_slot import adapter_layers
 
@@ -74,7 +74,7 @@ def test_a_new_lora_changes_nothing_and_trains_nothing_of_the_base(family, mode)
         assert id(now[name]) == identity and torch.equal(now[name], value) and not now[name].requires_grad
     layers = adapter_layers(student.network)
     assert all(any(name.endswith(target) for name in layers) for target in student.lora_targets)
-    assert not any(name.startswith(SECOND_EMBEDDERS) for name in layers)
+    assert not any(name.startswith(student.conditioning_roots()) for name in layers)
     assert {tuple(layer.active_adapters) for layer in layers.values()} == {("default",)}
 
 

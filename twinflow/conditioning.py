@@ -18,6 +18,7 @@ import twinflow_kernels  # noqa: F401 - its operations
 
 MODES = ("dual", "midpoint", "sign", "dual+sign", "midpoint+sign")
 LORA_MODE = "dual"  # the best of benchmarks/conditioning.py
+SIGN_TABLE = "time_sign_embed"  # submodule of the `sign` modes
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class TimeConditioning:
         self._times: tuple[torch.Tensor, torch.Tensor] | None = None
         self._second_features: torch.Tensor | None = None
         first = _submodule(transformer, embedder.path)
-        taken = [n for n in (embedder.second.partition(".")[0], "time_sign_embed") if hasattr(transformer, n)]
+        taken = [n for n in (embedder.second.partition(".")[0], SIGN_TABLE) if hasattr(transformer, n)]
         owners = [getattr(hook, "__self__", None) for hook in first._forward_pre_hooks.values()]
         taken += [owner.mode for owner in owners if isinstance(owner, TimeConditioning)]
         if taken:
@@ -91,6 +92,7 @@ class TimeConditioning:
             )
         self.second = self._add_second(transformer, first) if "dual" in mode else None
         self.table = self._add_table(transformer, first) if "sign" in mode else None
+        transformer._conditioning_names = self.names  # type: ignore[assignment]
         first.register_forward_pre_hook(self._features)
         first.register_forward_hook(self._combine)
 
@@ -113,8 +115,8 @@ class TimeConditioning:
         last = [layer for layer in _plain_copy(first).modules() if isinstance(layer, nn.Linear)][-1]
         device = next(first.parameters()).device
         table = SignTable(last.out_features, device, torch.float32)
-        transformer.add_module("time_sign_embed", table)
-        self.names += ("time_sign_embed",)
+        transformer.add_module(SIGN_TABLE, table)
+        self.names += (SIGN_TABLE,)
         return table
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -181,6 +183,17 @@ class TimeConditioning:
             second = self.second(self._second_features.to(next(self.second.parameters()).dtype))
         table = None if self.table is None else self.table()
         return torch.ops.twinflow.combine_time_embeddings(embedding, second, t, None if second is None else r, table)
+
+
+def conditioning_names(transformer: nn.Module) -> tuple[str, ...]:
+    """The submodules that conditioning added to a transformer, or to one that it is a copy of; none: it has none."""
+    return getattr(transformer, "_conditioning_names", ())
+
+
+def conditioning_tensors(transformer: nn.Module) -> dict[str, torch.Tensor]:
+    """Name -> parameter of the conditioning's submodules; the tensors themselves."""
+    roots = conditioning_names(transformer)
+    return {n: p for n, p in transformer.named_parameters() if n.partition(".")[0] in roots}
 
 
 def _submodule(transformer: nn.Module, path: str) -> nn.Module:

@@ -5,14 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from twinflow.conditioning import SIGN_TABLE, conditioning_tensors
 from twinflow.distributed import unwrap
+from twinflow.errors import ArgumentError
 from twinflow.formats import comfyui
 from twinflow.formats.export_folder import check_folder, new_export
 from twinflow.formats.generation_config import GenerationConfig
@@ -22,22 +23,17 @@ from twinflow.formats.manifest import (
     COMFYUI_MODEL,
     LAYOUTS,
     REFUSAL,
-    SIGN_TABLE,
     Manifest,
-    conditioning_tensors,
     write_conditioning,
 )
 from twinflow.interface import Student
 from twinflow.lora import BASE
 from twinflow.memory.quantised_base import quantised_form
 from twinflow.models.base import FlowModel
+from twinflow.models.registry import FAMILIES
 from twinflow.teachers.adapter_slot import adapter_layers, trained_adapter
 from twinflow.teachers.teachers import EMATeacher
 
-_SAVERS = {
-    "qwen_image": "QwenImagePipeline", "sd3": "StableDiffusion3Pipeline", "sana": "SanaPipeline",
-    "flux": "FluxPipeline", "z_image": "ZImagePipeline", "unet": "StableDiffusionPipeline",
-}  # fmt: skip
 _SETTINGS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias")
 
 
@@ -76,9 +72,9 @@ def export(
     kind = "lora" if adapter_layers(model) else "full"
     if format not in LAYOUTS:
         raise ValueError(f"export: format must be one of {', '.join(LAYOUTS)}, got {format!r}")
-    if format == "comfyui" and model.family not in comfyui.FAMILIES:
-        wanted = ", ".join(comfyui.FAMILIES)
-        raise ValueError(f"export: format 'comfyui' must have a student of {wanted}, got {model.family}")
+    if format == "comfyui" and not model.comfyui:
+        known = ", ".join(name for name, family in FAMILIES.items() if family.comfyui)
+        raise ArgumentError("export", "format 'comfyui'", f"a student of {known}", model.family, verb="have")
     mode = None if model.conditioning is None else model.conditioning.mode
     manifest = Manifest(model.family, mode, kind, "student" if teacher is None else "ema", format, usage=usage)
     path = Path(folder)
@@ -88,9 +84,9 @@ def export(
     weights = _lora(model, teacher, merge_base) if kind == "lora" else None
     with new_export(path, manifest) as partial:
         if weights is not None:
-            _write_lora(weights, manifest, partial)
+            _write_lora(weights, model, manifest, partial)
         else:
-            _write_model(_network(model if teacher_model is None else teacher_model), manifest, partial)
+            _write_model(model if teacher_model is None else teacher_model, manifest, partial)
     return path
 
 
@@ -99,10 +95,9 @@ def _checked(student: Student, teacher: EMATeacher | None) -> tuple[FlowModel, F
     model = unwrap(student)
     if not isinstance(model, FlowModel):
         raise TypeError(f"export: student must be made by twinflow.models.load, got {type(model).__name__}")
-    if model.family not in _SAVERS:
-        raise ValueError(
-            f"export: student must be of one of {', '.join(_SAVERS)}, got {model.family!r}; save its state_dict()"
-        )
+    if model.pipeline_class is None:
+        known = ", ".join(name for name, family in FAMILIES.items() if family.pipeline_class)
+        raise ArgumentError("export", "student", f"of one of {known}", repr(model.family), "save its state_dict()")
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ValueError("export: student must hold whole weights, got sharded ones; gather them first")
     form = None if adapter_layers(model) else quantised_form(model)
@@ -203,7 +198,7 @@ def merged(
     return joined, rank
 
 
-def _write_lora(lora: _Lora, manifest: Manifest, folder: Path) -> None:
+def _write_lora(lora: _Lora, model: FlowModel, manifest: Manifest, folder: Path) -> None:
     settings = lora.settings | {"target_modules": sorted({name.rpartition(".lora_")[0] for name in lora.tensors})}
     conditioning = lora.conditioning
     if manifest.needs_conditioning:
@@ -215,17 +210,18 @@ def _write_lora(lora: _Lora, manifest: Manifest, folder: Path) -> None:
             metadata[ADAPTER_SETTINGS] = json.dumps({f"{lora.component}.{name}": v for name, v in settings.items()})
         save_file(comfyui.lora_tensors(lora.tensors, lora.scalings), folder / COMFYUI_LORA, metadata)
     else:
-        saver: Any = getattr(diffusers, _SAVERS[manifest.family])
+        saver = model.pipeline()
         written = {f"{lora.component}_lora_layers": lora.tensors, f"{lora.component}_lora_adapter_metadata": settings}
         saver.save_lora_weights(folder, **written)
     write_conditioning(conditioning, folder)
 
 
-def _write_model(network: Any, manifest: Manifest, folder: Path) -> None:
+def _write_model(model: FlowModel, manifest: Manifest, folder: Path) -> None:
+    network = _network(model)
     if manifest.layout == "comfyui":
         tensors = {_plain(name): value.detach().cpu() for name, value in network.state_dict().items()}
-        found = comfyui.model_tensors(manifest.family, tensors)
-        whole = {name: value.contiguous() for name, value in found.items()}
+        kept = {name: value for name, value in tensors.items() if name.partition(".")[0] != SIGN_TABLE}
+        whole = {name: value.contiguous() for name, value in model.comfyui_tensors(kept).items()}
         save_file(whole, folder / COMFYUI_MODEL, {"format": "pt"})
         return
 

@@ -9,12 +9,10 @@ from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from twinflow.conditioning import LORA_MODE
+from twinflow.conditioning import LORA_MODE, conditioning_names, conditioning_tensors
 from twinflow.formats.manifest import (
     LORA,
     REFUSAL,
-    SECOND_EMBEDDERS,
-    conditioning_tensors,
     put_conditioning,
     read_manifest,
     read_settings,
@@ -94,7 +92,7 @@ def _targeted(network: nn.Module, targets: tuple[str, ...]) -> list[str]:
     found = [
         name.removesuffix(".base_layer")
         for name, layer in network.named_modules()
-        if isinstance(layer, (nn.Linear, nn.Conv2d)) and name.partition(".")[0] not in SECOND_EMBEDDERS
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and name.partition(".")[0] not in conditioning_names(network)
         and any(f".{name.removesuffix('.base_layer')}".endswith(f".{target}") for target in targets)
     ]  # fmt: skip
     if not found:
@@ -174,7 +172,7 @@ def _load_conditioning(student: "FlowModel", folder: Path) -> None:
         wanted = f"conditioning {manifest.conditioning!r}, with which {folder} was trained"
         raise ValueError(f"load_lora: student must have {wanted}, got {mode!r}")
     if conditioning_tensors(student.network):
-        put_conditioning(student.network, saved_conditioning(folder), "load_lora")
+        put_conditioning(student.network, saved_conditioning(folder, student.conditioning_roots()), "load_lora")
 
 
 def _alpha(network: nn.Module, adapter: str) -> float:

@@ -100,21 +100,21 @@ def test_prompts_of_a_file(exports, tmp_path, capsys):
 
 @pytest.mark.parametrize("family", ["sd3", "qwen_image", "sana"])
 def test_prompts_are_encoded_as_in_training(family, exports):
-    drawer = ImageGenerator(saved_pipeline(family), exports[family])
-    pipe, seen = drawer._pipe, []
+    generator = ImageGenerator(saved_pipeline(family), exports[family])
+    pipe, seen = generator._pipe, []
     pipe.transformer.register_forward_pre_hook(
         lambda module, args, given: seen.append(given["encoder_hidden_states"]), with_kwargs=True
     )
     prompt = "a very " + "long " * 600 + "prompt"
-    drawer.draw(prompt, seed=0, steps=1, size=(64, 32))
-    encoded = FAMILIES[family].encode_prompt(drawer.manifest, pipe, [prompt])["prompt_embeds"]
+    generator.generate(prompt, seed=0, steps=1, size=(64, 32))
+    encoded = FAMILIES[family].encode_prompt(generator.manifest, pipe, [prompt])["prompt_embeds"]
     torch.testing.assert_close(seen[0], encoded, atol=1e-4, rtol=1e-3)
 
 
 def test_sizes_are_drawn_as_asked_for_not_as_the_nearest_that_a_pipeline_knows(exports):
-    drawer, seen = ImageGenerator(saved_pipeline("sana"), exports["sana"]), []
-    drawer._pipe.transformer.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[-2:]))
-    assert drawer.draw("a fox", seed=0, steps=1, size=(96, 64)).size == (96, 64)
+    generator, seen = ImageGenerator(saved_pipeline("sana"), exports["sana"]), []
+    generator._pipe.transformer.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[-2:]))
+    assert generator.generate("a fox", seed=0, steps=1, size=(96, 64)).size == (96, 64)
     assert seen == [(8, 12)]
 
 

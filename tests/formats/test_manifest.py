@@ -8,12 +8,11 @@ import torch
 from helpers.tiny_pipelines import tiny_transformer
 from safetensors.torch import save_file
 
-from twinflow.conditioning import MODES
+from twinflow.conditioning import MODES, conditioning_tensors
 from twinflow.formats.manifest import (
     CONDITIONING,
     MANIFEST,
     Manifest,
-    conditioning_tensors,
     inferred_mode,
     put_conditioning,
     read_manifest,
@@ -102,7 +101,7 @@ def test_conditioning_reads_back_and_a_mode_shows_in_its_names(tmp_path, mode):
     mine = conditioning_tensors(student.network)
     write_conditioning(mine, tmp_path)
     assert (tmp_path / CONDITIONING).exists() == (mode != "midpoint")
-    saved = saved_conditioning(tmp_path)
+    saved = saved_conditioning(tmp_path, student.conditioning_roots())
     other = load(tiny_transformer("sd3"), conditioning=mode)
     put_conditioning(other.network, saved, "test")
     for name, value in conditioning_tensors(other.network).items():

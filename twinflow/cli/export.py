@@ -40,9 +40,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _use(folder: Path, manifest: "Manifest") -> str:
+    from twinflow.models.registry import FAMILIES
+
     if manifest.layout == "comfyui":
         return f"for ComfyUI's folder {'models/loras' if manifest.kind == 'lora' else 'models/diffusion_models'}"
-    if manifest.family == "unet":
+    if not FAMILIES[manifest.family].samples_in_pipelines:
         return "draw with it: twinflow.sampling.sample(); a LoRA also goes into pipe.load_lora_weights()"
     return f"draw with it: twinflow sample {shlex.quote(str(folder))} --prompt '...'"
 

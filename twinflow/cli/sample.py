@@ -153,14 +153,14 @@ def _draw(options: argparse.Namespace, prompts: list[str], source: _Source) -> N
     dtype, device = _place(options)
     say(options, f"{source.weights}, on {usage.model}, {usage.steps} step{'s' if usage.steps > 1 else ''}, {device}")
     _without_bars()
-    drawer = ImageGenerator(folder, source.export, style=options.style, dtype=dtype, device=device)
+    generator = ImageGenerator(folder, source.export, style=options.style, dtype=dtype, device=device)
     style = options.style or ("few" if source.manifest.conditioning else "the pipeline's own")
     about = {"steps": usage.steps, "style": style, "guidance": usage.guidance}
     about |= {"model": usage.model, "weights": source.weights}
     seed = options.seed
     for prompt in prompts:
         for _ in range(options.count):
-            image = drawer.draw(prompt, seed=seed, steps=usage.steps, size=usage.size, guidance=usage.guidance)
+            image = generator.generate(prompt, seed=seed, steps=usage.steps, size=usage.size, guidance=usage.guidance)
             print(new_png(image, options.out, {"prompt": prompt, "seed": seed, **about}), flush=True)
             seed += 1
 

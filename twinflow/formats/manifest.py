@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from twinflow.conditioning import MODES
+from twinflow.conditioning import MODES, SIGN_TABLE, conditioning_tensors
 from twinflow.formats.generation_config import GenerationConfig
 
 MANIFEST = "twinflow.json"
@@ -23,8 +23,6 @@ LORA = "pytorch_lora_weights.safetensors"  # diffusers' default
 CONDITIONING = "twinflow_conditioning.safetensors"
 COMFYUI_LORA = "comfyui_lora.safetensors"
 COMFYUI_MODEL = "comfyui_model.safetensors"
-SECOND_EMBEDDERS = ("time_text_embed_2", "time_embed_2", "t_embedder_2", "time_embedding_2")
-SIGN_TABLE = "time_sign_embed"
 ADAPTER_SETTINGS = "lora_adapter_metadata"  # diffusers' key for an adapter's configuration in a LoRA file
 FORMAT = 1
 LAYOUTS = ("diffusers", "comfyui")
@@ -114,23 +112,21 @@ def write_conditioning(tensors: dict[str, torch.Tensor], folder: Path) -> None:
         save_file(whole, folder / CONDITIONING, metadata={"format": "pt"})
 
 
-def conditioning_tensors(network: nn.Module) -> dict[str, torch.Tensor]:
-    """Name -> tensor of the conditioning's submodules; the tensors themselves."""
-    roots = (*SECOND_EMBEDDERS, SIGN_TABLE)
-    return {n: p for n, p in network.named_parameters() if n.partition(".")[0] in roots}
-
-
-def saved_conditioning(folder: Path) -> dict[str, torch.Tensor]:
+def saved_conditioning(folder: Path, roots: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """Name -> tensor of the conditioning saved in a folder: beside a LoRA, or among a model's own weights.
+
+    Args:
+        folder: an export, or a model.
+        roots: top-level submodules that the family's conditioning may add (`FlowModel.conditioning_roots`).
 
     Raises:
         ValueError: a file is damaged.
     """
     beside = folder / CONDITIONING
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for path in [beside] if beside.exists() else sorted(folder.glob("*.safetensors")):
-        found |= read_tensors(path, (*SECOND_EMBEDDERS, SIGN_TABLE))
-    return found
+        tensors |= read_tensors(path, roots)
+    return tensors
 
 
 def read_tensors(path: Path, roots: tuple[str, ...] | None = None) -> dict[str, torch.Tensor]:
@@ -179,7 +175,7 @@ def inferred_mode(tensors: dict[str, torch.Tensor], folder: Path) -> str | None:
     Raises:
         ValueError: a sign table alone, which `sign` and `midpoint+sign` share.
     """
-    dual = any(name.partition(".")[0] in SECOND_EMBEDDERS for name in tensors)
+    dual = any(name.partition(".")[0] != SIGN_TABLE for name in tensors)
     sign = any(name.partition(".")[0] == SIGN_TABLE for name in tensors)
     if sign and not dual:
         raise ValueError(

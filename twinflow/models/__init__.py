@@ -1,14 +1,30 @@
 """Diffusers models as students: `load()` and one file per family.
 
-Adding a family: (1) a file with a subclass of `FlowModel`; (2) `family`, and diffusers' class as `transformer_class`;
-(3) `time_embedder()`: the submodule that gets the sinusoidal features; (4) `condition_widths()`: what a condition must
-hold; (5) `latent_channels()` and `latent_multiple()` where they are not the config's `in_channels` and `patch_size`;
-(6) `velocity()`: one call of the transformer, its time scale, direction and sign; (7) `encode_prompt()`; (8)
-`lora_targets`; (9) an entry in `_ALL` of loading.py; (10) a tiny configuration in tests/helpers/tiny_pipelines.py:
-every family test then runs on it.
+Adding a family is one file and one line. The file: a subclass of `FlowModel` (base.py documents every attribute and
+method) with (1) `family`, `transformer_class` and `pipeline_class`, diffusers' names; (2) `time_embedder()`, where its
+time goes in, and `second_embedder`; (3) `condition_widths()`; (4) `velocity()`, one call of the transformer, its time
+scale, direction and sign; (5) `encode_prompt()`; (6) `latent_channels()`, `latent_multiple()` and `autoencoder` where
+they are not the usual ones; (7) `lora_targets`; (8) how its pipeline guides and where its noise comes from; (9)
+`block_lists` and `published`, for memory and the planner; (10) `modulation`, where its blocks have such layers. The
+line: an entry of `REGISTRATIONS` in registry.py. tests/models/test_toy_family.py does all of it.
 """
 
-from twinflow.models.base import FlowModel
-from twinflow.models.loading import FAMILIES, load
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["FAMILIES", "FlowModel", "load"]
+if TYPE_CHECKING:
+    from twinflow.models.base import FlowModel
+    from twinflow.models.loading import load
+    from twinflow.models.registry import FAMILIES, register
+
+__all__ = ["FAMILIES", "FlowModel", "load", "register"]
+
+_HOMES = {"FAMILIES": "registry", "FlowModel": "base", "load": "loading", "register": "registry"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -2,18 +2,41 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from twinflow.conditioning import MODES, TimeConditioning, TimeEmbedder
+from twinflow.conditioning import MODES, SIGN_TABLE, TimeConditioning, TimeEmbedder
+from twinflow.models.autoencoders import Autoencoder
 from twinflow.models.modulation import Deferral, Modulation
 from twinflow.models.prompts import prompt_groups, prompt_lengths, row_index, trim
 from twinflow.objective.plan import NetworkCall, Plan
 
 CFG_TIMES = ("published", "t")
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published model, for the planner.
+
+    Args:
+        name: on the command line.
+        config: settings of the transformer that differ from its class's defaults.
+        latent_channels: C of the latents.
+        text_tokens: usual length of the prompts.
+        lora_rank: as it is usually trained; None: all weights.
+        text_encoder_gb: its text encoders in bf16, GB (1e9 bytes).
+    """
+
+    name: str
+    config: dict[str, Any]
+    latent_channels: int
+    text_tokens: int
+    lora_rank: int | None
+    text_encoder_gb: float
 
 
 class FlowModel(nn.Module):
@@ -32,12 +55,29 @@ class FlowModel(nn.Module):
         ValueError: an unknown mode, or one that the transformer cannot have.
     """
 
+    # The transformer.
     family: ClassVar[str]
     transformer_class: ClassVar[str]  # diffusers' name of it
     component: ClassVar[str] = "transformer"  # its name in pipelines
+    second_embedder: ClassVar[str]  # path that the second time embedder of the `dual` modes gets; saved files have it
     lora_targets: ClassVar[tuple[str, ...]]  # the published code's choice
     prompt_multiple: ClassVar[int] = 1  # prompts are padded to it inside the transformer
     modulation: ClassVar[Modulation | None] = None  # None: its blocks have no layers that read the time embedding
+    # (setting that counts blocks, list that holds them) in order of execution; none: the planner does not know it.
+    block_lists: ClassVar[tuple[tuple[str, str], ...]] = ()
+    # Published models that the planner knows by name.
+    published: ClassVar[tuple["Published", ...]] = ()
+
+    # Its pipeline.
+    pipeline_class: ClassVar[str | None] = None  # diffusers' text-to-image pipeline; None: there is none to export for
+    samples_in_pipelines: ClassVar[bool] = True  # whether the stock pipeline draws with few-step weights
+    comfyui: ClassVar[bool] = False  # whether exports for ComfyUI are known to be read
+    guidance_argument: ClassVar[str] = "guidance_scale"  # the pipeline's argument of classifier-free guidance
+    guidance: ClassVar[float | None] = None  # scale that the transformer takes as an input (distilled); None: none
+    packs_latents: ClassVar[bool] = False  # whether the pipeline walks in tokens, in which fresh noise lies otherwise
+    shares_generator: ClassVar[bool] = False  # whether its fresh noise comes from the generator of the first noise
+    autoencoder: ClassVar[type[Autoencoder]] = Autoencoder  # its kind, which says how latents are made
+    latent_factor: ClassVar[int] = 8  # pixels per latent along an edge, published
 
     def __init__(self, transformer: nn.Module, *, conditioning: str | None = None, cfg_time: str = "published") -> None:
         super().__init__()
@@ -177,6 +217,19 @@ class FlowModel(nn.Module):
         """Name within `network` -> layer that reads the time embedding, in order of execution; none: empty."""
         return {} if self.modulation is None else self.modulation.of(self.network)
 
+    @classmethod
+    def pipeline(cls) -> Any:
+        """diffusers' class of its text-to-image pipeline."""
+        import diffusers
+
+        return getattr(diffusers, cls.pipeline_class or "DiffusionPipeline")
+
+    @classmethod
+    def conditioning_roots(cls) -> tuple[str, ...]:
+        """Top-level submodules that conditioning may add to the transformer."""
+        second = getattr(cls, "second_embedder", "")
+        return (second.partition(".")[0], SIGN_TABLE) if second else (SIGN_TABLE,)
+
     # What a family says of itself.
 
     def time_embedder(self) -> TimeEmbedder:
@@ -219,6 +272,18 @@ class FlowModel(nn.Module):
             options: passed on to its `encode_prompt`.
         """
         raise NotImplementedError
+
+    @staticmethod
+    def comfyui_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A whole model's weights under the names that ComfyUI reads, where `comfyui` says that it reads them.
+
+        Args:
+            tensors: name in diffusers -> weight, without the sign table: ComfyUI asks for no negative time.
+
+        Raises:
+            ValueError: a weight has no place there.
+        """
+        return tensors
 
     def _check(self, x_t: torch.Tensor, cond: dict[str, Any]) -> None:
         where, channels, multiple = type(self).__name__, self.latent_channels(), self.latent_multiple()

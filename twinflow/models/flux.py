@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from twinflow.conditioning import TimeEmbedder
-from twinflow.models.base import FlowModel, rows_of
+from twinflow.models.base import FlowModel, Published, rows_of
 from twinflow.models.modulation import Modulation
 from twinflow.models.packing import pack, unpack
 
@@ -18,7 +18,18 @@ class FluxModel(FlowModel):
 
     family = "flux"
     transformer_class = "FluxTransformer2DModel"
-    guidance = 3.5  # the stock pipeline's default
+    pipeline_class = "FluxPipeline"
+    second_embedder = "time_text_embed_2.timestep_embedder"
+    guidance_argument = "true_cfg_scale"
+    packs_latents = True
+    block_lists = (("num_layers", "transformer_blocks"), ("num_single_layers", "single_transformer_blocks"))
+    published = (
+        Published(
+            "flux.1", dict(guidance_embeds=True),
+            latent_channels=16, text_tokens=512, lora_rank=64, text_encoder_gb=9.8,
+        ),
+    )  # fmt: skip
+    guidance = 3.5  # an input, the stock pipeline's default
     lora_targets = (
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj",
         "attn.add_v_proj", "attn.to_add_out", "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj",
@@ -30,7 +41,7 @@ class FluxModel(FlowModel):
     )  # fmt: skip
 
     def time_embedder(self) -> TimeEmbedder:
-        return TimeEmbedder("time_text_embed.timestep_embedder", "time_text_embed_2.timestep_embedder")
+        return TimeEmbedder("time_text_embed.timestep_embedder", self.second_embedder)
 
     def condition_widths(self) -> dict[str, int]:
         return {

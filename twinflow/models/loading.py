@@ -7,19 +7,13 @@ from typing import Any
 
 from torch import nn
 
+from twinflow.conditioning import SIGN_TABLE
+from twinflow.errors import ArgumentError
 from twinflow.formats.export_folder import without_refusal
-from twinflow.formats.manifest import SIGN_TABLE, inferred_mode, put_conditioning, read_manifest, saved_conditioning
+from twinflow.formats.manifest import inferred_mode, put_conditioning, read_manifest, saved_conditioning
 from twinflow.models.base import FlowModel
-from twinflow.models.flux import FluxModel
-from twinflow.models.generic import GenericModel
-from twinflow.models.qwen_image import QwenImageModel
-from twinflow.models.sana import SanaModel
-from twinflow.models.sd3 import SD3Model
-from twinflow.models.unet import UNetModel
-from twinflow.models.z_image import ZImageModel
+from twinflow.models.registry import FAMILIES, diffusers_families, family_of_class
 
-_ALL = (QwenImageModel, SD3Model, SanaModel, FluxModel, ZImageModel, UNetModel, GenericModel)
-FAMILIES: dict[str, type[FlowModel]] = {model.family: model for model in _ALL}
 _SUBFOLDERS = ("transformer", "unet")
 
 
@@ -57,11 +51,11 @@ def load(
     module: Any = given
     if isinstance(given, (str, Path)):
         module, folder = _from_pretrained(given, torch_dtype)
-    saved = {} if folder is None else saved_conditioning(folder)
+    model = FAMILIES[family] if family is not None else _family_of(module)
+    saved = {} if folder is None else saved_conditioning(folder, model.conditioning_roots())
     if folder is not None:
         conditioning = _saved_mode(folder, saved, conditioning)
-    found = FAMILIES[family] if family is not None else _family_of(module)
-    student = found(module, conditioning=conditioning, cfg_time=cfg_time, **options)
+    student = model(module, conditioning=conditioning, cfg_time=cfg_time, **options)
     if saved:
         put_conditioning(student.network, saved, "load")
     return student
@@ -69,14 +63,12 @@ def load(
 
 def _family_of(module: Any) -> type[FlowModel]:
     network = module.get_base_model() if hasattr(module, "get_base_model") else module
-    classes = {model.transformer_class: model for model in _ALL if model is not GenericModel}
-    for cls in type(network).__mro__:
-        if cls.__name__ in classes:
-            return classes[cls.__name__]
-    raise ValueError(
-        f"load: family must be given for a {type(network).__name__}; known classes are {', '.join(classes)}, and "
-        "family='generic' takes any network(x, time, cond)"
-    )
+    model = family_of_class(cls.__name__ for cls in type(network).__mro__)
+    if model is None:
+        classes = ", ".join(diffusers_families())
+        hint = f"known classes are {classes}, and family='generic' takes any network(x, time, cond)"
+        raise ArgumentError("load", "family", f"given for a {type(network).__name__}", None, hint)
+    return model
 
 
 def _saved_mode(folder: Path, saved: dict[str, Any], asked: str | None) -> str | None:

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from twinflow.conditioning import TimeEmbedder
-from twinflow.models.base import FlowModel
+from twinflow.models.autoencoders import FrameAutoencoder
+from twinflow.models.base import FlowModel, Published
 from twinflow.models.modulation import Modulation
 from twinflow.models.packing import pack, unpack
 from twinflow.models.prompts import host_lengths
@@ -19,6 +20,19 @@ class QwenImageModel(FlowModel):
 
     family = "qwen_image"
     transformer_class = "QwenImageTransformer2DModel"
+    pipeline_class = "QwenImagePipeline"
+    second_embedder = "time_text_embed_2.timestep_embedder"
+    guidance_argument = "true_cfg_scale"
+    packs_latents = True
+    comfyui = True
+    autoencoder = FrameAutoencoder
+    block_lists = (("num_layers", "transformer_blocks"),)
+    published = (
+        Published(
+            "qwen-image", dict(),
+            latent_channels=16, text_tokens=256, lora_rank=64, text_encoder_gb=16.6,
+        ),
+    )  # fmt: skip
     lora_targets = (
         "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "attn.to_add_out",
         "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2",
@@ -31,7 +45,7 @@ class QwenImageModel(FlowModel):
     def time_embedder(self) -> TimeEmbedder:
         if self.config.zero_cond_t:
             raise ValueError("load: conditioning must be None for an edit model that embeds time 0 too, got a mode")
-        return TimeEmbedder("time_text_embed.timestep_embedder", "time_text_embed_2.timestep_embedder")
+        return TimeEmbedder("time_text_embed.timestep_embedder", self.second_embedder)
 
     def condition_widths(self) -> dict[str, int]:
         return {"prompt_embeds": self.config.joint_attention_dim}

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from twinflow.conditioning import TimeEmbedder
-from twinflow.models.base import FlowModel
+from twinflow.models.autoencoders import DeepCompressionAutoencoder
+from twinflow.models.base import FlowModel, Published
 from twinflow.models.prompts import host_lengths
 
 
@@ -20,6 +21,25 @@ class SanaModel(FlowModel):
 
     family = "sana"
     transformer_class = "SanaTransformer2DModel"
+    pipeline_class = "SanaPipeline"
+    second_embedder = "time_embed_2.emb.timestep_embedder"
+    shares_generator = True
+    autoencoder = DeepCompressionAutoencoder
+    latent_factor = 32
+    block_lists = (("num_layers", "transformer_blocks"),)
+    published = (
+        Published(
+            "sana-1.6b", dict(caption_channels=2304, sample_size=32),
+            latent_channels=32, text_tokens=300, lora_rank=None, text_encoder_gb=5.2,
+        ),
+        Published(
+            "sana-0.6b", dict(
+                caption_channels=2304, sample_size=32, num_layers=28, num_attention_heads=36,
+                num_cross_attention_heads=16, cross_attention_head_dim=72, cross_attention_dim=1152
+            ),
+            latent_channels=32, text_tokens=300, lora_rank=None, text_encoder_gb=5.2,
+        ),
+    )  # fmt: skip
     lora_targets = (
         "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_k", "attn2.to_v",
         "attn2.to_out.0", "timestep_embedder.linear_1", "timestep_embedder.linear_2",
@@ -36,7 +56,7 @@ class SanaModel(FlowModel):
 
     def time_embedder(self) -> TimeEmbedder:
         scale = 1000.0 * self.config.timestep_scale
-        return TimeEmbedder("time_embed.emb.timestep_embedder", "time_embed_2.emb.timestep_embedder", scale)
+        return TimeEmbedder("time_embed.emb.timestep_embedder", self.second_embedder, scale)
 
     def condition_widths(self) -> dict[str, int]:
         return {"prompt_embeds": self.config.caption_channels}

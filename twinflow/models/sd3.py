@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from twinflow.conditioning import TimeEmbedder
-from twinflow.models.base import FlowModel
+from twinflow.models.base import FlowModel, Published
 from twinflow.models.modulation import Modulation
 
 
@@ -17,6 +17,27 @@ class SD3Model(FlowModel):
 
     family = "sd3"
     transformer_class = "SD3Transformer2DModel"
+    pipeline_class = "StableDiffusion3Pipeline"
+    second_embedder = "time_text_embed_2.timestep_embedder"
+    block_lists = (("num_layers", "transformer_blocks"),)
+    published = (
+        Published(
+            "sd3.5-medium", dict(
+                sample_size=128, num_layers=24, num_attention_heads=24, joint_attention_dim=4096,
+                caption_projection_dim=1536, pooled_projection_dim=2048, pos_embed_max_size=384,
+                qk_norm="rms_norm", dual_attention_layers=tuple(range(13))
+            ),
+            latent_channels=16, text_tokens=333, lora_rank=64, text_encoder_gb=11.2,
+        ),
+        Published(
+            "sd3.5-large", dict(
+                sample_size=128, num_layers=38, num_attention_heads=38, joint_attention_dim=4096,
+                caption_projection_dim=2432, pooled_projection_dim=2048, pos_embed_max_size=192,
+                qk_norm="rms_norm"
+            ),
+            latent_channels=16, text_tokens=333, lora_rank=64, text_encoder_gb=11.2,
+        ),
+    )  # fmt: skip
     lora_targets = (
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj",
         "attn.add_v_proj", "attn.to_add_out", "timestep_embedder.linear_1", "timestep_embedder.linear_2",
@@ -27,7 +48,7 @@ class SD3Model(FlowModel):
     )  # fmt: skip
 
     def time_embedder(self) -> TimeEmbedder:
-        return TimeEmbedder("time_text_embed.timestep_embedder", "time_text_embed_2.timestep_embedder")
+        return TimeEmbedder("time_text_embed.timestep_embedder", self.second_embedder)
 
     def condition_widths(self) -> dict[str, int]:
         return {

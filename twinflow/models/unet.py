@@ -39,6 +39,9 @@ class UNetModel(FlowModel):
 
     family = "unet"
     transformer_class = "UNet2DConditionModel"
+    pipeline_class = "StableDiffusionPipeline"
+    second_embedder = "time_embedding_2"
+    samples_in_pipelines = False
     component = "unet"
     # The choice of diffusers' consistency distillation of Stable Diffusion.
     lora_targets = (
@@ -85,7 +88,7 @@ class UNetModel(FlowModel):
             features = config.time_embedding_type
             raise ValueError(f"load: conditioning must be None for a UNet with {features} time features, got a mode")
         return TimeEmbedder(
-            "time_embedding", "time_embedding_2", float(self.bridge.num_timesteps),
+            "time_embedding", self.second_embedder, float(self.bridge.num_timesteps),
             num_channels=config.block_out_channels[0], flip_sin_to_cos=config.flip_sin_to_cos,
             downscale_freq_shift=float(config.freq_shift),
         )  # fmt: skip

@@ -6,8 +6,16 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from twinflow.conditioning import TimeEmbedder
-from twinflow.models.base import FlowModel
+from twinflow.errors import ArgumentError
+from twinflow.models.base import FlowModel, Published
 from twinflow.models.modulation import Modulation
+
+_COMFYUI = {
+    "all_x_embedder.2-1.": "x_embedder.", "all_final_layer.2-1.": "final_layer.",
+    ".attention.to_out.0.": ".attention.out.", ".attention.norm_q.": ".attention.q_norm.",
+    ".attention.norm_k.": ".attention.k_norm.",
+}  # fmt: skip
+_QKV = ("to_q", "to_k", "to_v")
 
 
 class ZImageModel(FlowModel):
@@ -19,6 +27,16 @@ class ZImageModel(FlowModel):
 
     family = "z_image"
     transformer_class = "ZImageTransformer2DModel"
+    pipeline_class = "ZImagePipeline"
+    second_embedder = "t_embedder_2.mlp"
+    comfyui = True
+    block_lists = (("n_layers", "layers"),)
+    published = (
+        Published(
+            "z-image", dict(),
+            latent_channels=16, text_tokens=256, lora_rank=64, text_encoder_gb=8.0,
+        ),
+    )  # fmt: skip
     prompt_multiple = 32  # the transformer pads captions to it, with a token of its own
     lora_targets = (
         "attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0", "feed_forward.w1",
@@ -30,7 +48,7 @@ class ZImageModel(FlowModel):
 
     def time_embedder(self) -> TimeEmbedder:
         return TimeEmbedder(
-            "t_embedder.mlp", "t_embedder_2.mlp", float(self.config.t_scale), reversed=True, difference=True
+            "t_embedder.mlp", self.second_embedder, float(self.config.t_scale), reversed=True, difference=True
         )
 
     def condition_widths(self) -> dict[str, int]:
@@ -50,6 +68,22 @@ class ZImageModel(FlowModel):
             return_dict=False,
         )[0]
         return -torch.stack(outputs).squeeze(2)
+
+    @staticmethod
+    def comfyui_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Its layers have names of their own there, with the three projections of an attention in one."""
+        renamed = {}
+        for name, value in tensors.items():
+            for diffusers_part, comfyui_part in _COMFYUI.items():
+                name = name.replace(diffusers_part, comfyui_part)
+            if name.startswith("all_"):
+                raise ArgumentError("export", "format", "'diffusers' for a Z-Image with " + name, "'comfyui'")
+            if ".attention.to_q." in name:
+                parts = [tensors[name.replace("to_q", projection)] for projection in _QKV]
+                renamed[name.replace("to_q", "qkv")] = torch.cat(parts)
+            elif not any(f".attention.{projection}." in name for projection in _QKV):
+                renamed[name] = value
+        return renamed
 
     def encode_prompt(self, pipe: Any, prompts: list[str], **options: Any) -> dict[str, torch.Tensor]:
         # A copy: the pipeline writes its chat template into the list.

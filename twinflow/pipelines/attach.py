@@ -11,15 +11,15 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from torch import nn
 
-from twinflow.conditioning import TimeConditioning, TimeEmbedder
+from twinflow.conditioning import TimeConditioning, TimeEmbedder, conditioning_tensors
 from twinflow.distributed import unwrap
+from twinflow.errors import ArgumentError
 from twinflow.formats.export_folder import without_refusal
 from twinflow.formats.manifest import (
     LORA,
     REFUSAL,
     Manifest,
     check_conditioning,
-    conditioning_tensors,
     put_conditioning,
     read_manifest,
     read_names,
@@ -27,7 +27,8 @@ from twinflow.formats.manifest import (
     read_tensors,
     saved_conditioning,
 )
-from twinflow.models import FAMILIES, FlowModel, load
+from twinflow.models import FlowModel, load
+from twinflow.models.registry import diffusers_families, family_of_class
 from twinflow.pipelines.time_hooks import SchedulerTimeHooks
 from twinflow.scheduler import TwinFlowScheduler
 from twinflow.teachers.adapter_slot import adapter_layers
@@ -74,8 +75,8 @@ def attach(
     if SchedulerTimeHooks.of(transformer) is not None:
         raise ValueError("attach: pipe must have no export attached, got one that has; load it anew")
     walk = TwinFlowScheduler(style=style, **scheduler)
-    saved = _read(Path(lora_or_dir), style)
     family = _family(transformer)
+    saved = _read(Path(lora_or_dir), style, family.conditioning_roots())
     if saved.manifest is not None and saved.manifest.family != family.family:
         raise ValueError(f"attach: pipe must be of family {saved.manifest.family}, got {family.family}")
     model = family(transformer)
@@ -103,7 +104,7 @@ class _Saved:
     conditioning: dict[str, torch.Tensor] | None = None
 
 
-def _read(path: Path, style: str) -> _Saved:
+def _read(path: Path, style: str, roots: tuple[str, ...]) -> _Saved:
     if not path.exists():
         raise ValueError(f"attach: lora_or_dir must be a folder or a file, got {path}, which does not exist")
     folder, file = (path, path / LORA) if path.is_dir() else (path.parent, path)
@@ -123,17 +124,15 @@ def _read(path: Path, style: str) -> _Saved:
             f"attach: lora_or_dir must be the whole exported folder, got {file} without a twinflow.json beside it"
         )
     beside = manifest is not None and manifest.conditioning not in (None, "midpoint")
-    return _Saved(folder, manifest, lora, settings, saved_conditioning(folder) if beside else {})
+    return _Saved(folder, manifest, lora, settings, saved_conditioning(folder, roots) if beside else {})
 
 
 def _family(transformer: nn.Module) -> type[FlowModel]:
-    classes = [cls.__name__ for cls in type(transformer).__mro__]
-    known = [f for f in FAMILIES.values() if f.component == "transformer" and hasattr(f, "transformer_class")]
-    for family in known:
-        if family.transformer_class in classes:
-            return family
-    wanted = ", ".join(family.family for family in known)
-    raise ValueError(f"attach: pipe must be of one of {wanted}, got one with a {classes[0]}")
+    model = family_of_class(cls.__name__ for cls in type(transformer).__mro__)
+    if model is None or model.component != "transformer":
+        known = ", ".join(m.family for m in diffusers_families().values() if m.component == "transformer")
+        raise ArgumentError("attach", "pipe", f"of one of {known}", f"one with a {type(transformer).__name__}")
+    return model
 
 
 def _whole_model(folder: Path, replaced: FlowModel) -> FlowModel:

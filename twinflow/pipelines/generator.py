@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from twinflow.errors import ArgumentError
 from twinflow.formats.manifest import Manifest, read_manifest
-from twinflow.models.flux import FluxModel
+from twinflow.models.registry import FAMILIES
 from twinflow.pipelines.attach import attach
 from twinflow.scheduler import TwinFlowScheduler
-
-_TRUE_CFG = ("qwen_image", "flux")  # whose pipelines guide by true_cfg_scale
 
 
 class ImageGenerator:
@@ -48,7 +47,9 @@ class ImageGenerator:
             raise
         except Exception as error:  # whatever diffusers and transformers find in a folder that anyone may have written
             brief = " ".join(str(error).split())[:300]
-            raise ValueError(f"Drawer: model must be a diffusers pipeline that loads, got {model}: {brief}") from error
+            raise ValueError(
+                f"ImageGenerator: model must be a diffusers pipeline that loads, got {model}: {brief}"
+            ) from error
         own = pipe.scheduler
         attach(pipe, export, style=style or "few")
         if style is None and self.manifest.conditioning is None:
@@ -56,7 +57,7 @@ class ImageGenerator:
         pipe.set_progress_bar_config(disable=True)
         self._pipe = pipe.to(device)
 
-    def draw(
+    def generate(
         self, prompt: str, *, seed: int, steps: int, size: tuple[int, int] | None = None, guidance: float = 0.0
     ) -> Any:
         """An image, the same for the same arguments on the same machine.
@@ -91,13 +92,12 @@ class ImageGenerator:
 
     def _guided(self, scale: float) -> dict[str, Any]:
         """Guidance as each pipeline wants it, or none."""
-        guided, family = scale > 1, self.manifest.family
-        found: dict[str, Any] = {"negative_prompt": ""} if guided else {}
-        if family == "flux":
-            found["guidance_scale"] = FluxModel.guidance  # an input of its transformer, and so it was trained
-        if family in _TRUE_CFG:
-            return found | {"true_cfg_scale": scale if guided else 1.0}
-        return found | {"guidance_scale": scale if guided else 0.0}
+        guided, family = scale > 1, FAMILIES[self.manifest.family]
+        arguments: dict[str, Any] = {"negative_prompt": ""} if guided else {}
+        if family.guidance is not None:
+            arguments["guidance_scale"] = family.guidance  # an input of its transformer, and so it was trained
+        unguided = 0.0 if family.guidance_argument == "guidance_scale" else 1.0
+        return arguments | {family.guidance_argument: scale if guided else unguided}
 
     def _as_trained(self) -> dict[str, Any]:
         """What the pipeline does otherwise when it is called than when it encodes prompts, and sizes as they are."""
@@ -117,12 +117,14 @@ def drawable(export: Path) -> Manifest:
     """
     manifest = read_manifest(export)
     if manifest is None:
-        raise ValueError(f"Drawer: export must be a folder with a twinflow.json, got {export} without one")
+        raise ValueError(f"ImageGenerator: export must be a folder with a twinflow.json, got {export} without one")
     if manifest.layout != "diffusers":
-        raise ValueError(f"Drawer: export must be of format 'diffusers', got {manifest.layout!r} in {export}")
-    if manifest.family == "unet":
+        raise ValueError(f"ImageGenerator: export must be of format 'diffusers', got {manifest.layout!r} in {export}")
+    if manifest.family not in FAMILIES:
+        raise ArgumentError("ImageGenerator", "export", f"of one of {', '.join(FAMILIES)}", repr(manifest.family))
+    if not FAMILIES[manifest.family].samples_in_pipelines:
         raise ValueError(
-            "Drawer: export must be of a transformer, got one of a UNet, with which stock pipelines do not draw in few "
-            "steps; use twinflow.sampling.sample(twinflow.train.restore.restored(RUN).student, ...)"
+            "ImageGenerator: export must be a transformer's; stock pipelines cannot sample a UNet export in few steps; "
+            "use twinflow.sampling.sample(twinflow.train.restore.restore_run(RUN).student, ...)"
         )
     return manifest

@@ -19,7 +19,6 @@ from twinflow.train.checkpoint.checkpoint import read_checkpoint, write_checkpoi
 from twinflow.train.checkpoint.files import read_summary
 from twinflow.train.checkpoint.folder_lock import lock_folder, unlock_folder
 from twinflow.train.checkpoint.resume import checkpoint_to_resume
-from twinflow.train.config.families import BRIDGED
 from twinflow.train.config.run_folder import RunFolder
 from twinflow.train.config.settings import TrainSettings
 from twinflow.train.data.build_cache import Cache
@@ -223,7 +222,7 @@ def _part(settings: TrainSettings, run: RunFolder, parts: Assembled, display: Di
         by = stop.signal or "a signal to another process"
         display.say(f"stopped by {by} after step {step}: saved; the same command goes on")
         return
-    bridged = parts.model.family == BRIDGED  # stock pipelines do not draw with it
+    bridged = not parts.model.samples_in_pipelines
     after = f"export {folder}, or report" if bridged else f"sample {folder} --prompt ..., export or report"
     display.say(f"done: {plural_steps(step)}; next: twinflow {after}")
 

@@ -1,25 +1,12 @@
 """`Architecture`: a transformer's configuration, and how to make it with fewer blocks."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
-from importlib.resources import files
 from typing import Any
 
+from twinflow.models.registry import diffusers_families
 from twinflow.suggest import lookup
-
-# diffusers' class -> setting that counts its blocks, and the list that holds them, in order of execution
-LISTS: dict[str, tuple[tuple[str, str], ...]] = {
-    "QwenImageTransformer2DModel": (("num_layers", "transformer_blocks"),),
-    "SD3Transformer2DModel": (("num_layers", "transformer_blocks"),),
-    "SanaTransformer2DModel": (("num_layers", "transformer_blocks"),),
-    "FluxTransformer2DModel": (
-        ("num_layers", "transformer_blocks"),
-        ("num_single_layers", "single_transformer_blocks"),
-    ),
-    "ZImageTransformer2DModel": (("n_layers", "layers"),),
-}
 
 
 @dataclass(frozen=True)
@@ -49,7 +36,7 @@ class Architecture:
         """Its repeated blocks in order of execution."""
         defaults = _defaults(self.transformer)
         found = []
-        for setting, place in LISTS[self.transformer]:
+        for setting, place in block_lists(self.transformer):
             dual = self.config.get("dual_attention_layers", ())
             count = self.config.get(setting, defaults[setting])
             found += [Block(place, setting, i, i in dual) for i in range(count)]
@@ -58,7 +45,7 @@ class Architecture:
     def with_blocks(self, kept: Sequence["Block"]) -> "Architecture":
         """The same with some of its blocks, each list's numbered anew."""
         config = dict(self.config)
-        for setting, place in LISTS[self.transformer]:
+        for setting, place in block_lists(self.transformer):
             mine = [block for block in kept if block.place == place]
             config[setting] = len(mine)
             if "dual_attention_layers" in config:
@@ -81,11 +68,21 @@ class Block:
         return self.place, self.dual
 
 
-@cache
 def architectures() -> dict[str, Architecture]:
-    """The known models by name."""
-    table = json.loads((files("twinflow.memory.planner") / "architectures.json").read_text())
-    return {name: Architecture(name=name, **entry) for name, entry in table.items()}
+    """The known models by name: what each family has published."""
+    return {
+        entry.name: Architecture(
+            transformer=family.transformer_class, latent_factor=family.latent_factor,
+            **{field.name: getattr(entry, field.name) for field in fields(entry)},
+        )
+        for family in diffusers_families().values() for entry in family.published
+    }  # fmt: skip
+
+
+def block_lists(transformer: str) -> tuple[tuple[str, str], ...]:
+    """(setting that counts blocks, list that holds them) of diffusers' class; none: the planner does not know it."""
+    family = diffusers_families().get(transformer)
+    return () if family is None else family.block_lists
 
 
 def architecture_of(name: str) -> Architecture:

@@ -7,16 +7,16 @@ import diffusers
 import torch
 
 from twinflow.conditioning import LORA_MODE
+from twinflow.errors import ArgumentError
 from twinflow.memory.blocks import repeated_blocks
 from twinflow.memory.modulation.layers import deferrable_layers
-from twinflow.memory.planner.architectures import LISTS, Architecture
+from twinflow.memory.planner.architectures import Architecture
 from twinflow.memory.planner.workload import Workload
 from twinflow.memory.quantised_base import quantised_form
 from twinflow.models import FlowModel
+from twinflow.models.registry import diffusers_families
 from twinflow.teachers.adapter_slot import adapter_layers, trained_adapter
 from twinflow.teachers.weights import trains_adapter
-
-_LATENT_FACTORS = {"sana": 32}  # pixels per latent; 8 elsewhere
 
 
 def workload_from_student(student: FlowModel, **settings: Any) -> Workload:
@@ -29,9 +29,10 @@ def workload_from_student(student: FlowModel, **settings: Any) -> Workload:
     Raises:
         ValueError: a family that the planner does not know, or as `Workload`.
     """
-    if not isinstance(student, FlowModel) or student.transformer_class not in LISTS:
+    if not isinstance(student, FlowModel) or not student.block_lists:
         got = getattr(student, "transformer_class", type(student).__name__)
-        raise ValueError(f"plan: student must be a model of {', '.join(LISTS)}, got {got}; choose a preset by name")
+        planned = ", ".join(name for name, family in diffusers_families().items() if family.block_lists)
+        raise ArgumentError("plan", "student", f"a model of {planned}", got, "choose a preset by name")
     network = student.network
     known = inspect.signature(getattr(diffusers, student.transformer_class).__init__).parameters
     architecture = Architecture(
@@ -39,7 +40,7 @@ def workload_from_student(student: FlowModel, **settings: Any) -> Workload:
         transformer=student.transformer_class,
         config={name: value for name, value in dict(student.config).items() if name in known},
         latent_channels=student.latent_channels(),
-        latent_factor=_LATENT_FACTORS.get(student.family, 8),
+        latent_factor=student.latent_factor,
         text_tokens=256,
     )
     settings.setdefault("conditioning", LORA_MODE if student.conditioning is None else student.conditioning.mode)

@@ -1,6 +1,7 @@
 """`FAMILY`: the names of `model_family`, and why others cannot be trained."""
 
-from twinflow.train.config.option_types import Kind, choice
+from twinflow.models.registry import REGISTRATIONS
+from twinflow.train.config.option_types import Kind
 
 _OWN_LOOP = "it has no family here; twinflow.models.load(family='generic') takes it in a training loop of your own"
 _VIDEO = "video models are not trained here"
@@ -20,9 +21,12 @@ _REFUSED = {
                      "krea2", "longcat_image", "lumina2", "z_image_omni", "z-image-omni"), _OWN_LOOP),
 }  # fmt: skip
 
-BRIDGED = "unet"  # the family of epsilon- and v-prediction models
-FAMILY: Kind = choice(
-    "sd3", "flux", "qwen_image", "z_image", "sana", BRIDGED, instead=_REFUSED,
-    **{"qwen-image": "qwen_image", "z-image": "z_image", "z_image_turbo": "z_image", "z-image-turbo": "z_image",
-       "sd1x": BRIDGED, "sd2x": BRIDGED, "sdxl": BRIDGED},
-)  # fmt: skip
+
+def _read(value: object) -> str:
+    names = {alias: name for name, entry in REGISTRATIONS.items() if entry.trains for alias in (name, *entry.aliases)}
+    if not isinstance(value, str):
+        raise TypeError
+    return names[value]
+
+
+FAMILY = Kind(f"one of {', '.join(name for name, entry in REGISTRATIONS.items() if entry.trains)}", _read, _REFUSED)

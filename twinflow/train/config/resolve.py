@@ -5,9 +5,9 @@ from typing import Any
 
 from twinflow.bridge import require_bridge
 from twinflow.conditioning import LORA_MODE
+from twinflow.models.registry import REGISTRATIONS
 from twinflow.objective.config import TwinFlowConfig
 from twinflow.suggest import lookup
-from twinflow.train.config.families import BRIDGED
 from twinflow.train.config.objective import objective
 from twinflow.train.config.options import OPTIONS
 from twinflow.train.config.presets import train_preset
@@ -101,11 +101,12 @@ def _model(found: dict[str, Any], config: TwinFlowConfig | None, options: Mappin
 
 def _bridge(found: Mapping[str, Any], config: TwinFlowConfig | None, options: Mapping[str, Any]) -> None:
     family, prediction = found["model_family"], found["prediction_type"]
-    if prediction in ("epsilon", "v_prediction") and family not in (None, BRIDGED):
+    diffusion = family is not None and REGISTRATIONS[family].diffusion
+    if prediction in ("epsilon", "v_prediction") and family is not None and not diffusion:
         raise ValueError(f"train: prediction_type must be flow_matching for a {family} model, got {prediction!r}")
-    if family == BRIDGED and prediction == "flow_matching":
+    if diffusion and prediction == "flow_matching":
         raise ValueError("train: prediction_type must be epsilon or v_prediction for a unet model, got 'flow_matching'")
-    if family != BRIDGED and prediction in (None, "flow_matching"):
+    if not diffusion and prediction in (None, "flow_matching"):
         return
     if config is not None:
         require_bridge(prediction or "epsilon", options)

@@ -1,4 +1,4 @@
-"""`Decoder`: latents -> pixels, by the autoencoder of a pipeline's folder: the inverse of `encode_images`."""
+"""`Decoder`: latents -> pixels, by the autoencoder of a pipeline's folder: the inverse of `Encoders.images`."""
 
 import gc
 import json
@@ -8,25 +8,34 @@ from typing import Any
 import numpy as np
 import torch
 
+from twinflow.models.autoencoders import Autoencoder
+
 
 class Decoder:
     """The autoencoder of a pipeline, loaded when something must be decoded.
 
     Args:
         folder: the pipeline on disk.
+        autoencoder: the kind that its family has.
         device: where it runs.
         dtype: in which.
     """
 
     def __init__(
-        self, folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        folder: str | Path,
+        autoencoder: type[Autoencoder],
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.folder, self.device, self.dtype = Path(folder), torch.device(device), dtype
+        self._autoencoder = autoencoder
         self._vae: Any = None
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> np.ndarray:
-        """Latents as `encode_images` gives them, as images; one at a time, which takes the least memory.
+        """Latents as `Encoders.images` gives them, as images; one at a time, which takes the least memory.
 
         Args:
             latents: (B, C, H, W), on any device.
@@ -39,9 +48,11 @@ class Decoder:
             FloatingPointError: latents or images that are not finite.
         """
         vae = self._loaded()
+        self._autoencoder.check(vae, "decode")
         images = []
         for row in latents.split(1):
-            pixels = _decoded(vae, row.to(self.device))
+            wide = row.to(self.device, torch.promote_types(vae.dtype, torch.float32))
+            pixels = self._autoencoder.decode(vae, wide).to(wide.dtype)
             if not (row.isfinite().all() and pixels.isfinite().all()):
                 raise FloatingPointError("decode: latents and images must be finite, got others")
             levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round()  # numpy and torch round halves to even
@@ -70,23 +81,3 @@ class Decoder:
                 ) from None
             self._vae = cls.from_pretrained(path, torch_dtype=self.dtype).to(self.device)
         return self._vae
-
-
-def _decoded(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """(1, 3, height, width), float32 or wider, about -1 .. 1; latents are scaled in float32 or wider."""
-    kind, config = type(vae).__name__, vae.config
-    wide = latents.to(torch.promote_types(vae.dtype, torch.float32))
-    if kind == "AutoencoderKLQwenImage":
-        mean, std = (
-            torch.tensor(v, device=wide.device).view(-1, 1, 1) for v in (config.latents_mean, config.latents_std)
-        )
-        raw = (wide * std + mean).unsqueeze(2)  # a frame axis
-        pixels = vae.decode(raw.to(vae.dtype), return_dict=False)[0][:, :, 0]
-    elif kind in ("AutoencoderKL", "AutoencoderDC"):
-        raw = wide / config.scaling_factor + (config.get("shift_factor") or 0.0)
-        pixels = vae.decode(raw.to(vae.dtype), return_dict=False)[0]
-    else:
-        raise ValueError(
-            f"decode: folder must have an AutoencoderKL, AutoencoderKLQwenImage or AutoencoderDC as vae, got {kind}"
-        )
-    return pixels.to(wide.dtype)

@@ -13,13 +13,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from twinflow.models import FlowModel
 from twinflow.models import load as load_student
+from twinflow.models.autoencoders import Autoencoder
 
 Condition = dict[str, torch.Tensor]
 _WINDOW = 1 << 16  # bytes of a weight file that are looked at in each of its sixteenths
-_EDGE_LEVELS = {
-    "AutoencoderKL": ("block_out_channels", 1), "AutoencoderDC": ("encoder_block_out_channels", 1),
-    "AutoencoderKLQwenImage": ("temperal_downsample", 0),
-}  # fmt: skip
 
 
 class Encoders:
@@ -49,7 +46,7 @@ class Encoders:
         index = _config(self.folder / "model_index.json")
         vae = _config(self.folder / "vae" / "config.json")
         self.student = student or _without_weights(self.folder)
-        self.factor = latent_factor(vae)
+        self.factor = self.student.autoencoder.factor(vae)
         texts = sorted(name for name in index if name.startswith(("text_encoder", "tokenizer")))
         self.vae_identity = f"{identity(self.folder / 'vae')} {dtype}"
         parts = [f"{name} {identity(self.folder / name)}" for name in texts if (self.folder / name).is_dir()]
@@ -73,7 +70,7 @@ class Encoders:
 
     def images(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, height, width) in -1 .. 1 -> latents (B, C, H, W) on the CPU; see `encode_images`."""
-        return encode_images(self._loaded(), pixels)
+        return encode_images(self._loaded(), pixels, self.student.autoencoder)
 
     def prompts(self, prompts: Sequence[str]) -> list[Condition]:
         """The condition of each prompt, without padding, on the CPU; `collate` makes batches of them."""
@@ -112,7 +109,7 @@ class Encoders:
 
 
 @torch.no_grad()
-def encode_images(pipe: Any, pixels: torch.Tensor) -> torch.Tensor:
+def encode_images(pipe: Any, pixels: torch.Tensor, autoencoder: type[Autoencoder]) -> torch.Tensor:
     """Images as the latents that the pipeline's transformer expects: the mode of their distribution, scaled.
 
     The autoencoder runs in its own dtype, in which the latents are returned; they are scaled in float32 or wider.
@@ -120,6 +117,7 @@ def encode_images(pipe: Any, pixels: torch.Tensor) -> torch.Tensor:
     Args:
         pipe: the diffusers pipeline.
         pixels: (B, 3, height, width) in -1 .. 1.
+        autoencoder: the kind that its family has.
 
     Returns:
         (B, C, H, W), on the CPU.
@@ -129,41 +127,12 @@ def encode_images(pipe: Any, pixels: torch.Tensor) -> torch.Tensor:
         FloatingPointError: latents that are not finite.
     """
     vae = pipe.vae
-    kind, config = type(vae).__name__, vae.config
-    given = pixels.to(vae.device, vae.dtype)
-    wide = torch.promote_types(vae.dtype, torch.float32)
-    if kind == "AutoencoderKLQwenImage":
-        raw = vae.encode(given.unsqueeze(2)).latent_dist.mode().squeeze(2).to(wide)  # a frame axis
-        mean, std = (
-            torch.tensor(v, device=raw.device).view(-1, 1, 1) for v in (config.latents_mean, config.latents_std)
-        )
-        latents = (raw - mean) / std
-    elif kind == "AutoencoderDC":
-        latents = vae.encode(given).latent.to(wide) * config.scaling_factor
-    elif kind == "AutoencoderKL":
-        raw = vae.encode(given).latent_dist.mode().to(wide)
-        latents = (raw - (config.shift_factor or 0.0)) * config.scaling_factor
-    else:
-        raise ValueError(f"encode_images: pipe must have one of {', '.join(_EDGE_LEVELS)}, got {kind}")
-    latents = latents.to(vae.dtype).cpu()
+    autoencoder.check(vae, "encode_images")
+    latents = autoencoder.encode(vae, pixels.to(vae.device, vae.dtype)).to(vae.dtype).cpu()
     if not latents.isfinite().all():
-        raise FloatingPointError(f"encode_images: latents must be finite, got others from a {kind} in {vae.dtype}")
+        name = type(vae).__name__
+        raise FloatingPointError(f"encode_images: latents must be finite, got others from a {name} in {vae.dtype}")
     return latents
-
-
-def latent_factor(config: dict[str, Any]) -> int:
-    """Pixels per latent along an edge, of an autoencoder's config.json.
-
-    Raises:
-        ValueError: an autoencoder of another kind.
-    """
-    kind = config.get("_class_name")
-    if kind not in _EDGE_LEVELS:
-        raise ValueError(f"Encoders: folder must have one of {', '.join(_EDGE_LEVELS)} as vae, got {kind}")
-    name, less = _EDGE_LEVELS[kind]
-    if not isinstance(config.get(name), list):
-        raise ValueError(f"Encoders: vae/config.json must list {name}, got {config.get(name)!r}")
-    return 2 ** (len(config[name]) - less)
 
 
 def uncollate(cond: Condition) -> list[Condition]:

@@ -10,10 +10,9 @@ from twinflow.bridge import require_bridge
 from twinflow.interface import Student, Teacher
 from twinflow.lora import add_lora
 from twinflow.models import FlowModel, load
-from twinflow.models.loading import FAMILIES
+from twinflow.models.registry import REGISTRATIONS, diffusers_families
 from twinflow.teachers.from_options import teacher_from_options
 from twinflow.teachers.teachers import EMATeacher
-from twinflow.train.config.families import BRIDGED
 from twinflow.train.config.resolve import NO_BRIDGE
 from twinflow.train.config.settings import TrainSettings
 
@@ -36,7 +35,7 @@ def build_student(settings: TrainSettings, folder: Path, *, weights: bool = True
     """
     config, family = model_of(settings, folder)
     lora = settings.model_type == "lora"
-    options: dict[str, Any] = _bridge(settings, folder) if family == BRIDGED else {}
+    options: dict[str, Any] = _bridge(settings, folder) if REGISTRATIONS[family].diffusion else {}
     options["conditioning"] = None if lora else settings.conditioning
     torch.manual_seed(settings.seed)
     if weights:
@@ -71,9 +70,9 @@ def model_of(settings: TrainSettings, folder: Path) -> tuple[dict[str, Any], str
             f"train: model_family must be {family} for the {config['_class_name']} in {folder}, got "
             f"{settings.model_family!r}"
         )
-    if family == BRIDGED and settings.twinflow is not None:
+    if REGISTRATIONS[family].diffusion and settings.twinflow is not None:
         require_bridge(settings.prediction_type or "epsilon", settings.twinflow_options)
-    elif family == BRIDGED and not settings.twinflow_options["diff2flow_enabled"]:
+    elif REGISTRATIONS[family].diffusion and not settings.twinflow_options["diff2flow_enabled"]:
         raise ValueError(NO_BRIDGE)
     return config, family
 
@@ -112,14 +111,14 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _family(config: dict[str, Any]) -> str:
-    classes = {model.transformer_class: family for family, model in FAMILIES.items() if family != "generic"}
-    found = classes.get(str(config.get("_class_name")))
-    if found is None:
+    classes = diffusers_families()
+    model = classes.get(str(config.get("_class_name")))
+    if model is None:
         raise ValueError(
             f"train: pretrained_model_name_or_path must hold one of {', '.join(classes)}, got "
             f"{config.get('_class_name')!r}"
         )
-    return found
+    return model.family
 
 
 def _network(config: dict[str, Any]) -> Any:

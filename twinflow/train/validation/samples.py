@@ -10,6 +10,7 @@ import torch
 from twinflow.distributed import on_rank_zero
 from twinflow.interface import Student, Teacher
 from twinflow.models.packing import pack, unpack
+from twinflow.models.registry import FAMILIES
 from twinflow.scheduler import TwinFlowScheduler
 from twinflow.teachers.teachers import EMATeacher
 from twinflow.train.config.run_folder import RunFolder
@@ -24,9 +25,6 @@ from twinflow.train.validation.prompts import ValidationPrompts
 
 COMPARED = (1, 2, 4)  # numbers of steps that are drawn beside the one that is trained for
 BASE_STEPS, BASE_GUIDANCE = 30, 4.0
-_PACKED = ("qwen_image", "flux")  # whose pipelines walk in tokens, where fresh noise lies in another order
-_TWICE = ("sana",)  # whose pipelines draw fresh noise from the generator of the first noise
-_DISTILLED = ("flux",)  # whose guidance is in the weights already
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,10 @@ class Sampler:
         self._autocast, self._stop = autocast, stop
         self._shift = pipeline_shift(folder, prompts.latent_shape[1:])
         half = device.type != "cpu" and settings.mixed_precision == "bf16"
-        self._decoder = Decoder(folder, device=device, dtype=torch.bfloat16 if half else torch.float32)
+        self._family = FAMILIES[prompts.family]
+        self._decoder = Decoder(
+            folder, self._family.autoencoder, device=device, dtype=torch.bfloat16 if half else torch.float32
+        )
 
     @property
     def methods(self) -> list[Method]:
@@ -119,7 +120,7 @@ class Sampler:
 
         Args and Returns as for `draw`.
         """
-        given = 0.0 if self._prompts.family in _DISTILLED else BASE_GUIDANCE
+        given = BASE_GUIDANCE if self._family.guidance is None else 0.0  # a distilled one has it in its weights
         method = Method(BASE_STEPS, "mul", self._settings.validation_guidance or given, self._shift)
         return self._drawn(student, None, [method], 0, "base", "base model, before training")
 
@@ -161,7 +162,7 @@ class Sampler:
         shape = self._prompts.latent_shape
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn((1, *shape), generator=generator).to(self._device)
-        packed, fresh = self._prompts.family in _PACKED, generator if self._prompts.family in _TWICE else None
+        packed, fresh = self._family.packs_latents, generator if self._family.shares_generator else None
         euler = {} if method.style == "few" else {"stochasticity": 0.0, "gap_end": 0.0}
         scheduler = TwinFlowScheduler(shift=method.shift, style=method.style, seed=seed, **euler)
         scheduler.set_timesteps(method.steps)
