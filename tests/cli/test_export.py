@@ -94,7 +94,7 @@ def test_a_unet_goes_into_the_stock_pipeline(tmp_path, capsys):
     DiffusionPipeline.from_pretrained(saved_pipeline("sd15")).load_lora_weights(tmp_path / "export")
     assert main(["sample", str(tmp_path / "export"), "--prompt", "a fox"]) == 2
     line = capsys.readouterr().err.strip().split("\n")[-1]
-    assert "got one of a UNet" in line and "use twinflow.sampling.sample(" in line
+    assert "cannot sample a UNet export" in line and "use twinflow.sampling.sample(" in line
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def test_a_generic_module_is_conditioned_where_it_says():
 
 
 @pytest.mark.parametrize("given, message", [
-    (nn.Linear(2, 2), "load: family must be given for a Linear; known classes are QwenImageTransf.*generic"),
+    (nn.Linear(2, 2), "load: family must be given for a Linear, got None; known classes are QwenImageTransf.*generic"),
     (lambda x: x, "load: family must be given for a function"),
     (3, "load: family must be given for a int"),
 ])  # fmt: skip

@@ -32,7 +32,7 @@ def written(tmp_path):
     ({"flow_schedule_shift": 3.0}, "flow_schedule_shift is not supported, got 3.0: times are drawn as the method"),
     ({"model_family": "pixart_sigma"}, "model_family must be one of .*, got 'pixart_sigma': no bridge reads"),
     ({"model_family": "wan"}, "got 'wan': video models are not trained here"),
-    ({"model_family": "sd35"}, "model_family must be one of sd3, flux, qwen_image, z_image, sana, unet, got 'sd35'$"),
+    ({"model_family": "sd35"}, "model_family must be one of qwen_image, sd3, sana, flux, z_image, unet, got 'sd35'$"),
     ({"optimizer": "adamw_bf16"}, "optimizer must be one of .*, got 'adamw_bf16': use adamw, whose states are float32"),
     ({"optimizer": "ao-adamw8bit"}, "got 'ao-adamw8bit': use adamw8bit"),
     ({"mixed_precision": "fp16"}, "mixed_precision must be one of no, bf16, got 'fp16': residuals are 1 / delta_t"),
