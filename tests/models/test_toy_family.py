@@ -157,13 +157,13 @@ def test_an_export_keeps_a_second_embedder_of_any_name(tmp_path, folder):
     pipe.set_progress_bar_config(disable=True)
     drawn = pipe("a fox", num_inference_steps=2, guidance_scale=0.0, height=16, width=16, output_type="latent",
                  generator=torch.Generator().manual_seed(1)).images  # fmt: skip
-    with pytest.raises(ValueError, match="call twinflow.attach"):  # a stock pipeline would draw without it
+    with pytest.raises(ValueError, match=r"call twinflow\.attach"):  # a stock pipeline would draw without it
         DiffusionPipeline.from_pretrained(folder).load_lora_weights(saved)
     assert drawn.isfinite().all() and drawn.shape == (1, 16, 8, 8)
     whole = load(folder, conditioning="dual")
     scramble(whole)
     loaded = load(export(whole, tmp_path / "whole"))
-    assert torch.equal(sample(loaded, z, cond), sample(whole, z, cond))
+    torch.testing.assert_close(sample(loaded, z, cond), sample(whole, z, cond))
 
 
 def test_it_is_planned():
