@@ -43,7 +43,7 @@ twinflow.scheduler
 twinflow.sampling
 twinflow.interface twinflow.adapters
 twinflow
-twinflow.distributed twinflow.errors twinflow.suggest
+twinflow.atomic_files twinflow.distributed twinflow.errors twinflow.suggest
 twinflow_kernels
 """
 LAYER = {name: number for number, line in enumerate(LAYERS.strip().splitlines()) for name in line.split()}

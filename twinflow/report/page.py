@@ -3,13 +3,13 @@
 import base64
 import hashlib
 import json
-import os
 from datetime import datetime, timezone
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from twinflow.atomic_files import write_file
 from twinflow.report import sections
 from twinflow.report.content import content
 from twinflow.report.heading import heading
@@ -43,13 +43,7 @@ def write_report(run: RunFolder, to: Path | None = None) -> Path:
     if path.is_dir() or not path.absolute().parent.is_dir():
         what = "a folder" if path.is_dir() else "in a folder that is not there"
         raise ValueError(f"write_report: to must be a file in a folder that exists, got {str(path)!r}, {what}")
-    text = page(found)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_file(path, page(found).encode())
     return path
 
 

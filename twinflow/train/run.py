@@ -13,7 +13,9 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from rich.console import Console
 
+from twinflow.atomic_files import remove_partials, write_file
 from twinflow.distributed import any_rank, on_rank_zero, world
+from twinflow.errors import ArgumentError
 from twinflow.train.callbacks import Callbacks, build_callbacks
 from twinflow.train.checkpoint.checkpoint import read_checkpoint, write_checkpoint
 from twinflow.train.checkpoint.files import read_summary
@@ -24,7 +26,6 @@ from twinflow.train.config.settings import TrainSettings
 from twinflow.train.data.build_cache import Cache
 from twinflow.train.data.cache import Entry, held_out
 from twinflow.train.data.prepare import encoders_of, prepare_data, unread
-from twinflow.train.data.shards import write_whole
 from twinflow.train.logging.console import Display, plural_steps, redirect_stdout_to
 from twinflow.train.logging.environment import environment
 from twinflow.train.logging.quiet import without_loading_bars
@@ -162,13 +163,14 @@ def _begin(settings: TrainSettings, run: RunFolder, display: Display) -> Path | 
             raise ValueError(f"train: output_dir must be a folder, got the file {run.root}")
         try:
             lock_folder(run.root)
-        except ValueError as error:
-            raise ValueError(str(error).replace("write_checkpoint: folder", "train: output_dir")) from None
+        except ArgumentError as error:
+            raise error.renamed("train", "output_dir") from None
+        remove_partials(run.root)
         return ""
 
     def write() -> str:
-        write_whole(run.config, settings.to_json().encode())
-        write_whole(run.environment, json.dumps(environment(world()[1]), indent=1).encode())
+        write_file(run.config, settings.to_json().encode())
+        write_file(run.environment, json.dumps(environment(world()[1]), indent=1).encode())
         return ""
 
     on_rank_zero("train", take)

@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -15,12 +16,12 @@ from helpers.tiny_pipelines import saved_pipeline
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from twinflow.train.data import shards as cache_shards
+from twinflow.train.checkpoint.folder_lock import acquire
 from twinflow.train.data.buckets import buckets
-from twinflow.train.data.build_cache import CacheOptions, build_cache, held_out, open_cache
+from twinflow.train.data.build_cache import LOCK, CacheOptions, build_cache, held_out, open_cache
 from twinflow.train.data.encoders import Encoders, collate
 from twinflow.train.data.images import read_folder
-from twinflow.train.data.shards import Shards, locked
+from twinflow.train.data.shards import Shards
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -131,14 +132,14 @@ def test_a_full_disk_leaves_a_cache_that_goes_on(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(descriptor)
 
-    monkeypatch.setattr(cache_shards.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(
-        OSError, match=r"must have room for \d+ bytes more, got No space left on device: .*cache"
+        OSError, match=r"cache/shard-.* must have room for \d+ bytes, got No space left on device"
     ) as seen:
         build(cache, data)
     assert seen.value.errno == errno.ENOSPC
     monkeypatch.undo()
-    assert not list(cache.glob(".writing-*")) and not Shards(cache, verify=True).damaged
+    assert not list(cache.glob(".*.partial")) and not Shards(cache, verify=True).damaged
     encoders = Counted()
     build(cache, data, encoders)
     assert encoders.encoded["images"] + len(encoders.encoded["prompts"]) < 13
@@ -153,11 +154,14 @@ def test_another_process_waits_and_ranks_read(tmp_path):
         build(cache, data, progress=lambda what, *_: said.append(what))
         done.set()
 
-    with locked(cache):
+    lock = acquire(cache / LOCK)
+    try:
         thread = threading.Thread(target=other)
         thread.start()
         time.sleep(0.4)
-        assert not done.is_set() and said == [f"waiting for process {os.getpid()}"]
+        assert not done.is_set() and said == [f"waiting for process {os.getpid()} on {socket.gethostname()}"]
+    finally:
+        lock.release()
     thread.join(30)
     assert done.is_set()
     waited = []
@@ -188,7 +192,7 @@ def test_kills_at_random_moments(tmp_path):
     encoders = Counted()
     found = build(cache, data, encoders)
     assert encoders.encoded["images"] + len(encoders.encoded["prompts"]) == 25 - held[-1]
-    assert not list(cache.glob(".writing-*"))
+    assert not list(cache.glob(".*.partial"))
     assert_close(contents(found), contents(build(tmp_path / "fresh", data)))
 
 

@@ -16,14 +16,14 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from twinflow.atomic_files import partial_folder, publish_folder, remove_folder, remove_partials
 from twinflow.distributed import on_rank_zero
-from twinflow.train.checkpoint.files import check_files, read_files, read_summary, sync, write_files
+from twinflow.train.checkpoint.files import check_files, read_files, read_summary, write_files
 from twinflow.train.checkpoint.folder_lock import lock_folder
 from twinflow.train.checkpoint.state_tree import encode
 
 # `.replaced`: a checkpoint that made room for another of its step, until that is there.
 _NAME = re.compile(r"checkpoint-(\d{6,18})(\.replaced)?")
-_PARTIAL = re.compile(r"\.checkpoint-\d+(\.replaced)?\.partial")
 _SPARE_BYTES = 1 << 16  # headers, and what a file system takes for itself
 
 
@@ -110,11 +110,11 @@ def _write(folder: Path, step: int, tree: Any, keep: int | None, metadata: Mappi
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
         raise _refusal(folder, needed, error) from error
-    partial = _partial(place)
+    partial = partial_folder(place)
     try:
         partial.mkdir()
         write_files(partial, step, tensors, text, metadata)
-        _publish(partial, place)
+        publish_folder(place, place.with_name(f"{place.name}.replaced"))
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)  # first, so that its bytes count as free
         raise _refusal(folder, needed, error) from error
@@ -147,32 +147,15 @@ def _refusal(folder: Path, needed: int, error: Exception) -> OSError:
     return OSError(message) if code is None else OSError(code, message)
 
 
-def _publish(partial: Path, place: Path) -> None:
-    """Gives a filled folder its name; another of that name stays until then."""
-    replaced = place.with_name(f"{place.name}.replaced")
-    if place.exists():
-        os.rename(place, replaced)
-    try:
-        os.rename(partial, place)
-    except OSError:
-        if replaced.exists():
-            os.rename(replaced, place)
-        raise
-    sync(place.parent)
-    if replaced.exists():
-        _remove(replaced)
-
-
 def _sweep(folder: Path) -> None:
     """Removes what killed processes left; the folder is this one's, so that all of it is."""
+    remove_partials(folder)
     for path in sorted(folder.iterdir()):
         found = _NAME.fullmatch(path.name)
-        if _PARTIAL.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
-        elif found and found[2]:
+        if found and found[2]:
             place = path.with_name(path.name.removesuffix(".replaced"))
             if place.exists():
-                _remove(path)
+                remove_folder(path)
             else:
                 os.rename(path, place)
 
@@ -183,7 +166,7 @@ def _retire(folder: Path, keep: int, written: Path) -> None:
     kept = complete[:keep] if written in complete[:keep] else [*complete[: keep - 1], written]
     for path in complete:
         if path not in kept:
-            _remove(path)
+            remove_folder(path)
 
 
 def _is_complete(path: Path) -> bool:
@@ -192,16 +175,6 @@ def _is_complete(path: Path) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _remove(path: Path) -> None:
-    partial = _partial(path)
-    os.rename(path, partial)
-    shutil.rmtree(partial, ignore_errors=True)
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")
 
 
 def _step(path: Path) -> int:

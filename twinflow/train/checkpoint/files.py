@@ -1,8 +1,7 @@
-"""The three files of a checkpoint: how they are written so that they last, checked, and read."""
+"""The three files of a checkpoint: how they are written, checked and read."""
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -24,7 +23,7 @@ _CHUNK_BYTES = 1 << 22
 def write_files(
     folder: Path, step: int, tensors: dict[str, torch.Tensor], text: str, metadata: Mapping[str, Any]
 ) -> None:
-    """Writes the files into a new folder, durably.
+    """Writes the files into a new folder.
 
     Raises:
         OSError, SafetensorError: the disk is full, or does not take them.
@@ -41,18 +40,6 @@ def write_files(
         "files": files, "metadata": dict(metadata),
     }  # fmt: skip
     (folder / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
-    for name in (TENSORS, TREE, SUMMARY):
-        sync(folder / name)
-    sync(folder)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_summary(path: Path) -> dict[str, Any]:

@@ -1,60 +1,78 @@
-"""`lock_folder()`: a folder of checkpoints belongs to one process at a time."""
+"""Locks on folders, held by one process at a time; the lock's file names the holder."""
 
 import errno
-import fcntl
-import json
 import os
 import socket
 import warnings
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from twinflow.errors import ArgumentError
+
 LOCK = ".checkpoints.lock"
-_HELD: dict[tuple[int, str], int] = {}  # (process, folder) -> file descriptor
+_HELD: dict[tuple[int, str], FileLock] = {}  # (process, folder) -> its lock
+
+
+def acquire(path: Path, waiting: Callable[[str], None] | None = None) -> FileLock:
+    """Takes the lock of a file, until this process ends in whatever way or releases it.
+
+    Args:
+        path: of the lock's file, which stays there.
+        waiting: called with the holder, then the lock is waited for; None: a lock that is held is an error.
+
+    Raises:
+        Timeout: another process, or another lock of this one, holds it, and `waiting` is None.
+        OSError: the file cannot be written.
+    """
+    lock = FileLock(path, thread_local=False)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if waiting is None:
+                raise
+            waiting(holder(path))
+            lock.acquire()
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        warnings.warn(
+            f"{path.parent} is on a file system without locks ({error.strerror}): start no second run", stacklevel=3
+        )
+    with suppress(OSError):  # the name is for people; on a full disk the lock holds without
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    return lock
+
+
+def holder(path: Path) -> str:
+    """Who wrote its name into the file of a lock."""
+    written = path.read_text(errors="replace")[:300]
+    return written if written.startswith("process ") else "another process"
 
 
 def lock_folder(folder: Path) -> None:
-    """Takes a folder for this process, until it ends in whatever way or calls `unlock_folder`; taking it twice is once.
-
-    The lock is the system's own record lock on a file that stays there: one of a dead process is none, and forked
-    workers do not inherit it.
+    """Takes a folder of checkpoints until this process ends or calls `unlock_folder`; taking it twice is once.
 
     Raises:
-        ValueError: another process has it; the message has its number and host.
+        ArgumentError: another process has it; the message has its number and host.
         OSError: the folder cannot be written to.
     """
     key = (os.getpid(), os.path.realpath(folder))
-    if key in _HELD:  # opening the file again and closing it would drop the lock
+    if key in _HELD:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            holder = _holder(os.pread(descriptor, 1000, 0))
-            os.close(descriptor)
-            raise ValueError(
-                f"write_checkpoint: folder must belong to no other run, got {folder}, which {holder} writes to"
-            ) from None
-        warnings.warn(
-            f"{folder} is on a file system without locks ({error.strerror}): start no second run", stacklevel=2
-        )
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
-    _HELD[key] = descriptor
+        _HELD[key] = acquire(folder / LOCK)
+    except Timeout:
+        got = f"{folder}, which {holder(folder / LOCK)} writes to"
+        raise ArgumentError("write_checkpoint", "folder", "to no other run", got, verb="belong") from None
 
 
 def unlock_folder(folder: Path) -> None:
     """Gives a folder back; nothing where this process does not have it."""
-    descriptor = _HELD.pop((os.getpid(), os.path.realpath(folder)), None)
-    if descriptor is not None:
-        os.ftruncate(descriptor, 0)
-        os.close(descriptor)
-
-
-def _holder(written: bytes) -> str:
-    try:
-        found = json.loads(written)
-        return f"process {int(found['pid'])} on {found['host']}"
-    except (ValueError, KeyError, TypeError):
-        return "another process"
+    lock = _HELD.pop((os.getpid(), os.path.realpath(folder)), None)
+    if lock is not None:
+        lock.release()

@@ -9,6 +9,8 @@ from typing import TypeVar
 
 import torch
 
+from twinflow.atomic_files import remove_partials
+from twinflow.train.checkpoint.folder_lock import acquire
 from twinflow.train.data.buckets import (
     MAX_UPSCALE,
     RESIZE,
@@ -24,11 +26,12 @@ from twinflow.train.data.cache import Cache, Entry, Index, held_out, open_cache,
 from twinflow.train.data.cache_keys import check_request, entry_name, hashed, request_of, text_key
 from twinflow.train.data.encoders import Encoders
 from twinflow.train.data.images import Item
-from twinflow.train.data.shards import Shards, ShardWriter, clear, locked
+from twinflow.train.data.shards import Shards, ShardWriter
 
 __all__ = ["Cache", "CacheOptions", "Entry", "build_cache", "held_out", "open_cache"]
 Progress = Callable[[str, int, int], None]  # what, done, of
 Part = TypeVar("Part")
+LOCK = "lock"
 _READERS = 4  # threads that read and resize images
 
 
@@ -116,8 +119,11 @@ def build_cache(
         return cache
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder, lambda holder: progress(f"waiting for process {holder}", 0, 0)):
+        lock = acquire(folder / LOCK, lambda holder: progress(f"waiting for {holder}", 0, 0))
+        try:
             cache = _build(folder, list(items), encoders, sizes, options, progress, request)
+        finally:
+            lock.release()
     finally:
         encoders.free()
         wait()
@@ -134,7 +140,9 @@ def _build(
     request: str,
 ) -> Cache:
     shards, work = Shards(folder, verify=True), _Work()
-    clear(folder, shards.damaged)
+    remove_partials(folder)
+    for path in shards.damaged:
+        path.unlink(missing_ok=True)
     work.warnings += [f"{path.name} was damaged: what it held is encoded again" for path in shards.damaged]
     for done, item in enumerate(items, 1):
         _find(item, done, work, encoders, sizes)

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from twinflow.atomic_files import write_file
 from twinflow.train.data.encoders import Condition, at_size, collate
-from twinflow.train.data.shards import Shards, write_whole
+from twinflow.train.data.shards import Shards
 
 INDEX = "index.json"
 FORMAT = 1
@@ -151,7 +152,7 @@ def open_cache(folder: str | Path) -> Cache:
 
 def write_index(folder: Path, index: Index) -> None:
     """Writes the index in one move."""
-    write_whole(folder / INDEX, json.dumps(asdict(index)).encode())
+    write_file(folder / INDEX, json.dumps(asdict(index)).encode())
 
 
 def _index(saved: dict[str, Any]) -> Index:

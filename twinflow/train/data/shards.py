@@ -1,19 +1,13 @@
-"""`Shards`: tensors by key in safetensors files that are whole or not there, and the lock of who writes them.
+"""`Shards`: tensors by key in safetensors files that are whole or not there.
 
 A shard's name is the hash of its keys; its header has a checksum per key. Nothing else says what is cached: files of a
-killed writer have temporary names, and a shard that fails its checksums counts as absent.
+killed writer have hidden names, and a shard that fails its checksums counts as absent.
 """
 
-import errno
-import fcntl
 import hashlib
 import json
-import os
-import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from twinflow.atomic_files import write_file
+
 Tensors = dict[str, torch.Tensor]
-LOCK = "lock"
 _PREFIX = "shard-"
-_TEMPORARY = ".writing-"
 _OPEN = 64  # shards kept open
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Shards:
@@ -114,70 +107,8 @@ def write_shard(folder: Path, entries: dict[str, Tensors]) -> Path:
     data = save(tensors, metadata={"names": json.dumps(names), "checksums": json.dumps(sums)})
     digest = hashlib.sha256(" ".join(sorted(entries)).encode()).hexdigest()
     path = folder / f"{_PREFIX}{digest[:32]}.safetensors"
-    write_whole(path, data)
+    write_file(path, data)
     return path
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file that is there whole or not at all, whatever happens meanwhile.
-
-    Raises:
-        OSError: no room for it; nothing has changed.
-    """
-    partial = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        if error.errno in _FULL:
-            wanted = f"build_cache: folder must have room for {len(data)} bytes more"
-            raise OSError(error.errno, f"{wanted}, got {os.strerror(error.errno)}: {path.parent}") from None
-        raise
-
-
-def clear(folder: Path, damaged: Iterable[Path] = ()) -> None:
-    """Removes what killed writers left, and damaged shards; only for who holds the lock."""
-    for path in [*folder.glob(f"{_TEMPORARY}*"), *damaged]:
-        path.unlink(missing_ok=True)
-
-
-@contextmanager
-def locked(folder: Path, waiting: Callable[[str], None] = lambda _: None) -> Iterator[None]:
-    """Holds the folder against other processes; waits while one holds it. A dead process holds nothing.
-
-    Args:
-        folder: which has, or gets, a file `lock` with the holder's process number.
-        waiting: told once who is waited for.
-    """
-    # The kernel lets go of the lock of a process that ends in whatever way: a number in a file could go stale.
-    with (folder / LOCK).open("a+") as file:
-        told = False
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not told:
-                    file.seek(0)
-                    waiting(file.read(32).strip() or "unknown")
-                    told = True
-                time.sleep(0.1)
-        try:
-            file.truncate(0)
-            file.write(f"{os.getpid()}\n")
-            file.flush()
-        except OSError as error:
-            if error.errno not in _FULL:  # the number is for people; on a full disk the lock holds without
-                raise
-        try:
-            yield
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _keys(path: Path, verify: bool) -> list[str]:
@@ -207,11 +138,3 @@ def _checksum(leaves: Tensors) -> int:
         total = zlib.crc32(f"{name} {leaf.dtype} {tuple(leaf.shape)}".encode(), total)
         total = zlib.crc32(leaf.reshape(-1).view(torch.uint8).numpy().data, total)
     return total
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from twinflow.train.checkpoint.files import sync
+from twinflow.atomic_files import write_file
 
 _NUMBERS = ("seconds", "loss", "grad_norm", "learning_rate", "s_per_step", "rows_per_s", "peak_gb")
 KINDS = ("start", "step", "evaluation")
@@ -93,18 +93,8 @@ def keep_until(path: Path, step: int) -> int:
     gone = sum(_goes(record, step) for _, record in each_line(path))
     if not gone:
         return 0
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            for line, record in each_line(path):
-                if not _goes(record, step):
-                    file.write(line.rstrip(b"\r\n") + b"\n")
-        sync(partial)
-        partial.replace(path)
-        sync(path.parent)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+    kept = (line.rstrip(b"\r\n") + b"\n" for line, record in each_line(path) if not _goes(record, step))
+    write_file(path, kept)
     return gone
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from twinflow.train.checkpoint.files import sync
+from twinflow.atomic_files import partial_folder, publish_folder, remove_partials
 from twinflow.train.logging.image_grid import image_grid
 
 SUMMARY, GRID = "samples.json", "grid.png"
-_PARTIAL, _REPLACED = ".partial", ".replaced"
+_REPLACED = ".replaced"
 
 
 def write_samples(
@@ -35,15 +35,14 @@ def write_samples(
     Raises:
         OSError: no room, or no folder; what was there before stays.
     """
-    partial = folder.with_name(f".{folder.name}{_PARTIAL}")
+    partial = partial_folder(folder)
     try:
-        for left in (p for ending in (_PARTIAL, _REPLACED) for p in folder.parent.glob(f".*{ending}")):
+        remove_partials(folder.parent)
+        for left in folder.parent.glob(f".*{_REPLACED}"):
             shutil.rmtree(left)
         partial.mkdir(parents=True)
         _fill(partial, title, columns, images, more)
-        for path in (*partial.iterdir(), partial):
-            sync(path)
-        _replace(folder, partial)
+        publish_folder(folder, folder.with_name(f".{folder.name}{_REPLACED}"))
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         wanted = f"Sampler: output_dir must take {len(images)} images"
@@ -72,14 +71,3 @@ def _fill(
     image_grid(title, columns, rows).save(folder / GRID)
     summary = {**more, "images": told, "grid": GRID}
     (folder / SUMMARY).write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _replace(folder: Path, partial: Path) -> None:
-    """Renames; a folder that is there goes to a hidden name first, as a full one cannot be renamed onto."""
-    before = folder.with_name(f".{folder.name}{_REPLACED}")
-    shutil.rmtree(before, ignore_errors=True)
-    if folder.exists():
-        folder.rename(before)
-    partial.rename(folder)
-    sync(folder.parent)
-    shutil.rmtree(before, ignore_errors=True)
