@@ -41,6 +41,12 @@ def unpacked(path: Path, folder: Path) -> Path:
     return folder
 
 
+def package_files(folder: Path) -> list[str]:
+    """Every module and data file of both packages; the native module aside."""
+    files = (path for name in ("twinflow", "twinflow_kernels") for path in (folder / name).rglob("*") if path.is_file())
+    return sorted(str(path.relative_to(folder)) for path in files if path.suffix not in (".so", ".pyc"))
+
+
 USE = """
 import sys, warnings, torch
 # a developer's editable install must not lend its compiled module
@@ -74,7 +80,7 @@ def test_without_native_code(source, tmp_path):
     path = wheel(source, tmp_path / "dist", "--no-build-isolation", TWINFLOW_BUILD_NATIVE="0", PATH="")
     assert path.name.endswith("-py3-none-any.whl")
     folder = unpacked(path, tmp_path / "installed")
-    assert (folder / "twinflow" / "py.typed").exists() and (folder / "twinflow_kernels" / "py.typed").exists()
+    assert package_files(folder) == package_files(source)
     (warning,) = use(folder)
     assert "rollout_step_ on cpu falls back to plain PyTorch: built without native code" in warning
 
@@ -129,6 +135,7 @@ def test_isolated_build(source, tmp_path, from_sdist):
         (source,) = (tmp_path / "sdist").glob("*.tar.gz")
     folder = unpacked(wheel(source, tmp_path / "dist"), tmp_path / "installed")
     assert list((folder / "twinflow_kernels").glob("_C*.so"))
+    assert package_files(folder) == package_files(ROOT)
     assert not list(folder.rglob("*.pyc"))
     assert use(folder, TWINFLOW_BACKEND="cpu") == []
 

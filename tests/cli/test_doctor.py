@@ -38,7 +38,7 @@ def test_this_machine_can_train(capsys):
     status, found = report(capsys)
     assert status == 0 and found["ready"] and found["problems"] == []
     versions = {library["name"]: library["version"] for library in found["libraries"]}
-    assert versions["torch"] == torch.__version__ and versions.keys() == {package.name for package in PACKAGES}
+    assert versions["torch"] == metadata.version("torch") and versions.keys() == {package.name for package in PACKAGES}
     assert all(library["version"] for library in found["libraries"] if library["needed"])
     assert {kernel[0] for kernel in found["kernels"]} > {"velocity_loss", "ema_update_", "rollout_step_"}
     assert os.getcwd() in found["disks"] and all(free > 0 for free in found["disks"].values())
@@ -52,7 +52,7 @@ def test_the_text_reads_well_when_piped(capsys, monkeypatch, without):
     assert "\x1b" not in out and "secret" not in out and "hub      logged in" in out
     lines = out.rstrip().split("\n")
     assert lines[-1] == "twinflow train can start here"
-    assert any(line.split()[:2] == ["torch", torch.__version__] for line in lines)
+    assert any(line.split()[:2] == ["torch", metadata.version("torch")] for line in lines)
     (line,) = [line for line in lines if line.startswith("pyarrow")]
     assert line.split(maxsplit=2) == ["pyarrow", "-", "captions in parquet files: pip install pyarrow"]
 
