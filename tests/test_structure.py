@@ -1,6 +1,7 @@
 """The house: who may import whom, no circles, and how much a folder and a file may hold."""
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -136,3 +137,14 @@ def test_a_file_holds_one_noun():
         if lines > limit and module not in TABLES:
             long[module] = lines
     assert long == {}
+
+
+def test_the_page_about_the_structure_names_what_is_there():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"`((?:twinflow|twinflow_kernels|tests|csrc)/[\w/.]+)`", page))
+    assert len(named) > 15 and [path for path in sorted(named) if not (ROOT / path).exists()] == []
+    tree = page.split("```")[1]
+    folders = {path.parent.name for path in FILES.values() if path.parent.parts[-1] != "twinflow"}
+    assert [name for name in sorted(folders) if f"{name}/" not in tree] == [], "folders that the tree leaves out"
+    for name, path in re.findall(r"`(\w+)`[^`]*? in `([\w/]+\.py)`", page):
+        assert re.search(rf"^(class |def )?{name}\b", (ROOT / path).read_text(), re.M), f"{name} in {path}"
