@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "ema_pairs.h"
+#include "ema_update_pairs.h"
 #include "kernels.h"
 
 namespace py = pybind11;

@@ -1,4 +1,4 @@
-# The compiled module (csrc/bindings.cpp): launchers take addresses and sizes; each is called in one place, its room.
+# The compiled module (csrc/bindings.cpp): launchers take addresses and sizes; each is called in its kernel module only.
 from typing import Any
 
 has_cuda: bool

@@ -1,7 +1,7 @@
 """`register()`: one call gives an operation its schema, implementations, fake and autograd: `torch.ops.twinflow.<op>`.
 
 `Library.define` / `impl` cost about half the host time per call of the `custom_op` decorator. The checks that every
-room needs before it hands addresses to native code live here too.
+kernel module needs before it hands addresses to native code live here too.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,7 @@
 """Triton, or what stands for it where it does not import: the other backends must do without it.
 
-Rooms say `from twinflow_kernels._triton import tl, triton`. `_backend.py` never chooses Triton where `MISSING` is set.
+Kernel modules say `from twinflow_kernels._triton import tl, triton`. `_backend.py` never chooses Triton where
+`MISSING` is set.
 """
 
 from typing import Any
@@ -9,7 +10,7 @@ MISSING: str | None = None  # why Triton cannot be used
 
 
 class _Absent:
-    """Takes any attribute and any call, as decorators and annotations of kernels need when a room is imported."""
+    """Takes any attribute and call, as kernels' decorators and annotations need when their module is imported."""
 
     def __getattr__(self, name: str) -> "_Absent":
         return self

@@ -1,4 +1,4 @@
-"""What every room's tests share: lanes (backend x device), and the only place that knows tolerances."""
+"""What the tests of every kernel module share: backends on devices, and the only place that knows tolerances."""
 
 import os
 
@@ -13,10 +13,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROW_SIZES = (1, 7, 64, 127, 1023, 1024, 1025, 4099)
 
 
-def lanes(operation: Operation) -> list:
+def backends(operation: Operation) -> list:
     """One pytest parameter (backend, device) for each way this process can run an operation.
 
-    TRITON_INTERPRET=1 makes a lane of its own: Triton on CPU tensors and nothing else.
+    TRITON_INTERPRET=1 makes a suite of its own: Triton on CPU tensors and nothing else.
     """
     found = []
     for device in ("cpu", "cuda"):
@@ -31,7 +31,7 @@ def lanes(operation: Operation) -> list:
 
 
 def interpreted(backend: str) -> bool:
-    """Whether a lane runs in Triton's interpreter (slow; truncates to bf16)."""
+    """Whether a backend runs in Triton's interpreter (slow; truncates to bf16)."""
     return backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -42,7 +42,7 @@ def assert_accurate(actual: torch.Tensor, exact: torch.Tensor, reference: torch.
         actual: a backend's result, in the dtype under test.
         exact: the reference's result on float64 inputs.
         reference: the reference's result on the inputs of `actual`.
-        backend: the lane; the interpreter truncates to bf16, which costs one more unit in the last place there.
+        backend: the result's; the interpreter truncates to bf16, which costs one more unit in the last place there.
     """
     assert actual.dtype == reference.dtype, f"dtype {actual.dtype}, reference gives {reference.dtype}"
     assert actual.shape == exact.shape

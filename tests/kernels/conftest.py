@@ -28,7 +28,7 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a C++ test once for each instruction set that the machine has; `_C.set_isa` may be called inside."""
     native = _backend.native()
     if native is None or _backend.interpreting():
-        pytest.skip("no C++ lane in this process")
+        pytest.skip("no C++ backend in this process")
     try:
         native.set_isa(request.param)
     except ValueError as error:

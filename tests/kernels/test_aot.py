@@ -11,7 +11,7 @@ import pytest
 from twinflow_kernels import _backend
 
 if _backend.interpreting():
-    pytest.skip("kernels are interpreted in this lane, not compiled", allow_module_level=True)
+    pytest.skip("kernels are interpreted in this suite, not compiled", allow_module_level=True)
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from helpers import aot, aot_calls

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from helpers.kernel_checks import DTYPES, assert_accurate, lanes, strided
+from helpers.kernel_checks import DTYPES, assert_accurate, backends, strided
 
 from twinflow_kernels import _backend
-from twinflow_kernels import combine_time_embeddings as room
+from twinflow_kernels import combine_time_embeddings as kernel
 
-LANES = lanes(room._operation)
+BACKENDS = backends(kernel._operation)
 OP = torch.ops.twinflow.combine_time_embeddings
 TERMS = [(True, True), (True, False), (False, True)]
 
@@ -26,7 +26,7 @@ def double(arguments):
     return [x if x is None else x.double() for x in arguments]
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("terms", TERMS)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("width", [1, 63, 64, 65, 513, 1030])
@@ -34,11 +34,11 @@ def test_accuracy(backend, device, width, dtype, terms):
     arguments = inputs(5, width, dtype, torch.bfloat16, terms, device)
     with _backend.override(backend):
         out = OP(*arguments)
-    exact = room.combine_time_embeddings_ref(*double(arguments))
-    assert_accurate(out, exact, room.combine_time_embeddings_ref(*arguments), backend)
+    exact = kernel.combine_time_embeddings_ref(*double(arguments))
+    assert_accurate(out, exact, kernel.combine_time_embeddings_ref(*arguments), backend)
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("terms", TERMS)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("rows, width", [(1, 65), (7, 513)])
@@ -57,15 +57,15 @@ def test_gradient_accuracy(backend, device, rows, width, dtype, terms):
     with _backend.override(backend):
         actual = gradients(OP, arguments, dout)
         again = gradients(OP, arguments, dout)
-    exact = gradients(room.combine_time_embeddings_ref, double(arguments), dout.double())
-    reference = gradients(room.combine_time_embeddings_ref, arguments, dout)
+    exact = gradients(kernel.combine_time_embeddings_ref, double(arguments), dout.double())
+    reference = gradients(kernel.combine_time_embeddings_ref, arguments, dout)
     assert torch.equal(actual[0], dout)
     for a, b, e, ref in zip(actual, again, exact, reference, strict=True):
         assert torch.equal(a, b)
         assert_accurate(a, e, ref, backend)
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_gradcheck(backend, device):
     emb_t, emb_r, t, r, table = inputs(4, 3, torch.float64, torch.float64, device=device)
     leaves = [x.requires_grad_() for x in (emb_t, emb_r, table)]
@@ -73,7 +73,7 @@ def test_gradcheck(backend, device):
         assert torch.autograd.gradcheck(lambda a, b, c: OP(a, b, t, r, c), leaves)
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("which", [(0,), (1,), (4,), (0, 4), (1, 4)])
 def test_only_what_is_asked_for(backend, device, which):
     """Every subset of the gradients equals its part of the full set."""
@@ -88,7 +88,7 @@ def test_only_what_is_asked_for(backend, device, which):
         assert torch.equal(x.grad, full[i]) if i in which else x.grad is None
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_strides_rows_and_empty(backend, device):
     emb_t, emb_r, t, r, table = inputs(6, 40, device=device)
     dout = torch.randn(6, 40, device=device)
@@ -105,17 +105,17 @@ def test_strides_rows_and_empty(backend, device):
         assert torch.equal(backward(dout[:0], t[:0], r[:0], True, None, torch.float32)[1], torch.zeros_like(dtable))
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_table_gradient_has_the_reference_bits(backend, device):
     """The sum runs row after row everywhere, so not even its rounding depends on the backend."""
     t, dout = 2 * torch.rand(50, device=device) - 1, torch.randn(50, 130, device=device)
     arguments = (dout, t, None, True, None, torch.float32)
     with _backend.override(backend):
         dtable = torch.ops.twinflow.combine_time_embeddings_backward(*arguments)[1]
-    assert torch.equal(dtable, room.combine_time_embeddings_backward_ref(*arguments)[1])
+    assert torch.equal(dtable, kernel.combine_time_embeddings_backward_ref(*arguments)[1])
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_exact_zero_at_equal_times(backend, device):
     """Property: at r = t the second embedder has no effect, however large; its gradient is zero there."""
     emb_t, emb_r, t, _, table = inputs(6, 65, device=device)
@@ -127,7 +127,7 @@ def test_exact_zero_at_equal_times(backend, device):
             assert torch.autograd.grad(out.sum(), emb_r)[0].abs().max() == 0
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_sign_of_zero_is_positive_and_the_other_row_is_not_read(backend, device):
     emb_t = torch.zeros(4, 65, device=device)
     t = torch.tensor([0.0, -0.0, -1e-30, 1.0], device=device)
@@ -142,7 +142,7 @@ def test_sign_of_zero_is_positive_and_the_other_row_is_not_read(backend, device)
     assert (dtable[0] == 3).all() and dtable[1].isnan().all()
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("terms", TERMS)
 def test_opcheck_and_compile(backend, device, terms):
     arguments = [
@@ -156,5 +156,5 @@ def test_opcheck_and_compile(backend, device, terms):
 
 def test_launch_config_covers_the_row():
     for width in (1, 64, 65, 512, 3072, 1 << 20):
-        block, num_warps = room.launch_config(width)
+        block, num_warps = kernel.launch_config(width)
         assert block & (block - 1) == 0 and 64 <= block <= 512 and num_warps in (1, 2, 4)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from helpers.kernel_checks import lanes
+from helpers.kernel_checks import backends
 from kernels.test_time_features import sinusoids
 
 from twinflow_kernels import _backend, combine_time_embeddings, dual_time_embedding
 
-LANES = lanes(combine_time_embeddings._operation)
+BACKENDS = backends(combine_time_embeddings._operation)
 C, D = 10, 6
 
 
@@ -21,7 +21,7 @@ def signed_times(dtype=torch.float64, device="cpu"):
     return t, t * torch.tensor([0.0, 0.5, 1.0, 1.0, 1.0, 1.0], dtype=dtype, device=device)
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("with_r", [True, False])
 @pytest.mark.parametrize("with_table", [True, False])
 def test_equations_29_and_30(backend, device, with_table, with_r):
@@ -47,7 +47,7 @@ def test_equations_29_and_30(backend, device, with_table, with_r):
         torch.testing.assert_close(actual, exact, rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_dtype_follows_the_embedder(backend, device):
     """float32 times into bf16 embedders: the features are float32, the sum is rounded once, to bf16."""
     (t, r), seen = signed_times(torch.float32, device), []
@@ -61,7 +61,7 @@ def test_dtype_follows_the_embedder(backend, device):
     assert out.dtype == torch.bfloat16 and seen == [torch.float32] * 2
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_compiles_without_a_break(backend, device):
     (embed_t, embed_r), (t, r) = embedders(torch.float32, device), signed_times(torch.float32, device)
     table = torch.randn(2, D, device=device)

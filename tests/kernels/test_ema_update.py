@@ -5,13 +5,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from helpers.kernel_checks import DTYPES, assert_accurate, interpreted, lanes, strided
+from helpers.kernel_checks import DTYPES, assert_accurate, backends, interpreted, strided
 
-from twinflow_kernels import _backend, ema_update_, ema_update_triton
-from twinflow_kernels import ema_update as room
-from twinflow_kernels._ema_pairs import PAIR
+from twinflow_kernels import _backend, ema_update_
+from twinflow_kernels import ema_update as kernel
 
-LANES = lanes(room._operation)
+BACKENDS = backends(kernel._operation)
 ALL_DTYPES = (*DTYPES, torch.float64)
 SIZES = (0, 1, 2, 7, 15, 16, 17, 63, 127, 1023, 1024, 1025, 2049, 4099)
 NAN = float("nan")
@@ -31,7 +30,7 @@ def assert_equal(actual, expected):
         assert a.dtype == b.dtype and torch.equal(a, b)
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("target_dtype, source_dtype", list(itertools.product(ALL_DTYPES, ALL_DTYPES)))
 def test_accuracy(backend, device, target_dtype, source_dtype):
     targets, sources = pairs(SIZES, target_dtype, source_dtype, device)
@@ -39,11 +38,11 @@ def test_accuracy(backend, device, target_dtype, source_dtype):
     with _backend.override(backend):
         assert ema_update_(targets, sources, 0.9) is None
     for old, source, new in zip(before, sources, targets, strict=True):
-        exact = room.ema_update_ref(old.double(), source.double(), 0.9)
-        assert_accurate(new, exact, room.ema_update_ref(old, source, 0.9), backend)
+        exact = kernel.ema_update_ref(old.double(), source.double(), 0.9)
+        assert_accurate(new, exact, kernel.ema_update_ref(old, source, 0.9), backend)
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("copy_dtype", ALL_DTYPES)
 def test_copies_hold_the_new_value(backend, device, copy_dtype):
     """Also at decay 1, where targets stay; a target whose copy is None has none."""
@@ -66,7 +65,7 @@ def test_copies_hold_the_new_value(backend, device, copy_dtype):
                 assert torch.equal(copy, expected)
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("kind", ["number", "host", "device"])
 def test_decay_ends_do_not_read_the_other_side(backend, device, kind):
     """decay 0 copies the source over an uninitialised target; decay 1 leaves every bit whatever the source holds."""
@@ -83,7 +82,7 @@ def test_decay_ends_do_not_read_the_other_side(backend, device, kind):
         assert torch.signbit(poisoned[0][1])
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_decay_tensor_equals_number(backend, device):
     targets, sources = pairs((3, 1030), device=device)
     wide = targets[1].double()
@@ -100,7 +99,7 @@ def test_decay_tensor_equals_number(backend, device):
     assert_equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_nan_stays_where_it_is(backend, device):
     targets, sources = pairs((1030, 50), torch.bfloat16, torch.bfloat16, device)
     targets[0][7], sources[0][1029] = NAN, NAN
@@ -110,7 +109,7 @@ def test_nan_stays_where_it_is(backend, device):
     assert torch.isfinite(targets[1]).all()
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_many_tensors(backend, device):
     """2,000 tensors in one call: as one by one, and the same bits twice."""
     sizes = [(i * 37) % 90 for i in range(2000)]
@@ -127,7 +126,7 @@ def test_many_tensors(backend, device):
     assert_equal(targets[::97], alone[::97])
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
 def test_misaligned_views(backend, device, dtype):
     """Slices at every offset of a vector: right inside, untouched outside, the bits of an aligned tensor."""
@@ -147,7 +146,7 @@ def test_misaligned_views(backend, device, dtype):
     assert torch.equal(base, before)
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_pieces_strides_and_shapes(backend, device):
     """A tensor in pieces, a strided source and other shapes give the bits of one flat tensor."""
     targets, sources = pairs((6000,), device=device)
@@ -165,7 +164,7 @@ def test_pieces_strides_and_shapes(backend, device):
     assert torch.equal(image.flatten(), targets[0])
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_opcheck_and_compile(backend, device):
     targets, sources = pairs((65, 7), device=device)
     sources[1] = sources[1].bfloat16()
@@ -187,7 +186,7 @@ def test_opcheck_and_compile(backend, device):
             assert_equal([*traced[0], *traced[3]], [*eager[0], *eager[3]])
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_two_updates_are_one_of_the_squared_decay(backend, device):
     """Property, same source: d (d t + (1 - d) s) + (1 - d) s = d^2 t + (1 - d^2) s."""
     targets, sources = pairs((1000,), torch.float64, torch.float64, device)
@@ -199,7 +198,7 @@ def test_two_updates_are_one_of_the_squared_decay(backend, device):
     torch.testing.assert_close(twice, once, rtol=1e-14, atol=1e-15)
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_bf16_targets_stall_and_float32_targets_move(backend, device):
     """Property: at decay 0.99 an increment of 0.001 is below bf16's rounding at 1, so only a float32 shadow follows."""
     narrow, wide = torch.ones(4, dtype=torch.bfloat16, device=device), torch.ones(4, device=device)
@@ -215,11 +214,11 @@ def test_bf16_targets_stall_and_float32_targets_move(backend, device):
 def test_same_bits_for_any_threads_and_instruction_set():
     native = _backend.native()
     if native is None or _backend.interpreting():
-        pytest.skip("no C++ lane in this process")
+        pytest.skip("no C++ backend in this process")
     sizes = (70_001, 1, 0, 600_003, 0, 517)
     targets, sources = pairs(sizes)
     sources[1], sources[3], targets[5] = sources[1].half(), sources[3].bfloat16(), targets[5].bfloat16()
-    expected = [room.ema_update_ref(t, s, 0.9) for t, s in zip(targets, sources, strict=True)]
+    expected = [kernel.ema_update_ref(t, s, 0.9) for t, s in zip(targets, sources, strict=True)]
     isas = ["baseline", "avx2", "avx512"]
     isas = isas[: isas.index(native.detected_isa()) + 1]
     threads = torch.get_num_threads()
@@ -235,7 +234,7 @@ def test_same_bits_for_any_threads_and_instruction_set():
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_a_backward_pass_notices_the_update(backend, device):
     """As after torch's own in-place operations: the saved target is no longer the one of the forward pass."""
     targets, sources = pairs((5,), device=device)
@@ -249,14 +248,14 @@ def test_a_backward_pass_notices_the_update(backend, device):
 
 def test_launch_config_covers_every_tensor():
     for count, aligned in itertools.product((1, 127, 128, 5000, 16384, 1 << 22), (True, False)):
-        chunk, block, num_warps = ema_update_triton.launch_config(count, aligned)
+        chunk, block, num_warps = kernel.launch_config(count, aligned)
         assert chunk % block == 0 and 128 <= block <= chunk <= 16384 and num_warps == 8
 
 
 def test_chunk_tables():
     """Chunks of 16,384 elements: none for an empty tensor, as many as needed for the others, in order."""
-    table = np.zeros(3, PAIR)
+    table = np.zeros(3, kernel.PAIR)
     table["count"] = (16385, 0, 7)
-    rows, of_chunk = ema_update_triton._chunk_tables(table.tobytes(), 16384, torch.device("cpu"))
+    rows, of_chunk = kernel._chunk_tables(table.tobytes(), 16384, torch.device("cpu"))
     assert of_chunk.tolist() == [0, 0, 2]
     assert rows[:, 3].tolist() == [16385, 0, 7] and rows[:, 4].tolist() == [0, 2, 2]

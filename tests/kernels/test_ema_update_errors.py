@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from twinflow_kernels import _backend, _ema_pairs, ema_update_
+from twinflow_kernels import _backend, ema_update_
+from twinflow_kernels import ema_update as kernel
 
 NAN = float("nan")
 
@@ -12,7 +13,7 @@ NAN = float("nan")
 def tables(request, monkeypatch):
     """The two ways to the table of tensors; the second serves installs without native code and torch < 2.10."""
     if request.param == "python":
-        monkeypatch.setattr(_ema_pairs, "_reader", lambda: None)
+        monkeypatch.setattr(kernel, "_reader", lambda: None)
     elif _backend.native() is None:
         pytest.skip("no compiled module")
 
@@ -23,10 +24,10 @@ def test_both_tables_are_equal():
     targets = [torch.randn(3, 1, 4), torch.randn(0, 2).double(), torch.randn(7, 9)[2:5].bfloat16(), torch.ones(())]
     sources = [torch.nn.Parameter(x.detach().half()) for x in targets]
     copies = [torch.empty_like(x, dtype=torch.bfloat16) for x in targets[:2]]
-    fast = _ema_pairs.np.empty(len(targets), _ema_pairs.PAIR)
-    assert _ema_pairs._reader().ema_pairs(targets, sources, copies, fast.ctypes.data)
-    slow = _ema_pairs._python_table(targets, sources, copies)
-    for field in _ema_pairs.PAIR.names:
+    fast = kernel.np.empty(len(targets), kernel.PAIR)
+    assert kernel._reader().ema_pairs(targets, sources, copies, fast.ctypes.data)
+    slow = kernel._python_table(targets, sources, copies)
+    for field in kernel.PAIR.names:
         keep = slow["count"] > 0  # an empty tensor has no address to speak of
         assert (fast[field][keep] == slow[field][keep]).all(), field
     assert (fast["count"] == slow["count"]).all()

@@ -5,12 +5,12 @@ import warnings
 
 import pytest
 import torch
-from helpers.kernel_checks import DTYPES, ROW_SIZES, assert_accurate, lanes, strided
+from helpers.kernel_checks import DTYPES, ROW_SIZES, assert_accurate, backends, strided
 
 from twinflow_kernels import _backend, rollout_start
 
-room = importlib.import_module("twinflow_kernels.rollout_start")  # the package's attribute is the function
-LANES = lanes(room._operation)
+kernel = importlib.import_module("twinflow_kernels.rollout_start")  # the package's attribute is the function
+BACKENDS = backends(kernel._operation)
 NAMES = ("v_target", "x_t", "v_cond", "v_uncond", "ratio", "delta")
 
 
@@ -29,7 +29,7 @@ def check(arguments, backend):
     with _backend.override(backend):
         result, again = rollout_start(*arguments), rollout_start(*arguments)
     for actual, twice, exact, reference in zip(
-        result, again, room.rollout_start_ref(*doubled(arguments)), room.rollout_start_ref(*arguments), strict=True
+        result, again, kernel.rollout_start_ref(*doubled(arguments)), kernel.rollout_start_ref(*arguments), strict=True
     ):
         assert actual.is_contiguous()
         assert torch.equal(actual, twice)
@@ -37,7 +37,7 @@ def check(arguments, backend):
     return result
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("cfg", [True, False])
 @pytest.mark.parametrize("teacher", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("state", [torch.float32, torch.float64, torch.bfloat16])
@@ -46,13 +46,13 @@ def test_accuracy(backend, device, row_size, state, teacher, cfg):
     check(inputs((3, row_size), (state, torch.float32, teacher, teacher), device, cfg), backend)
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (1, 1), (1, 20_001), (2, 4, 8, 8), (5,)])
 def test_shapes(backend, device, shape):
     check(inputs(shape, device=device), backend)
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("v_target, x_t, result", [
     (torch.bfloat16, torch.float16, torch.float32),
     (torch.float16, torch.float64, torch.float64),
@@ -63,7 +63,7 @@ def test_result_dtype(backend, device, v_target, x_t, result):
     assert v_star.dtype == x_m.dtype == result
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_rows_that_are_not_enhanced_read_no_teacher(backend, device):
     """NaN where ratio is 0 does not matter and v* keeps every bit of v_target; elsewhere NaN comes through."""
     v_target, x_t, v_cond, v_uncond, ratio, delta = inputs((4, 130), device=device)
@@ -77,7 +77,7 @@ def test_rows_that_are_not_enhanced_read_no_teacher(backend, device):
         assert result.isnan().nonzero().tolist() == [[2, 7]]
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_strided_inputs_and_rows_are_independent(backend, device):
     arguments = inputs((4, 130), device=device)
     with _backend.override(backend):
@@ -87,7 +87,7 @@ def test_strided_inputs_and_rows_are_independent(backend, device):
         assert torch.equal(result, torch.cat([row[i] for row in rows]))
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_coefficients_of_any_dtype_and_stride(backend, device, dtype):
     v_target, x_t, v_cond, v_uncond, _, _ = inputs((4, 130), device=device)
@@ -95,7 +95,7 @@ def test_coefficients_of_any_dtype_and_stride(backend, device, dtype):
     check((v_target, x_t, v_cond, v_uncond, coefficients[:, 0], coefficients[:, 1]), backend)
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("cfg", [True, False])
 def test_opcheck_and_compile(backend, device, cfg):
     arguments = inputs((3, 65), (torch.float32, torch.float32, torch.bfloat16, torch.bfloat16), device, cfg)
@@ -106,7 +106,7 @@ def test_opcheck_and_compile(backend, device, cfg):
             assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_straight_flow(backend, device):
     """Property: along a straight flow the step ends on the path, x_m = (t - delta) z + (1 - t + delta) x."""
     x, z = torch.randn(2, 4, 100, device=device).unbind()
@@ -118,7 +118,7 @@ def test_straight_flow(backend, device):
     torch.testing.assert_close(x_m, (t - 0.01) * z + (1.01 - t) * x, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_results_are_memory_of_their_own(backend, device):
     arguments = inputs((2, 8), device=device, cfg=False)
     before = arguments[0].clone()
@@ -131,13 +131,13 @@ def test_results_are_memory_of_their_own(backend, device):
 def test_plain_pytorch_serves_the_cpu_without_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert room._operation.choice("cpu").backend == "reference"
+        assert kernel._operation.choice("cpu").backend == "reference"
         rollout_start(*inputs())
 
 
 def test_launch_config_covers_the_row():
     for row_size in (1, 127, 128, 5000, 1 << 20):
-        block, num_warps = room.launch_config(row_size)
+        block, num_warps = kernel.launch_config(row_size)
         assert block & (block - 1) == 0 and 128 <= block <= 1024 and num_warps == 4
 
 

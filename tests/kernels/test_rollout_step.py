@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from helpers.kernel_checks import DTYPES, ROW_SIZES, assert_accurate, lanes, strided
+from helpers.kernel_checks import DTYPES, ROW_SIZES, assert_accurate, backends, strided
 
 from twinflow_kernels import _backend, rollout_step_
-from twinflow_kernels import rollout_step as room
+from twinflow_kernels import rollout_step as kernel
 
-LANES = lanes(room._operation)
+BACKENDS = backends(kernel._operation)
 
 
 def inputs(row_size=64, rows=3, x_dtype=torch.float32, v_dtype=torch.float32, device="cpu"):
@@ -16,27 +16,27 @@ def inputs(row_size=64, rows=3, x_dtype=torch.float32, v_dtype=torch.float32, de
     return x, v, torch.rand(rows, dtype=x_dtype, device=device)
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("v_dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("row_size", ROW_SIZES)
 def test_accuracy(backend, device, row_size, x_dtype, v_dtype):
     x, v, dt = inputs(row_size, 3, x_dtype, v_dtype, device)
-    exact = room.rollout_step_ref(x.double(), v.double(), dt.double())
-    reference = room.rollout_step_ref(x, v, dt)
+    exact = kernel.rollout_step_ref(x.double(), v.double(), dt.double())
+    reference = kernel.rollout_step_ref(x, v, dt)
     with _backend.override(backend):
         result = rollout_step_(x, v, dt)
     assert result is x
     assert_accurate(x, exact, reference, backend)
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (1, 1), (1, 40_001), (2, 4, 8, 8), (5,)])
 def test_shapes_and_bits(backend, device, shape):
     """Empty, single-row, image-shaped and many-chunk inputs; the same bits twice."""
     x, v = torch.randn(shape, device=device), torch.randn(shape, device=device)
     dt = torch.rand(shape[0], device=device)
-    exact, reference = room.rollout_step_ref(x.double(), v, dt), room.rollout_step_ref(x, v, dt)
+    exact, reference = kernel.rollout_step_ref(x.double(), v, dt), kernel.rollout_step_ref(x, v, dt)
     again = x.clone()
     with _backend.override(backend):
         rollout_step_(x, v, dt)
@@ -45,7 +45,7 @@ def test_shapes_and_bits(backend, device, shape):
     assert_accurate(x, exact, reference, backend)
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_strided_velocity_and_rows_are_independent(backend, device):
     x, v, dt = inputs(130, 4, device=device)
     alone = [x[i : i + 1].clone() for i in range(4)]
@@ -56,18 +56,18 @@ def test_strided_velocity_and_rows_are_independent(backend, device):
     assert torch.equal(x, torch.cat(alone))
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_steps_of_any_dtype_and_stride(backend, device, dtype):
     x, v, _ = inputs(130, 4, device=device)
     dt = torch.tensor([[0.5, 0.25]], dtype=dtype, device=device).expand(4, 2)[:, 1]
-    expected = room.rollout_step_ref(x, v, dt)
+    expected = kernel.rollout_step_ref(x, v, dt)
     with _backend.override(backend):
         rollout_step_(x, v, dt)
     torch.testing.assert_close(x, expected)
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_opcheck_and_compile(backend, device):
     with _backend.override(backend):
         torch.library.opcheck(torch.ops.twinflow.rollout_step_, inputs(65, device=device))
@@ -81,7 +81,7 @@ def test_opcheck_and_compile(backend, device):
         assert torch.equal(step(x, v, dt), expected)
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_steps_there_and_back(backend, device):
     """Property: a step and its reverse restore the state to rounding; dt = 0 keeps every bit."""
     x, v, dt = inputs(1000, device=device)
@@ -96,7 +96,7 @@ def test_steps_there_and_back(backend, device):
 
 def test_launch_config_covers_the_row():
     for row_size in (1, 127, 128, 5000, 1 << 20):
-        block, num_warps = room.launch_config(row_size)
+        block, num_warps = kernel.launch_config(row_size)
         assert block & (block - 1) == 0 and 128 <= block <= 2048 and num_warps in (4, 8)
 
 

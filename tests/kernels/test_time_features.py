@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers.kernel_checks import assert_accurate, lanes, strided
+from helpers.kernel_checks import assert_accurate, backends, strided
 
 from twinflow_kernels import _backend, time_features
 
-LANES = lanes(time_features._operation)
+BACKENDS = backends(time_features._operation)
 OP = torch.ops.twinflow.time_features
 EDGES = [0.0, -0.0, 1.0, -1.0, 0.5, 0.999, -1e-3, 1e-30]
 
@@ -30,7 +30,7 @@ def sinusoids(time: torch.Tensor, channels: int, flip: bool, shift: float, scale
     return torch.from_numpy(out)
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("flip, shift, scale", [(True, 0.0, 1000.0), (False, 1.0, 1000.0), (True, 0.5, 3.3)])
 @pytest.mark.parametrize("channels", [4, 31, 256, 257])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -47,7 +47,7 @@ def test_accuracy(backend, device, dtype, channels, flip, shift, scale):
     assert (features.cpu().double() - exact).abs().max() < limit
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_absolute_and_single_time(backend, device):
     t, r = times(20, device=device), times(20, device=device)
     with _backend.override(backend):
@@ -57,7 +57,7 @@ def test_absolute_and_single_time(backend, device):
         assert torch.equal(both[1:], OP(r, None, True, 34, True, 0.0, 1000.0))
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_strides_bits_rows_and_nan(backend, device):
     t, r = times(9, device=device), times(9, device=device)
     with _backend.override(backend):
@@ -73,14 +73,14 @@ def test_strides_bits_rows_and_nan(backend, device):
     assert torch.equal(poisoned, features)
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_empty(backend, device):
     with _backend.override(backend):
         none = torch.empty(0, device=device)
         assert OP(none, none, False, 6, True, 0.0, 1.0).shape == (2, 0, 6)
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_opcheck_and_compile(backend, device):
     arguments = (times(3, device=device), times(3, device=device), False, 33, True, 0.0, 1000.0)
     with _backend.override(backend):

@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
-from helpers.kernel_checks import DTYPES, ROW_SIZES, assert_accurate, lanes, strided
+from helpers.kernel_checks import DTYPES, ROW_SIZES, assert_accurate, backends, strided
 
 from twinflow_kernels import _backend, velocity_loss
 
-room = importlib.import_module("twinflow_kernels.velocity_loss")  # the package's attribute is the function
-LANES = lanes(room._operation)
+kernel = importlib.import_module("twinflow_kernels.velocity_loss")  # the package's attribute is the function
+BACKENDS = backends(kernel._operation)
 INF = math.inf
 # scale_pred, scale_path, clamp, weight: rollout, empty rollout, fake velocity, rectify, order 0, not counted
 ROWS = [[50, 100, 1, 1.5], [1, 0, 1, 0.7], [1, 0, INF, 1], [0, -1, 1, 0.5], [1, 0, INF, 2], [1, 1, 1, 0]]
@@ -76,13 +76,13 @@ def check(arguments, backend, grad_loss=None, **options):
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("row_size", [*ROW_SIZES, 4096, 8192, 20_000])
 def test_row_sizes(backend, device, row_size):
     check(inputs((6, row_size), device=device), backend)
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("state", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("v_dtype", [*DTYPES, torch.float64])
 def test_dtypes(backend, device, v_dtype, state):
@@ -91,7 +91,7 @@ def test_dtypes(backend, device, v_dtype, state):
     check(inputs((6, 129), (torch.float32, torch.float16, state, v_dtype), device), backend)
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("options", [{"loss": "l2"}, *({"alpha": a, "c": c} for a in (2, 1, 0.0, -2, 2.5, 2 + 1e-6)
                                                       for c in (1e-3, 0.3))])  # fmt: skip
 @pytest.mark.parametrize("target, path", [(True, True), (False, True), (True, False), (False, False)])
@@ -100,19 +100,19 @@ def test_losses(backend, device, options, target, path):
     check(arguments, backend, grad_loss=torch.rand(7, device=device), **options)
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("shape", [(1, 1), (5,), (2, 3, 4, 5), (1, 40_001), (40, 3)])
 def test_shapes(backend, device, shape):
     check(inputs(shape, device=device), backend)
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_no_rows(backend, device):
     losses, dv = check(inputs((0, 5), device=device), backend)
     assert losses.shape == (0,) and dv.shape == (0, 5)
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("v_dtype", [torch.float32, torch.bfloat16])
 def test_what_a_row_does_not_read_may_be_nan(backend, device, v_dtype):
     """a = 0: v_pred; b = 0: x_start and x_end; weight = 0: nothing, and loss and gradient are exactly 0."""
@@ -131,7 +131,7 @@ def test_what_a_row_does_not_read_may_be_nan(backend, device, v_dtype):
         assert actual[[0, 1, 3]].isfinite().all() and actual[[0, 1, 3]].any()
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("which", range(4))
 @pytest.mark.parametrize("value", [math.nan, INF])
 def test_nan_is_never_clamped_away(backend, device, which, value):
@@ -147,7 +147,7 @@ def test_nan_is_never_clamped_away(backend, device, which, value):
         assert losses.isfinite().all() and dv.isfinite().all()
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("column", range(4))
 def test_nan_coefficients_make_their_row_nan(backend, device, column):
     arguments = inputs((3, 9), device=device, rows=[[1, 1, 1, 1]] * 3)
@@ -158,7 +158,7 @@ def test_nan_coefficients_make_their_row_nan(backend, device, column):
     assert dv.isnan().all(1).tolist() == dv.isnan().any(1).tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("size", [1e6, 1e-3, 1e-20, 1e-39])
 @pytest.mark.parametrize("options", [{"loss": "l2"}, {}, {"alpha": -2.0}])
 def test_large_and_subnormal_residuals(backend, device, size, options):
@@ -167,7 +167,7 @@ def test_large_and_subnormal_residuals(backend, device, size, options):
           **options)  # fmt: skip
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("options", [{"loss": "l2"}, {}, {"alpha": 0.0}, {"alpha": -2.0}])
 def test_no_residual_gives_no_loss_and_no_gradient(backend, device, options):
     v_pred, _, x_start, _, rows = inputs((3, 70), device=device, rows=[[1, 1, 1, 1], [1, 0, INF, 2], [1, 5, 1, 1]])
@@ -176,7 +176,7 @@ def test_no_residual_gives_no_loss_and_no_gradient(backend, device, options):
     assert not losses.any() and not dv.any()
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_clamp_bounds_the_residual(backend, device):
     """Property: |R| <= clamp, so l2 losses are at most weight clamp^2, reached by large residuals of either sign."""
     arguments = inputs((3, 200), device=device, rows=[[1e4, 0, 0.5, 3], [-1e4, 0, 2, 1], [1, 0, 0, 1]])
@@ -186,7 +186,7 @@ def test_clamp_bounds_the_residual(backend, device):
     torch.testing.assert_close(dv.abs().amax(1).cpu(), 2 * torch.tensor([1.5, 2, 0]) / 200)
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_strided_inputs_and_rows_are_independent(backend, device):
     """A row's bits do not depend on the batch it is in, nor on its neighbours, nor on strides."""
     arguments = inputs((6, 5000), device=device)
@@ -203,8 +203,8 @@ def test_strided_inputs_and_rows_are_independent(backend, device):
 @pytest.mark.parametrize("threads", [2, 3])
 @pytest.mark.parametrize("shape", [(6, 9000), (7, 30), (1, 300_000), (3, 140_000)])
 def test_bits_do_not_depend_on_threads(threads, shape):
-    if ("cpu", "cpu") not in [lane.values[:2] for lane in LANES]:
-        pytest.skip("no C++ lane in this process")
+    if ("cpu", "cpu") not in [choice.values[:2] for choice in BACKENDS]:
+        pytest.skip("no C++ backend in this process")
     arguments = inputs(shape)
     with _backend.override("cpu"):
         before = torch.get_num_threads()

@@ -8,14 +8,14 @@ import pytest
 import torch
 import torch.fx.experimental.proxy_tensor
 import torch.utils.checkpoint
-from kernels.test_velocity_loss import INF, LANES, both, check, inputs, plain_loss
+from kernels.test_velocity_loss import BACKENDS, INF, both, check, inputs, plain_loss
 
 from twinflow_kernels import _backend, velocity_loss
 
 FORWARD, BACKWARD = torch.ops.twinflow.velocity_loss, torch.ops.twinflow.velocity_loss_backward
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_gradcheck(backend, device):
     """With a = 1, b = 0, l2 and no clamp the gradient is the derivative."""
     arguments = inputs((3, 5), (torch.float64,) * 4, device, rows=[[1, 0, INF, w] for w in (1, 0.3, 0)])
@@ -23,7 +23,7 @@ def test_gradcheck(backend, device):
         assert torch.autograd.gradcheck(lambda v: velocity_loss(v, *arguments[1:], loss="l2"), arguments[:1])
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("v_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("upstream", [1.0, 1 / 6, 65536.0])
 def test_upstream_gradients(backend, device, v_dtype, upstream):
@@ -34,7 +34,7 @@ def test_upstream_gradients(backend, device, v_dtype, upstream):
     check(arguments, backend, torch.tensor([1, 2, 0, -1, 1, 3.0], device=device).repeat_interleave(2)[::2])
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("reduce", [torch.sum, torch.mean])
 def test_retained_graph_gives_the_same_gradient_again(backend, device, reduce):
     """Accumulation adds in place to .grad, which must not be the memory that the graph reads again."""
@@ -53,7 +53,7 @@ def test_retained_graph_gives_the_same_gradient_again(backend, device, reduce):
     assert torch.equal(v_pred.grad, kept) and torch.equal(once, kept)
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_gradients_accumulate_over_micro_batches(backend, device):
     arguments = inputs((6, 500), device=device)
     weight = torch.ones(500, device=device, requires_grad=True)
@@ -69,7 +69,7 @@ def test_gradients_accumulate_over_micro_batches(backend, device):
     torch.testing.assert_close(weight.grad, expected)
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_a_prediction_used_twice(backend, device):
     """Autograd sums both gradients, in place where it may."""
     v_pred, *rest = inputs((6, 500), device=device)
@@ -79,7 +79,7 @@ def test_a_prediction_used_twice(backend, device):
     assert torch.equal(v_pred.grad, alone[0] + alone[1])
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_what_is_saved(backend, device):
     """One float32 tensor of v_pred's shape when it requires grad, nothing otherwise, nothing after the backward."""
     arguments = inputs((6, 500), device=device)
@@ -107,7 +107,7 @@ def test_what_is_saved(backend, device):
         assert gradient() is None
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_saved_tensors_may_be_moved(backend, device):
     arguments = inputs((6, 500), device=device)
     with _backend.override(backend):
@@ -121,7 +121,7 @@ def test_saved_tensors_may_be_moved(backend, device):
         assert torch.equal(wanted, moved) and torch.equal(wanted, recomputed)
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_no_second_derivative(backend, device):
     arguments = inputs((2, 8), device=device)
     with _backend.override(backend):
@@ -135,7 +135,7 @@ def test_no_second_derivative(backend, device):
             dv.sum().backward()
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("v_dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(backend, device, v_dtype):
     arguments = inputs((6, 65), (v_dtype, *(torch.float32,) * 3), device)
@@ -146,7 +146,7 @@ def test_opcheck(backend, device, v_dtype):
         torch.library.opcheck(BACKWARD, (torch.rand(6, device=device), factor, residual, v_dtype))
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("v_dtype", [torch.float32, torch.bfloat16])
 def test_compile(backend, device, v_dtype):
     """Loss and backward in one compiled function without a graph break, of the same bits."""
@@ -162,7 +162,7 @@ def test_compile(backend, device, v_dtype):
     assert all(map(torch.equal, actual, expected))
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_a_traced_gradient_serves_other_inputs(backend, device):
     """Tracing with real tensors sees the backward as an operation, never as memory handed out behind its back."""
     first, second = inputs((6, 65), device=device), inputs((6, 65), device=device)
@@ -175,7 +175,7 @@ def test_a_traced_gradient_serves_other_inputs(backend, device):
         assert torch.equal(traced(second[0]), gradient(second[0]))
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_autocast_changes_nothing(backend, device):
     arguments = inputs((6, 65), device=device)
     with _backend.override(backend):
@@ -186,7 +186,7 @@ def test_autocast_changes_nothing(backend, device):
     assert torch.equal(torch.autograd.grad(losses.sum(), arguments[0])[0], expected[1])
 
 
-@pytest.mark.parametrize("backend, device", LANES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_gradient_has_factor_one_whatever_scale_pred_is(backend, device):
     """Property: rows whose residuals agree have equal gradients, though a differs (the target is sg(F - R))."""
     v_pred = torch.randn(1, 50, device=device).expand(3, 50).clone().requires_grad_()
@@ -202,14 +202,14 @@ def test_every_backend_splits_the_gradient_its_own_way():
     """factor * residual is the gradient at grad_loss = 1, so any backend's backward serves any forward's result."""
     arguments = inputs((6, 500))
     _, exact = both(plain_loss, [x.detach().double().requires_grad_(i == 0) for i, x in enumerate(arguments)])
-    for backend, _ in (lane.values[:2] for lane in LANES):
+    for backend, _ in (choice.values[:2] for choice in BACKENDS):
         with _backend.override(backend):
             _, factor, residual = FORWARD(*arguments, 1.0, 1e-3, True)
         torch.testing.assert_close((factor[:, None] * residual).double(), exact, rtol=1e-4, atol=1e-8)
 
 
 def test_launch_config_covers_the_row():
-    from twinflow_kernels.velocity_loss_triton import launch_config
+    from twinflow_kernels.velocity_loss import launch_config
 
     for row_size in (1, 127, 128, 5000, 1 << 20):
         block, num_warps = launch_config(row_size)

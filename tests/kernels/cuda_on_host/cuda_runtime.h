@@ -1,4 +1,4 @@
-// As much of CUDA as csrc/ema_cuda.cu uses, on the host: blocks and threads run one after the other. That serves kernels
+// As much of CUDA as csrc/ema_update_cuda.cu uses, on the host: blocks and threads run one after the other. That serves kernels
 // without shared memory and barriers, and shows their index arithmetic, masks and conversions without a GPU.
 #pragma once
 #include <cstddef>

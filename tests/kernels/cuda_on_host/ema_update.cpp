@@ -1,6 +1,6 @@
-// csrc/ema_cuda.cu as a host library: launches run here, and are counted.
+// csrc/ema_update_cuda.cu as a host library: launches run here, and are counted.
 #define TWINFLOW_ISA baseline
-#include "ema_cuda.cu"
+#include "ema_update_cuda.cu"
 
 namespace {
 int launches = 0;

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from twinflow_kernels import _ema_pairs
 from twinflow_kernels._registry import DTYPE_CODES
-from twinflow_kernels.ema_update import ema_update_ref
+from twinflow_kernels.ema_update import ema_update_ref, prepare
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
@@ -28,7 +27,7 @@ def launch(tmp_path_factory):
     flags = (
         "-std=c++17 -O1 -ffp-contract=off -fno-strict-aliasing -fsanitize=undefined -fno-sanitize-recover -shared -fPIC"
     )
-    source = HERE / "cuda_on_host" / "ema.cpp"
+    source = HERE / "cuda_on_host" / "ema_update.cpp"
     subprocess.run(
         [compiler, *flags.split(), f"-I{source.parent}", f"-I{CSRC}", str(source), "-o", library], check=True
     )
@@ -36,7 +35,7 @@ def launch(tmp_path_factory):
     function.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_double, ctypes.c_int64, ctypes.c_int]
 
     def run(targets, sources, decay, copies=(), decay_tensor=None):
-        table, kept = _ema_pairs.prepare(targets, sources, list(copies))
+        table, kept = prepare(targets, sources, list(copies))
         pointer = (0, 0) if decay_tensor is None else (decay_tensor.data_ptr(), DTYPE_CODES[decay_tensor.dtype])
         launches = function(table.ctypes.data, len(table), decay, *pointer)
         del kept
