@@ -5,24 +5,16 @@ import platform
 import re
 import subprocess
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from twinflow.environment import cpu_name, device_name, package_version
+
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own start and stop messages
 DEFAULT_CACHE_BYTES = 64 << 20  # where the machine does not say
-
-
-def device_name(device: torch.device) -> str:
-    """The processor's name as its maker writes it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return found[1].strip() if found else platform.machine()
 
 
 def device_slug(device: torch.device) -> str:
@@ -38,13 +30,6 @@ def cache_bytes(device: torch.device) -> int:
     sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     unit = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     return max((int(s[:-1]) * unit[s[-1]] for s in sizes if s[-1:] in unit), default=DEFAULT_CACHE_BYTES)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:
@@ -67,7 +52,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     return {
         "device": device_name(device),
         "device_type": device.type,
-        "cpu": device_name(torch.device("cpu")),
+        "cpu": cpu_name(),
         "cpu_count": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
@@ -75,9 +60,9 @@ def describe(device: torch.device) -> dict[str, Any]:
         "cache_bytes": cache_bytes(device),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "triton": _version("triton"),
-        "python": platform.python_version(),
-        "twinflow": _version("twinflow"),
+        "triton": package_version("triton"),
+        "python": platform.pythonpackage_version(),
+        "twinflow": package_version("twinflow"),
         "commit": _commit(),
     }
 

@@ -44,7 +44,8 @@ twinflow.scheduler
 twinflow.sampling
 twinflow.interface twinflow.adapters
 twinflow
-twinflow.atomic_files twinflow.distributed twinflow.errors twinflow.suggest
+twinflow.atomic_files twinflow.distributed twinflow.suggest twinflow.environment
+twinflow.errors
 twinflow_kernels
 """
 LAYER = {name: number for number, line in enumerate(LAYERS.strip().splitlines()) for name in line.split()}

@@ -1,28 +1,45 @@
-"""`lookup()`: an entry of a table by its name, and a message with the nearest names where there is none."""
+"""`lookup()`, `nearest()`, `did_you_mean()`: what to say of a name that a table does not have."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
+
+from twinflow.errors import ArgumentError
 
 Entry = TypeVar("Entry")
 
 
-def lookup(table: Mapping[str, Entry], name: str, argument: str, *, also: str = "", hint: str = "") -> Entry:
+def lookup(
+    table: Mapping[str, Entry], name: str, function: str, argument: str, *, also: str = "", hint: str = ""
+) -> Entry:
     """The entry of that name.
 
     Args:
         table: name -> entry.
-        name: what was asked for.
-        argument: the function and the argument, for the message.
-        also: what would be accepted beside the names.
-        hint: what to do instead.
+        name: a key of the table.
+        function, argument, hint: for the message, as of `ArgumentError`.
+        also: what the argument may be beside the names, such as "auto or ".
 
     Raises:
-        ValueError: no such name; the message has those most like it first, then the others.
+        ArgumentError: no such name; the message has the three most like it first, then the others.
     """
     if name in table:
         return table[name]
     close = difflib.get_close_matches(str(name).lower(), table, n=3, cutoff=0.4)
     others = ", ".join(known for known in table if known not in close)
     wanted = " or ".join(close) + (f" (others: {others})" if others else "") if close else f"one of {others}"
-    raise ValueError(f"{argument} must be {also}{wanted}, got {name!r}{hint}")
+    raise ArgumentError(function, argument, f"{also}{wanted}", repr(name), hint)
+
+
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """The known name most like this one, or like this one after a prefix; "": none is like it."""
+    names = [*known]
+    near = difflib.get_close_matches(name, names, 1, 0.6)
+    near = near or (difflib.get_close_matches(prefix + name, names, 1, 0.8) if prefix else [])
+    return near[0] if near else ""
+
+
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """A question for the nearest known name; "": none is like it."""
+    near = nearest(name, known, prefix)
+    return f"did you mean {near!r}?" if near else ""

@@ -93,7 +93,7 @@ def test_usage_has_status_two_and_help_has_units(capsys):
 def test_debug_shows_the_traceback(capsys):
     assert main(["--debug", "plan", "--model", "none"]) == 2
     shown = capsys.readouterr().err
-    assert shown.startswith("Traceback") and "ValueError: plan: model must be" in shown
+    assert shown.startswith("Traceback") and "ArgumentError: plan: model must be" in shown
 
 
 def test_the_script_is_declared():

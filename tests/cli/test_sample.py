@@ -140,7 +140,7 @@ def test_what_few_step_weights_are_not_for_is_said(exports, tmp_path, capsys):
     arguments = ["--prompt", "a fox", "--steps", "5", "--guidance", "2", "--out", str(tmp_path)]
     assert main(["sample", str(exports["sd3"]), *arguments]) == 0
     said = capsys.readouterr().err
-    assert "warning: steps must be 1 to 4 for what few-step weights are trained for, got 5" in said
+    assert "warning: few-step weights are trained for 1 to 4 steps, got 5" in said
     assert "warning: guidance is in the weights already; 2 more oversaturates" in said
 
 
@@ -150,7 +150,7 @@ def test_an_export_that_does_not_say_its_model(exports, tmp_path, capsys):
     del said["usage"]
     (export / MANIFEST).write_text(json.dumps(said))
     assert main(["sample", str(export), "--prompt", "a fox"]) == 2
-    assert "model must be given for an export that does not say" in capsys.readouterr().err
+    assert "model must be given for an export that does not name" in capsys.readouterr().err
     size = ["--width", "24", "--height", "16"]
     (path,) = drawn(capsys, export, "--model", str(saved_pipeline("sd3")), *size, out=tmp_path / "a")
     (expected,) = drawn(capsys, exports["sd3"], out=tmp_path / "b")

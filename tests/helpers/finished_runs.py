@@ -13,8 +13,8 @@ from helpers.tiny_pipelines import image_size, saved_pipeline
 from twinflow.objective.loss import TwinFlowLoss
 from twinflow.train.checkpoint.checkpoint import write_checkpoint
 from twinflow.train.checkpoint.run_state import RunState
+from twinflow.train.config.resolve import read_config
 from twinflow.train.config.run_folder import RunFolder
-from twinflow.train.config.settings import read_config
 from twinflow.train.model.student import build_student, build_teacher
 
 _BRIDGE = {"model_family": "unet", "diff2flow_enabled": True, "twinflow_allow_diff2flow": True}

@@ -12,7 +12,7 @@ from twinflow.distributed import any_rank, unwrap, world
 from twinflow.interface import trained_parameters
 from twinflow.train.checkpoint.checkpoint import write_checkpoint
 from twinflow.train.checkpoint.run_state import RunState
-from twinflow.train.config.settings import read_config
+from twinflow.train.config.resolve import read_config
 from twinflow.train.model.parallel import clip, wrap
 from twinflow.train.model.student import build_student
 

@@ -13,9 +13,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss
+from twinflow.environment import describe_environment
 from twinflow.train import read_config
 from twinflow.train.config.run_folder import RunFolder
-from twinflow.train.logging.environment import environment
 from twinflow.train.logging.metrics_file import MetricsFile
 from twinflow.train.logging.step_metrics import StepMetrics
 
@@ -81,7 +81,7 @@ def whole_run(root: Path, steps: int = 60) -> RunFolder:
              "output_dir": str(root), "validation_prompts": PROMPTS[1], "learning_rate": 1e-3,
              "train_batch_size": ROWS, "twinflow_target_step_count": 2}  # fmt: skip
     run.config.write_text(read_config(None, given).to_json())
-    run.environment.write_text(json.dumps(environment()))
+    run.environment.write_text(json.dumps(describe_environment()))
     found = records(steps)
     half = next(k for k, record in enumerate(found) if record["step"] > steps // 2)
     MetricsFile(run.metrics).append([start(0), *found[:half], start(steps // 2), *found[half:]])

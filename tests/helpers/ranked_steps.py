@@ -24,7 +24,8 @@ from twinflow.interface import trained_parameters
 from twinflow.memory import apply_memory
 from twinflow.memory.blocks import repeated_blocks
 from twinflow.train.checkpoint.run_state import RunState
-from twinflow.train.config.settings import TrainSettings, read_config
+from twinflow.train.config.resolve import read_config
+from twinflow.train.config.settings import TrainSettings
 from twinflow.train.model.optimizer import build_optimizer
 from twinflow.train.model.parallel import clip, wrap
 from twinflow.train.model.student import build_student

@@ -5,19 +5,28 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from twinflow.cli.run_weights import add_weight_options, chosen_weights, described
+from twinflow.cli.parser import EXAMPLES, Parser
+from twinflow.cli.run_weights import add_weight_options, choose_weights, describe_weights
+from twinflow.errors import require
 
 if TYPE_CHECKING:
     from twinflow.formats.manifest import Manifest
 
+_EPILOG = f"""{EXAMPLES}
+  twinflow export run
+  twinflow export run --student --checkpoint checkpoint-002000 --out early
+  twinflow export run --format comfyui --out lora"""
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+
+def add_options(parser: Parser) -> None:
     """Declares the options."""
     parser.description = "Writes what a run trained: its LoRA, or the whole model where all weights were trained."
-    parser.add_argument("run_folder", type=Path, metavar="RUN", help="folder of the run, output_dir of its config")
-    parser.add_argument("--format", default="diffusers", help="diffusers; comfyui: for Qwen-Image and Z-Image")
+    parser.epilog = _EPILOG
+    parser.add_argument("run_folder", type=Path, metavar="RUN", help="folder of the run: its output_dir")
+    text = "diffusers; comfyui: Qwen-Image and Z-Image"
+    parser.add_argument("--format", default="diffusers", metavar="NAME", help=text)
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: RUN/export)")
-    parser.add_argument("--merge-base", action="store_true", help="one LoRA of base_lora and the trained one")
+    parser.add_argument("--merge-base", action="store_true", help="write base_lora and the trained LoRA as one")
     add_weight_options(parser)
 
 
@@ -25,21 +34,21 @@ def run(options: argparse.Namespace) -> int:
     """Exports, and lists the files."""
     from twinflow.formats.manifest import LAYOUTS, MANIFEST, read_manifest
 
-    if options.format not in LAYOUTS:
-        raise ValueError(f"export: format must be one of {', '.join(LAYOUTS)}, got {options.format!r}")
-    found = chosen_weights(options, options.run_folder)
+    layouts = f"one of {', '.join(LAYOUTS)}"
+    require(options.format in LAYOUTS, "export", "format", layouts, repr(options.format))
+    restored = choose_weights(options, options.run_folder)
     out = options.run_folder / "export" if options.out is None else options.out
-    folder = found.export(out, format=options.format, merge_base=options.merge_base)
+    folder = restored.export(out, format=options.format, merge_base=options.merge_base)
     manifest = read_manifest(folder)
     assert manifest is not None
-    print(f"{folder}: {described(found)}, from {found.checkpoint}")
+    print(f"{folder}: {describe_weights(restored)}, from {restored.checkpoint}")
     for path in sorted(path for path in folder.iterdir() if path.suffix == ".safetensors" or path.name == MANIFEST):
         print(f"  {path.name}  {_size(path)}")
-    print(_use(folder, manifest))
+    print(_next_step(folder, manifest))
     return 0
 
 
-def _use(folder: Path, manifest: "Manifest") -> str:
+def _next_step(folder: Path, manifest: "Manifest") -> str:
     from twinflow.models.registry import FAMILIES
 
     if manifest.layout == "comfyui":

@@ -1,56 +1,68 @@
-"""`twinflow plan`: what a training step will need, before a card is rented."""
+"""`twinflow plan`: the memory and time of a training step, before a card is rented."""
 
 import argparse
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twinflow.cli.print_error import print_error
+from twinflow.cli.parser import EXAMPLES, Parser
+from twinflow.errors import ArgumentError, require
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from twinflow.memory.planner.forecast import Forecast
     from twinflow.memory.planner.workload import Workload
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+_EPILOG = f"""{EXAMPLES}
+  twinflow plan --model sd3.5-medium --gpu rtx-4090
+  twinflow plan --model qwen-image --full --gpu h200 --batch 8 --png plan.png
+  twinflow plan --model flux.1 --lora-rank 32 --memory-gb 30 --json -
+  twinflow plan --model all"""
+
+
+def add_options(parser: Parser) -> None:
     """Declares the options."""
-    parser.description = "Predicts the peak memory and the least time of a training step under every memory preset."
-    parser.add_argument("--model", required=True, help="its name, e.g. qwen-image; `all`: every model on every card")
-    parser.add_argument("--gpu", default="a100-80gb", help="the card, e.g. a100-40gb, h200, rtx-4090")
-    parser.add_argument(
-        "--memory-gb", type=float, help="GB (1e9 bytes) that the allocator may use, instead of a card's"
-    )
-    parser.add_argument("--resolution", default="1024", help="pixels: an edge, or WIDTHxHEIGHT")
-    parser.add_argument("--batch", type=int, default=4, help="rows of an optimizer step on this card")
+    parser.description = "Forecasts the peak memory and the least time of a training step under every memory preset."
+    parser.epilog = _EPILOG
+    parser.add_argument("--model", required=True, metavar="NAME", help="such as qwen-image; all: every model")
+    text = "card, such as a100-40gb, h200, rtx-4090"
+    parser.add_argument("--gpu", default="a100-80gb", metavar="NAME", help=text)
+    text = "GB (1e9 bytes) that the allocator may use (default: the card's)"
+    parser.add_argument("--memory-gb", type=float, metavar="GB", help=text)
+    text = "pixels: an edge, or WIDTHxHEIGHT"
+    parser.add_argument("--resolution", default="1024", metavar="SIZE", help=text)
+    text = "rows of an optimizer step on this card"
+    parser.add_argument("--batch", type=int, default=4, metavar="N", help=text)
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--lora-rank", type=int, help="rank of the LoRA (default: as usual for the model)")
+    group.add_argument("--lora-rank", type=int, metavar="N", help="rank of the LoRA (default: the model's usual one)")
     group.add_argument("--full", action="store_true", help="train all weights")
-    parser.add_argument("--recipe", default="partition", help="partition or all_terms")
-    parser.add_argument("--order", type=int, default=2, help="teacher steps N of the rollout")
-    parser.add_argument("--conditioning", default="dual", help="how the model is told both times")
-    parser.add_argument("--text-tokens", type=int, help="length of the prompts (default: as usual for the model)")
-    parser.add_argument(
-        "--base", help="bfloat16, float32 (autocast), int8, nf4 (default: bfloat16, all weights float32)"
-    )
-    parser.add_argument("--optimizer", default="adamw", help="adamw, adamw8bit or sgd")
-    parser.add_argument(
-        "--no-peers", action="store_true", help="leave out DMD2, SANA-Sprint and the published schedule"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON; `-`: to the terminal")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="write the picture there")
+    parser.add_argument("--recipe", default="partition", metavar="NAME", help="partition or all_terms")
+    parser.add_argument("--order", type=int, default=2, metavar="N", help="teacher steps of the rollout")
+    text = "how the model takes both times, as of `twinflow train`"
+    parser.add_argument("--conditioning", default="dual", metavar="NAME", help=text)
+    text = "length of the prompts (default: the model's usual one)"
+    parser.add_argument("--text-tokens", type=int, metavar="N", help=text)
+    text = "bfloat16, float32 (autocast), int8 or nf4 (default: bfloat16; float32 with --full)"
+    parser.add_argument("--base", metavar="NAME", help=text)
+    parser.add_argument("--optimizer", default="adamw", metavar="NAME", help="adamw, adamw8bit or sgd")
+    text = "leave out DMD2, SANA-Sprint and the published schedule"
+    parser.add_argument("--no-peers", action="store_true", help=text)
+    text = "write everything as JSON; -: to the terminal"
+    parser.add_argument("--json", type=Path, metavar="FILE", help=text)
+    parser.add_argument("--png", type=Path, metavar="FILE", help="write the picture of the forecasts")
 
 
 def _check_writable(*paths: Path | None) -> None:
-    """Raises before minutes are spent on what could not be written."""
+    """Raises before minutes are spent on files that could not be written."""
     for path in paths:
-        if path is not None and str(path) != "-" and not path.absolute().parent.is_dir():
-            raise ValueError(f"plan: files must go into a folder that exists, got {path}")
+        exists = path is None or str(path) == "-" or path.absolute().parent.is_dir()
+        require(exists, "plan", "files", "into a folder that exists", path, verb="go")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints the forecasts; 1 where no preset fits."""
-    from rich.console import Console
-
+    """Prints the forecasts; an error of status 1 where no preset fits."""
     from twinflow.memory.planner.choose import choose, forecasts
     from twinflow.memory.planner.forecast import Planner
     from twinflow.memory.planner.gpus import gpu_of
@@ -61,28 +73,35 @@ def run(options: argparse.Namespace) -> int:
         return _plan_all(options)
     gpu, workload = gpu_of(options.gpu), _workload(options, options.model)
     usable = gpu.usable_gb if options.memory_gb is None else options.memory_gb
-    if not usable > 0:
-        raise ValueError(f"plan: memory_gb must be > 0, got {usable}")
+    require(usable > 0, "plan", "memory_gb", "> 0", usable)
     planner = Planner(workload, gpu)
-    found, best, refusal = forecasts(planner), None, None
+    rows = forecasts(planner)
+    best: Forecast | None = None
+    refusal: ValueError | None = None
     try:
-        best = choose(planner, usable, found)
-        found = found if best in found else [best, *found]
+        best = choose(planner, usable, rows)
+        rows = rows if best in rows else [best, *rows]
     except ValueError as error:
         refusal = error
-    found = sorted(found, key=lambda f: (f is not best, not f.fits(usable)))
-    found += _peers(options, workload)
-    to_terminal = options.json is not None and str(options.json) == "-"
-    console = Console(stderr=to_terminal)
-    console.print(table(found, usable, best, console.width))
-    for line in notes(found, usable, gpu.name if options.memory_gb is None else "the budget", console.width):
+    rows = sorted(rows, key=lambda row: (row is not best, not row.fits(usable))) + _peers(options, workload)
+    console = _console(options)
+    console.print(table(rows, usable, best, console.width))
+    for line in notes(rows, usable, gpu.name if options.memory_gb is None else "the budget", console.width):
         console.print(line, style="dim", highlight=False)
-    _write(options, [found], [as_json(found, best)])
-    if best is None:
-        print_error("plan", refusal)
-        return 1
+    _write(options, [rows], [as_json(rows, best)])
+    if refusal is not None:
+        refusal.exit_status = 1  # type: ignore[attr-defined]  # no mistake in the command: it cannot be done
+        raise refusal
+    assert best is not None
     console.print(f"> {best.preset}", highlight=False)
     return 0
+
+
+def _console(options: argparse.Namespace) -> "Console":
+    """The terminal; standard error where the JSON goes to standard output."""
+    from rich.console import Console
+
+    return Console(stderr=options.json is not None and str(options.json) == "-")
 
 
 def _workload(options: argparse.Namespace, model: str) -> "Workload":
@@ -103,7 +122,7 @@ def _workload(options: argparse.Namespace, model: str) -> "Workload":
 def _resolution(text: str) -> int | tuple[int, int]:
     parts = text.lower().split("x")
     if len(parts) > 2 or not all(part.isdigit() for part in parts):
-        raise ValueError(f"plan: resolution must be pixels as 1024 or 1024x768, got {text!r}")
+        raise ArgumentError("plan", "resolution", "pixels as 1024 or 1024x768", repr(text))
     return int(parts[0]) if len(parts) == 1 else (int(parts[1]), int(parts[0]))
 
 
@@ -130,8 +149,6 @@ def _write(options: argparse.Namespace, groups: list[list["Forecast"]], reports:
 
 
 def _plan_all(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from twinflow.memory.planner.architectures import architectures
     from twinflow.memory.planner.choose import forecasts
     from twinflow.memory.planner.forecast import Planner
@@ -139,12 +156,12 @@ def _plan_all(options: argparse.Namespace) -> int:
     from twinflow.memory.planner.overview import overview
     from twinflow.memory.planner.report import as_json
 
-    console = Console(stderr=options.json is not None and str(options.json) == "-")
-    groups, gpu = [], gpu_of(options.gpu)
+    console, gpu = _console(options), gpu_of(options.gpu)
+    groups = []
     for model in architectures():
         with console.status(f"{model} ..."):
             groups.append(forecasts(Planner(_workload(options, model), gpu)))
     for table in overview(groups, gpu.name, console.width):
         console.print(table)
-    _write(options, groups, [as_json(found, None) for found in groups])
+    _write(options, groups, [as_json(rows, None) for rows in groups])
     return 0

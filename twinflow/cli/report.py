@@ -3,16 +3,19 @@
 import argparse
 from pathlib import Path
 
+from twinflow.cli.parser import EXAMPLES, Parser
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+
+def add_options(parser: Parser) -> None:
     """Declares the options."""
-    parser.description = "Writes what a run measured and drew into one HTML page that needs no network."
-    parser.add_argument("run_folder", type=Path, metavar="RUN", help="folder of the run, output_dir of its config")
+    parser.description = "Writes what a run measured and drew as one HTML page that needs no network."
+    parser.epilog = f"{EXAMPLES}\n  twinflow report run\n  twinflow report run --out report.html"
+    parser.add_argument("run_folder", type=Path, metavar="RUN", help="folder of the run: its output_dir")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the page (default: report.html in RUN)")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Writes the page, and prints where it is."""
+    """Writes the page, and prints its path."""
     from twinflow.report import write_report
     from twinflow.train.config.run_folder import RunFolder
 

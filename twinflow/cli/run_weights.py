@@ -1,4 +1,4 @@
-"""The weights of a run that `twinflow export` and `twinflow sample` take: which, and from where."""
+"""`choose_weights()`: the weights of a run that `twinflow export` and `twinflow sample` use."""
 
 import argparse
 import sys
@@ -7,56 +7,57 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from twinflow.errors import ArgumentError
+
 if TYPE_CHECKING:
     from twinflow.train.restore import RestoredRun
 
 
 def add_weight_options(parser: argparse.ArgumentParser) -> None:
-    """Declares what chooses among a run's weights."""
+    """Declares the options that choose among a run's weights."""
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--ema", action="store_true", help="the average of the weights (default: where the run has one)")
+    group.add_argument("--ema", action="store_true", help="the average of the weights (default: if the run has one)")
     group.add_argument("--student", action="store_true", help="the trained weights themselves")
     parser.add_argument("--checkpoint", default="latest", metavar="NAME", help="latest, or a checkpoint's name or path")
-    parser.add_argument(
-        "--model", metavar="PIPELINE", help="folder or hub name of the pipeline underneath (default: the run's)"
-    )
+    text = "hub name or folder of the base pipeline (default: the run's)"
+    parser.add_argument("--model", metavar="PIPELINE", help=text)
 
 
-def chosen_weights(options: argparse.Namespace, run: Path) -> "RestoredRun":
-    """The weights of a run that the options choose; names on standard error what is passed over.
+def choose_weights(options: argparse.Namespace, run: Path) -> "RestoredRun":
+    """The weights of a run that the options choose; prints a note about each checkpoint that is passed over.
 
     Raises:
-        ValueError: no run, no whole checkpoint, no average where one is asked for, or no pipeline underneath.
+        ValueError: no run, no whole checkpoint, no average where `--ema` wants one, or no base pipeline.
     """
     from twinflow.train.restore import restore_run
 
     ema = True if options.ema else False if options.student else None
-    with named_model(options):
-        found = restore_run(run, checkpoint=options.checkpoint, ema=ema, model=options.model)
-    for complaint in found.complaints:
-        say(options, f"warning: {complaint}")
-    return found
+    with model_option(options):
+        restored = restore_run(run, checkpoint=options.checkpoint, ema=ema, model=options.model)
+    for complaint in restored.complaints:
+        print_note(options, f"warning: {complaint}")
+    return restored
 
 
 @contextmanager
-def named_model(options: argparse.Namespace) -> Iterator[None]:
-    """Makes a missing pipeline underneath a matter of `--model`."""
-    training = "train: pretrained_model_name_or_path"
+def model_option(options: argparse.Namespace) -> Iterator[None]:
+    """Turns an error about the run's pipeline into one about `--model`."""
     try:
         yield
-    except ValueError as error:
-        if not str(error).startswith(training):
+    except ArgumentError as error:
+        if error.argument != "pretrained_model_name_or_path":
             raise
-        hint = "; name another with --model" if options.model is None else ""
-        raise ValueError(f"{options.command}: model{str(error).removeprefix(training)}{hint}") from error
+        hints = [error.hint] if error.hint else []
+        hints += ["name another with --model"] if options.model is None else []
+        raise error.renamed(options.command, "model", hint="; ".join(hints)) from error
 
 
-def described(found: "RestoredRun") -> str:
+def describe_weights(restored: "RestoredRun") -> str:
     """Which weights they are, in words."""
-    which = "student weights" if found.teacher is None else "EMA weights"
-    return f"{which} after {found.step} step{'' if found.step == 1 else 's'}"
+    which = "student weights" if restored.teacher is None else "EMA weights"
+    return f"{which} after {restored.step} step{'' if restored.step == 1 else 's'}"
 
 
-def say(options: argparse.Namespace, line: str) -> None:
-    """A line beside what the command gives out."""
+def print_note(options: argparse.Namespace, line: str) -> None:
+    """Prints a line on standard error, beside what the command prints as its result."""
     print(f"twinflow {options.command}: {line}", file=sys.stderr)

@@ -1,13 +1,17 @@
 """`twinflow sample`: images from a run or an export, by the stock diffusers pipeline."""
 
 import argparse
+import re
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twinflow.cli.png_file import new_png
-from twinflow.cli.run_weights import add_weight_options, chosen_weights, described, named_model, say
+from twinflow.cli.parser import EXAMPLES, Parser
+from twinflow.cli.run_weights import add_weight_options, choose_weights, describe_weights, model_option, print_note
+from twinflow.errors import ArgumentError, require
 
 if TYPE_CHECKING:
     from twinflow.formats.generation_config import GenerationConfig
@@ -16,34 +20,41 @@ if TYPE_CHECKING:
 _FEW, _MANY = 2, 30  # steps where an export does not say
 _WEIGHTS = {"ema": "EMA weights", "student": "student weights"}
 _MOST_SEED = 2**63 - 1
+_MOST_LETTERS = 48  # of a prompt, in a file's name
+_EPILOG = f"""{EXAMPLES}
+  twinflow sample run --prompt "a red fox" "a blue jay" --steps 2
+  twinflow sample run --prompts-file prompts.txt --count 4 --out pictures
+  twinflow sample run/export --prompt "a red fox" --width 768 --height 1024"""
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: Parser) -> None:
     """Declares the options."""
     parser.description = (
-        "Draws images by the stock diffusers pipeline with what a run trained, and prints the path of each: PNG files "
-        "that keep prompt, seed, steps and model in their text."
+        "Draws images by the stock diffusers pipeline with what a run trained, and prints the path of each. The PNG "
+        "files keep prompt, seed, steps and model in their text."
     )
+    parser.epilog = _EPILOG
+    parser.is_positional, parser.needs_positional = lambda word: Path(word).is_dir(), True
     of_run = "(default: as the run's own samples)"
-    parser.add_argument("source", type=Path, metavar="RUN_OR_EXPORT", help="folder of a run, or of an export")
-    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="what to draw; may be repeated")
+    text = "folder of a run or of an export"
+    parser.add_argument("source", nargs="?", type=Path, metavar="RUN_OR_EXPORT", help=text)
+    parser.add_argument("--prompt", nargs="+", action="append", default=[], metavar="TEXT", help="what to draw")
     parser.add_argument("--prompts-file", type=Path, metavar="FILE", help="a prompt a line: .txt or .jsonl")
-    parser.add_argument("--steps", type=int, help=f"network calls of an image, 1 to 4 {of_run}")
-    parser.add_argument("--seed", type=int, default=0, help="of the first image; each further one has the next")
-    parser.add_argument("--count", type=int, default=1, help="images of each prompt")
+    parser.add_argument("--steps", type=int, metavar="N", help=f"network calls of an image, 1 to 4 {of_run}")
+    text = "seed of the first image; each further image has the next"
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help=text)
+    parser.add_argument("--count", type=int, default=1, metavar="N", help="images of each prompt")
     parser.add_argument("--out", type=Path, default=Path("samples"), metavar="DIR", help="folder of the images")
-    parser.add_argument("--width", type=int, help=f"pixels {of_run}")
-    parser.add_argument("--height", type=int, help=f"pixels {of_run}")
-    parser.add_argument(
-        "--style", choices=("few", "any", "mul"), help="few, any or mul: each call's target (default: few)"
-    )
-    parser.add_argument(
-        "--guidance", type=float, metavar="SCALE", help="above 1 where it is not trained in (default: 0)"
-    )
-    parser.add_argument(
-        "--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="auto: bfloat16 on a GPU, else float32"
-    )
-    parser.add_argument("--device", default="auto", help="cuda, cuda:1, cpu; auto: a GPU where there is one")
+    parser.add_argument("--width", type=int, metavar="PIXELS", help=f"width {of_run}")
+    parser.add_argument("--height", type=int, metavar="PIXELS", help=f"height {of_run}")
+    text = "target time of each call: few, 0; any, the next time; mul, its own time (default: few)"
+    parser.add_argument("--style", choices=("few", "any", "mul"), metavar="NAME", help=text)
+    text = "guidance scale; above 1 only where guidance is not trained in (default: 0)"
+    parser.add_argument("--guidance", type=float, metavar="X", help=text)
+    text = "auto, bfloat16 or float32; auto: bfloat16 on a GPU, float32 on a CPU"
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", metavar="NAME", help=text)
+    text = "auto, cpu, cuda, cuda:1, ...; auto: a GPU if there is one"
+    parser.add_argument("--device", default="auto", metavar="NAME", help=text)
     add_weight_options(parser)
 
 
@@ -53,125 +64,120 @@ def run(options: argparse.Namespace) -> int:
     prompts = _prompts(options)
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="twinflow-") as temporary:
-        found = _source(options, Path(temporary))
-        found = replace(found, usage=_usage(options, found))
-        _draw(options, prompts, found)
+        source = _source(options, Path(temporary))
+        _draw(options, prompts, replace(source, generation=_generation(options, source)))
     return 0
 
 
 @dataclass(frozen=True)
 class _Source:
-    """What is drawn with: an export's folder and manifest, how it is used, and what its weights are, in words."""
+    """An export's folder, manifest and generation settings, and its weights in words."""
 
     export: Path
     manifest: "Manifest"
-    usage: "GenerationConfig | None"
+    generation: "GenerationConfig | None"
     weights: str
 
 
 def _check(options: argparse.Namespace) -> None:
     for name, low, high in (
         ("steps", 1, 1000), ("count", 1, 10**6), ("seed", 0, _MOST_SEED - 10**9), ("width", 1, 16384),
-        ("height", 1, 16384),
+        ("height", 1, 16384), ("guidance", 0, 1000),
     ):  # fmt: skip
         value = getattr(options, name)
-        if value is not None and not low <= value <= high:
-            raise ValueError(f"sample: {name} must be from {low} to {high}, got {value}")
-    if options.guidance is not None and not 0 <= options.guidance <= 1000:
-        raise ValueError(f"sample: guidance must be from 0 to 1000, got {options.guidance}")
-    if options.out.exists() and not options.out.is_dir():
-        raise ValueError(f"sample: out must be a folder, got the file {options.out}")
+        require(value is None or low <= value <= high, "sample", name, f"from {low} to {high}", value)
+    require(not options.out.exists() or options.out.is_dir(), "sample", "out", "a folder", f"the file {options.out}")
 
 
 def _prompts(options: argparse.Namespace) -> list[str]:
     prompts = list(options.prompt)
     for prompt in prompts:
-        if not prompt.strip():
-            raise ValueError(f"sample: prompt must have words, got {prompt!r}")
+        require(prompt.strip(), "sample", "prompt", "words", repr(prompt), verb="have")
     if options.prompts_file is not None:
         from twinflow.train.data.images import read_prompts
 
         prompts += read_prompts(options.prompts_file)
-    if not prompts:
-        raise ValueError("sample: prompt must be given (or prompts-file), got neither")
+    require(prompts, "sample", "prompt", "given (or prompts-file)", "neither")
     return prompts
 
 
 def _source(options: argparse.Namespace, temporary: Path) -> _Source:
-    """The export: what is given, or one of the run's weights in a temporary folder."""
+    """The export: the source itself, or the run's weights exported to a temporary folder."""
     from twinflow.formats.manifest import MANIFEST
     from twinflow.pipelines.generator import drawable
 
     source = options.source
     if not source.is_dir():
-        raise ValueError(f"sample: RUN_OR_EXPORT must be a folder, got {str(source)!r}, which does not exist")
+        raise ArgumentError("sample", "RUN_OR_EXPORT", "a folder that exists", repr(str(source)))
     if not (source / MANIFEST).is_file():
-        found = chosen_weights(options, source)
-        export = found.export(temporary / "export")
-        return _Source(export, drawable(export), found.usage, f"{described(found)}, {source}")
+        restored = choose_weights(options, source)
+        export = restored.export(temporary / "export")
+        return _Source(export, drawable(export), restored.usage, f"{describe_weights(restored)}, {source}")
     if options.ema or options.student or options.checkpoint != "latest":
-        raise ValueError(f"sample: ema, student and checkpoint must be absent for an export, got one with {source}")
+        raise ArgumentError("sample", "ema, student and checkpoint", "absent for an export", f"one with {source}")
     manifest = drawable(source)
     return _Source(source, manifest, manifest.usage, f"{_WEIGHTS[manifest.weights]}, {source}")
 
 
-def _usage(options: argparse.Namespace, source: _Source) -> "GenerationConfig":
-    """How it is drawn with: what is asked for, else as the export says."""
+def _generation(options: argparse.Namespace, source: _Source) -> "GenerationConfig":
+    """Model, steps, size and guidance: by the options, else by the export."""
     from twinflow.formats.generation_config import GenerationConfig
 
-    said = source.usage
-    model = options.model or (None if said is None else said.model)
+    default = source.generation
+    model = options.model or (None if default is None else default.model)
     if model is None:
-        raise ValueError("sample: model must be given for an export that does not say what is underneath, got none")
+        raise ArgumentError("sample", "model", "given for an export that does not name its base pipeline", "none")
     few = source.manifest.conditioning is not None
-    usual = said or GenerationConfig(model, _FEW if few else _MANY)
-    steps = usual.steps if options.steps is None else options.steps
-    guidance = usual.guidance if options.guidance is None else options.guidance
+    default = default or GenerationConfig(model, _FEW if few else _MANY)
+    steps = default.steps if options.steps is None else options.steps
+    guidance = default.guidance if options.guidance is None else options.guidance
     if few and steps > 4:
-        say(options, f"warning: steps must be 1 to 4 for what few-step weights are trained for, got {steps}")
+        print_note(options, f"warning: few-step weights are trained for 1 to 4 steps, got {steps}")
     if few and guidance > 1:
-        say(options, f"warning: guidance is in the weights already; {guidance:g} more oversaturates at twice the cost")
-    return GenerationConfig(model, steps, _size(options, usual.size), guidance)
+        text = f"guidance is in the weights already; {guidance:g} more oversaturates at twice the cost"
+        print_note(options, f"warning: {text}")
+    return GenerationConfig(model, steps, _size(options, default.size), guidance)
 
 
-def _size(options: argparse.Namespace, usual: tuple[int, int] | None) -> tuple[int, int] | None:
+def _size(options: argparse.Namespace, default: tuple[int, int] | None) -> tuple[int, int] | None:
     width, height = options.width, options.height
-    if usual is None:
+    if default is None:
         return None if width is None and height is None else (width or height, height or width)
-    return (width or usual[0], height or usual[1])
+    return (width or default[0], height or default[1])
 
 
 def _draw(options: argparse.Namespace, prompts: list[str], source: _Source) -> None:
     from twinflow.pipelines.generator import ImageGenerator
     from twinflow.train.model.pipeline_source import pipeline_folder
 
-    usage = source.usage
-    assert usage is not None
-    with named_model(options):
-        folder = pipeline_folder(usage.model)
-    _check_size(folder, usage.size)
-    dtype, device = _place(options)
-    say(options, f"{source.weights}, on {usage.model}, {usage.steps} step{'s' if usage.steps > 1 else ''}, {device}")
-    _without_bars()
+    generation = source.generation
+    assert generation is not None
+    with model_option(options):
+        folder = pipeline_folder(generation.model)
+    _check_size(folder, generation.size)
+    dtype, device = _dtype_and_device(options)
+    steps = f"{generation.steps} step{'s' if generation.steps > 1 else ''}"
+    print_note(options, f"{source.weights}, on {generation.model}, {steps}, {device}")
+    _disable_progress_bars()
     generator = ImageGenerator(folder, source.export, style=options.style, dtype=dtype, device=device)
     style = options.style or ("few" if source.manifest.conditioning else "the pipeline's own")
-    about = {"steps": usage.steps, "style": style, "guidance": usage.guidance}
-    about |= {"model": usage.model, "weights": source.weights}
-    seed = options.seed
+    about = {"steps": generation.steps, "style": style, "guidance": generation.guidance}
+    about |= {"model": generation.model, "weights": source.weights}
+    seed, size, guidance = options.seed, generation.size, generation.guidance
     for prompt in prompts:
         for _ in range(options.count):
-            image = generator.generate(prompt, seed=seed, steps=usage.steps, size=usage.size, guidance=usage.guidance)
-            print(new_png(image, options.out, {"prompt": prompt, "seed": seed, **about}), flush=True)
+            image = generator.generate(prompt, seed=seed, steps=generation.steps, size=size, guidance=guidance)
+            print(_write_png(image, options.out, {"prompt": prompt, "seed": seed, **about}), flush=True)
             seed += 1
 
 
-def _without_bars() -> None:
+def _disable_progress_bars() -> None:
     """A bar for each part of the pipeline that is read says little; downloads keep theirs."""
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
-    of_diffusers.disable_progress_bar()
-    of_transformers.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
 
 
 def _check_size(folder: Path, size: tuple[int, int] | None) -> None:
@@ -179,23 +185,54 @@ def _check_size(folder: Path, size: tuple[int, int] | None) -> None:
 
     multiple = Encoders(folder).multiple
     for name, edge in zip(("width", "height"), size or (), strict=False):
-        if edge % multiple:
-            near = max(multiple, round(edge / multiple) * multiple)
-            raise ValueError(f"sample: {name} must be a multiple of {multiple} pixels (such as {near}), got {edge}")
+        near = max(multiple, round(edge / multiple) * multiple)
+        wanted = f"a multiple of {multiple} pixels (such as {near})"
+        require(edge % multiple == 0, "sample", name, wanted, edge)
 
 
-def _place(options: argparse.Namespace) -> tuple[Any, Any]:
-    """The dtype and the device."""
+def _dtype_and_device(options: argparse.Namespace) -> tuple[Any, Any]:
     import torch
 
-    cuda = torch.cuda.is_available()
-    asked = ("cuda" if cuda else "cpu") if options.device == "auto" else options.device
+    name = options.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(asked)
+        device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch's own complaints, of several lines
-        raise ValueError(
-            f"sample: device must be one of this machine's, got {asked!r}: {str(error).split('.')[0]}"
-        ) from None
+        reason = str(error).split(".")[0]
+        raise ArgumentError("sample", "device", "one of this machine's", f"{name!r}: {reason}") from None
     dtype = ("float32" if device.type == "cpu" else "bfloat16") if options.dtype == "auto" else options.dtype
     return getattr(torch, dtype), device
+
+
+def _write_png(image: Any, folder: Path, about: Mapping[str, object]) -> Path:
+    """Writes an image under a name that no other file has.
+
+    Args:
+        image: a PIL image.
+        folder: where it goes.
+        about: how it was drawn, kept in the file's text; `prompt`, `steps` and `seed` make its name.
+
+    Returns:
+        The file.
+    """
+    from PIL.PngImagePlugin import PngInfo
+
+    text = PngInfo()
+    software = f"twinflow {version('twinflow')}"
+    for name, value in {**about, "width": image.width, "height": image.height, "software": software}.items():
+        text.add_itxt(name, str(value))
+    words = re.sub(r"\W+", "-", str(about["prompt"]).lower())[:_MOST_LETTERS].strip("-_") or "image"
+    stem = f"{words}-{about['steps']}steps-seed{about['seed']}"
+    for number in range(1, 10**6):
+        path = folder / (f"{stem}.png" if number == 1 else f"{stem}-{number}.png")
+        try:
+            with open(path, "xb") as file:
+                image.save(file, "PNG", pnginfo=text)
+        except FileExistsError:
+            continue
+        return path
+    raise ArgumentError(
+        "sample", "out", f"a free name like {stem}.png", f"{folder} with a million of them", verb="have"
+    )

@@ -78,4 +78,4 @@ def preset_of(name: str) -> MemoryPreset:
     Raises:
         ValueError: unknown; the message has the nearest names.
     """
-    return lookup(PRESETS, name, "apply_memory: preset", also="auto or ")
+    return lookup(PRESETS, name, "apply_memory", "preset", also="auto or ")

@@ -7,8 +7,9 @@ from typing import Any
 
 from twinflow.report.samples import SampleSet, read_samples
 from twinflow.report.series import Series, read_series
+from twinflow.train.config.resolve import read_config
 from twinflow.train.config.run_folder import RunFolder
-from twinflow.train.config.settings import TrainSettings, read_config
+from twinflow.train.config.settings import TrainSettings
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from typing import Any
 
 from twinflow.report.content import SMALL, loss_columns
 from twinflow.report.run import Run
-from twinflow.train.config.describe import Line, described
-from twinflow.train.config.options import OPTIONS
+from twinflow.train.config.describe import Line, grouped_lines
+from twinflow.train.config.settings import OPTIONS
 from twinflow.train.logging.trajectory import TITLE
 
 _GUIDE = "".join(f"<p>{text}</p>" for text in (
@@ -105,7 +105,7 @@ def config(run: Run) -> str:
         rows = [Line(name, _plain(value)) for name, value in run.config.items()]
         body = f'<div class="tables">{_table("config.json", rows)}</div>' if rows else empty("No config.json.")
         return section("config", "Config", "", body)
-    groups = described(run.settings)
+    groups = grouped_lines(run.settings)
     changed = sum(line.changed for lines in groups.values() for line in lines)
     tables = "".join(_table(group, lines) for group, lines in groups.items())
     notes = "".join(f"<li>{escape(warning)}</li>" for warning in run.settings.warnings)

@@ -1,15 +1,7 @@
 """The trainer: from a folder of images, or prompts, and a config file to a few-step pipeline."""
 
-from twinflow.train.config.command_line import add_options, require_known
 from twinflow.train.config.describe import changed, step_guidance
-from twinflow.train.config.settings import TrainSettings, read_config, settings_from
+from twinflow.train.config.resolve import read_config
+from twinflow.train.config.settings import TrainSettings
 
-__all__ = [
-    "TrainSettings",
-    "add_options",
-    "changed",
-    "read_config",
-    "require_known",
-    "settings_from",
-    "step_guidance",
-]
+__all__ = ["TrainSettings", "changed", "read_config", "step_guidance"]

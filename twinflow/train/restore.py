@@ -15,8 +15,9 @@ from twinflow.train.checkpoint.checkpoint import latest_checkpoint, read_checkpo
 from twinflow.train.checkpoint.files import read_files, read_summary
 from twinflow.train.checkpoint.optimizer_state import kind_of
 from twinflow.train.checkpoint.state_checks import check_form, check_names, check_tensor
+from twinflow.train.config.resolve import read_config
 from twinflow.train.config.run_folder import RunFolder
-from twinflow.train.config.settings import TrainSettings, read_config
+from twinflow.train.config.settings import TrainSettings
 from twinflow.train.model.pipeline_source import pipeline_folder
 from twinflow.train.model.student import build_student, build_teacher
 

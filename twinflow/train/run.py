@@ -15,6 +15,7 @@ from rich.console import Console
 
 from twinflow.atomic_files import remove_partials, write_file
 from twinflow.distributed import any_rank, on_rank_zero, world
+from twinflow.environment import describe_environment
 from twinflow.errors import ArgumentError
 from twinflow.train.callbacks import Callbacks, build_callbacks
 from twinflow.train.checkpoint.checkpoint import read_checkpoint, write_checkpoint
@@ -27,7 +28,6 @@ from twinflow.train.data.build_cache import Cache
 from twinflow.train.data.cache import Entry, held_out
 from twinflow.train.data.prepare import encoders_of, prepare_data, unread
 from twinflow.train.logging.console import Display, plural_steps, redirect_stdout_to
-from twinflow.train.logging.environment import environment
 from twinflow.train.logging.quiet import without_loading_bars
 from twinflow.train.logging.run_logger import RunLogger, required_trackers
 from twinflow.train.loop import Due
@@ -170,7 +170,7 @@ def _begin(settings: TrainSettings, run: RunFolder, display: Display) -> Path | 
 
     def write() -> str:
         write_file(run.config, settings.to_json().encode())
-        write_file(run.environment, json.dumps(environment(world()[1]), indent=1).encode())
+        write_file(run.environment, json.dumps(describe_environment(world()[1]), indent=1).encode())
         return ""
 
     on_rank_zero("train", take)

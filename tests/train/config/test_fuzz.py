@@ -1,40 +1,29 @@
 """Any config and any command line gives settings or one readable line; what gives settings reads back."""
 
-import argparse
 import json
 import tempfile
 from pathlib import Path
 
 import pytest
+from helpers.any_config import CONFIGS, LEAVES, NAMES, NUMBERS, SETTINGS, VALUES, WORDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twinflow.train import TrainSettings, add_options, read_config, settings_from
+from twinflow.cli.parser import Parser
+from twinflow.cli.train import add_options, settings_from
+from twinflow.train import TrainSettings, read_config
+from twinflow.train.config import simpletuner
 from twinflow.train.config.describe import describe
-from twinflow.train.config.options import ALIASES, OPTIONS, option_name
-from twinflow.train.config.presets import TRAIN_PRESETS
-from twinflow.train.config.simpletuner import HARMLESS, UNSUPPORTED
+from twinflow.train.config.resolve import option_name
+from twinflow.train.config.settings import OPTIONS
 
-PARSER = argparse.ArgumentParser()
+PARSER = Parser()
 add_options(PARSER)
 EXACT = (
     "TwinFlow requires flow-matching prediction_type.",
     "TwinFlow requires an EMA teacher;",
+    "unknown option",
 )  # name no option first
-NAMES = st.sampled_from([*OPTIONS, *ALIASES, *UNSUPPORTED, *HARMLESS])
-WORDS = st.sampled_from([
-    "", "0", "1", "2.5", "1e-4", "nan", "inf", "-1", "true", "false", "no", "auto", "full", "lora", "sd3", "sdxl", "a",
-    "epsilon", "constant", "adamw", "bf16", "all", "dual", "512x768", "partition", "24gb", "checkpoint", "é",
-    *TRAIN_PRESETS,
-])  # fmt: skip
-NUMBERS = st.one_of(st.integers(-2, 5), st.integers(), st.floats(0, 1), st.floats())
-LEAVES = st.one_of(st.none(), st.booleans(), NUMBERS, WORDS, st.text())
-VALUES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3))
-SETTINGS = st.dictionaries(
-    st.sampled_from(["recipe", "shares", "loss", "step_focus", "target_clamp", "data_free", "time_dist", "delta_t"]),
-    VALUES | st.sampled_from([{"any": 1}, [1, 1, 1], "all_terms", "partition", "l2"]),
-)
-CONFIGS = st.dictionaries(NAMES, LEAVES | VALUES, max_size=8)
 WORKS = {"pretrained_model_name_or_path": "some/model", "use_ema": True, "twinflow_enabled": True}
 SLOW = pytest.mark.slow
 MANY, FEW = settings(max_examples=3000, deadline=None), settings(max_examples=150, deadline=None)
@@ -80,6 +69,7 @@ def any_objective(own: dict) -> None:
 def any_flags(flags: list) -> None:
     spelled = [f"--{name.replace('_', '-') if dashes else name}={value}" for name, value, dashes in flags]
     arguments = PARSER.parse_args([*(f"--{name}={value}" for name, value in WORKS.items()), *spelled])
+    PARSER.settle(arguments)
     reads_back(read_or_line(lambda: settings_from(arguments), [name for name, *_ in flags]))
 
 
@@ -122,4 +112,4 @@ def test_an_unknown_option_is_named(name, value):
     except ValueError as error:
         assert "\n" not in str(error) and str(error).startswith(("train: ", *EXACT))
     else:
-        assert option_name(name) in {*OPTIONS, *UNSUPPORTED, *HARMLESS}
+        assert option_name(name) in {*OPTIONS, *simpletuner.OPTIONS}

@@ -1,18 +1,15 @@
 """Settings of the trainer: a config file, flags that override it, and what they mean together."""
 
-import argparse
 import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
-from twinflow import TwinFlowConfig
+from twinflow import TwinFlowConfig, conditioning
 from twinflow.teachers.from_options import teacher_from_options
-from twinflow.train import TrainSettings, add_options, read_config, require_known, settings_from
-from twinflow.train.config.command_line import given_options
-from twinflow.train.config.options import ALIASES, OPTIONS
-from twinflow.train.config.simpletuner import HARMLESS, UNSUPPORTED
+from twinflow.train import TrainSettings, read_config
+from twinflow.train.config.settings import MODES, OPTIONS
 
 FILE = """{"model_family": "sd3", "model_type": "lora",
 "pretrained_model_name_or_path": "stabilityai/stable-diffusion-3.5-large", "output_dir": "output/sd3-twinflow",
@@ -34,12 +31,6 @@ def written(tmp_path):
     return write
 
 
-def parsed(*arguments: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="twinflow train")
-    add_options(parser)
-    return parser.parse_args(arguments)
-
-
 def test_a_published_config_reads_unchanged(written):
     found = read_config(written(FILE), {})
     for name, value in json.loads(FILE).items():
@@ -55,55 +46,6 @@ def test_a_published_config_reads_unchanged(written):
 def test_keys_may_have_dashes(form, written):
     given = {n.replace("_", "-") if form == "dashes" else form.format(n): v for n, v in json.loads(FILE).items()}
     assert read_config(written(json.dumps(given)), {}) == read_config(written(FILE), {})
-
-
-def test_flags_override_the_file(written):
-    path = str(written(FILE))
-    for flags in (["--learning_rate", "2e-4"], ["--learning-rate=2e-4"], ["--lr", "2e-4"]):
-        found = settings_from(parsed(path, *flags, "--twinflow-estimate-order", "3", "--use_ema=false",
-                                     "--twinflow_allow_no_ema_teacher"))  # fmt: skip
-        assert found.learning_rate == 2e-4 and found.twinflow.estimate_order == 3 and not found.use_ema
-        assert found.twinflow_options["twinflow_allow_no_ema_teacher"] is True
-    assert settings_from(parsed(path)) == read_config(path, {})
-    prompts = settings_from(parsed(path, "--validation_prompt", "a cat", "--validation-prompts", "a dog"))
-    assert prompts.validation_prompts == ("a cat", "a dog")
-    assert read_config(path, {"validation_prompt": "a cat"}).validation_prompts == ("a cat",)
-    assert read_config(path, {"use_ema": True, "learning_rate": ""}).learning_rate == 1e-4
-
-
-def test_every_spelling_of_every_option_is_a_flag():
-    spellings = [*OPTIONS, *ALIASES, *UNSUPPORTED, *HARMLESS]
-    for name in spellings:
-        for spelled in {name, name.replace("_", "-")}:
-            (found,) = given_options(parsed(f"--{spelled}=7")) or {name: None}
-            assert found == ALIASES.get(name, name)
-    assert len(spellings) == len(set(spellings))
-
-
-def test_help_has_units_and_defaults():
-    parser = argparse.ArgumentParser(prog="twinflow train")
-    add_options(parser)
-    text = " ".join(parser.format_help().split())
-    assert "usage: twinflow train [CONFIG] [--OPTION VALUE ...]" in text
-    assert "pixels: edge of a square of an image's area (default: 1024)" in text and "(default: 0.0001)" in text
-    assert "--learning-rate" not in text and "distillation_method" not in text
-
-
-def test_a_flag_is_never_taken_for_another():
-    with pytest.raises(SystemExit):
-        parsed("--skip_b", "1")  # of skip_bad alone
-    parser = argparse.ArgumentParser()
-    add_options(parser)
-    with pytest.raises(ValueError, match=r"^train: unknown option '--lerning_rate'; did you mean 'learning_rate'"):
-        require_known(parser.parse_known_args(["--lerning_rate=1"])[1])
-    require_known([])
-
-
-def test_the_switch_of_the_whole_command_line_is_no_option_given():
-    namespace = parsed("--pretrained_model_name_or_path", "some/model")
-    namespace.debug = False
-    assert given_options(namespace) == MODEL
-    assert settings_from(parsed("--pretrained_model_name_or_path", "m", "--debug")).debug is True
 
 
 DEFAULTS = {
@@ -210,11 +152,18 @@ def test_the_resolved_config_reads_back(written):
         assert json.loads(text) and "Infinity" not in text and "NaN" not in text
 
 
-def test_settings_and_table_agree():
-    own = {name for name in OPTIONS if not name.startswith(("twinflow_", "diff2flow_"))}
-    assert {field.name for field in dataclasses.fields(TrainSettings)} == own | {"twinflow_options", "warnings"}
+def test_defaults_are_values_of_their_kind():
+    assert {field.name for field in dataclasses.fields(TrainSettings)} - OPTIONS.keys() == {
+        "twinflow_options",
+        "warnings",
+    }
     for name, option in OPTIONS.items():
         assert option.default is None or option.kind.convert(name, option.default) == option.default
+        assert option.help and (option.kind.wanted or option.group == "TwinFlow")
+
+
+def test_names_that_are_written_twice_so_that_help_imports_no_torch():
+    assert MODES == conditioning.MODES and MODES[0] == conditioning.LORA_MODE
 
 
 def test_small_rules():

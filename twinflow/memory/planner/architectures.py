@@ -91,7 +91,7 @@ def architecture_of(name: str) -> Architecture:
     Raises:
         ValueError: unknown; the message has the nearest names.
     """
-    return lookup(architectures(), name, "plan: model")
+    return lookup(architectures(), name, "plan", "model")
 
 
 @cache

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import NoReturn
 
+from twinflow.errors import ArgumentError
 from twinflow.memory.planner.forecast import SPARE, Forecast, Planner
 from twinflow.memory.planner.workload import Workload
 from twinflow.memory.presets import MemoryPreset
@@ -45,11 +46,13 @@ def _refuse(planner: Planner, usable_gb: float, least: Forecast) -> NoReturn:
     workload = planner.workload
     height, width = workload.size
     rank = _smaller_rank(workload, usable_gb, least)
-    raise ValueError(
-        f"plan: memory must be at least {least.needed / 1e9:.1f} GB (1e9 bytes, without the CUDA context) for "
-        f"{workload.trains} of {workload.architecture.name} at {width}x{height}, batch {workload.batch}, which preset "
-        f"{least.preset.name!r} needs, got {usable_gb:g} GB{'' if rank is None else f'; rank {rank} would fit'}"
+    wanted = (
+        f"at least {least.needed / 1e9:.1f} GB (1e9 bytes, without the CUDA context) for {workload.trains} of "
+        f"{workload.architecture.name} at {width}x{height}, batch {workload.batch}, which preset "
+        f"{least.preset.name!r} needs"
     )
+    hint = "" if rank is None else f"rank {rank} would fit"
+    raise ArgumentError("plan", "memory", wanted, f"{usable_gb:g} GB", hint)
 
 
 def _smaller_rank(workload: Workload, usable_gb: float, least: Forecast) -> int | None:

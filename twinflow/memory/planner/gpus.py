@@ -46,4 +46,4 @@ def gpu_of(name: str) -> GPU:
     Raises:
         ValueError: unknown; the message has the nearest names.
     """
-    return lookup(GPUS, name, "plan: gpu", hint="; or give memory_gb")
+    return lookup(GPUS, name, "plan", "gpu", hint="or give memory_gb")

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from twinflow.train.checkpoint.checkpoint import latest_checkpoint
 from twinflow.train.config.describe import changed
+from twinflow.train.config.resolve import read_config
 from twinflow.train.config.run_folder import RunFolder
-from twinflow.train.config.settings import TrainSettings, read_config
+from twinflow.train.config.settings import TrainSettings
 
 
 def checkpoint_to_resume(settings: TrainSettings, complaints: list[str]) -> Path | None:

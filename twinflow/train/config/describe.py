@@ -1,25 +1,12 @@
-"""What a resolved config looks like, and what a resumed run may not change."""
+"""`describe()`, `changed()`: settings in words, and what a resumed run may not change of them."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from twinflow.objective.config import TwinFlowConfig
-from twinflow.train.config.options import OPTIONS
-from twinflow.train.config.resolve import DERIVED
+from twinflow.train.config.settings import OPTIONS, TrainSettings
 
-if TYPE_CHECKING:
-    from twinflow.train.config.settings import TrainSettings
-
-# Options whose change would make a resumed run another run.
-_FIXED = (
-    "pretrained_model_name_or_path", "model_family", "model_type", "prediction_type", "lora_rank", "lora_alpha",
-    "lora_layers", "base_lora", "conditioning", "instance_data_dir", "prompts_file", "metadata_file",
-    "caption_strategy", "caption_column", "image_column", "unconditional_prompt", "resolution", "aspect_buckets",
-    "aspect_bucket_alignment", "eval_share", "train_batch_size", "gradient_accumulation_steps", "seed",
-    "mixed_precision", "optimizer", "use_ema", "ema_decay",
-)  # fmt: skip
-_FREE = ("check_finite",)  # of the objective
-_FIXED_FLAGS = ("twinflow_require_ema", "twinflow_allow_no_ema_teacher", "twinflow_allow_diff2flow")
+_FREE = ("check_finite",)  # of the objective: it changes no number
 
 
 class Line(NamedTuple):
@@ -33,49 +20,43 @@ class Line(NamedTuple):
         return f"{'* ' if self.changed else '  '}{self.name}{' = ' if self.name else ''}{self.value}"
 
 
-def described(settings: "TrainSettings") -> dict[str, list[Line]]:
-    """The settings by group; a mapping from each group to its lines."""
-    groups = dict.fromkeys(option.group for option in OPTIONS.values())
-    return {group: _objective(settings) if group == "TwinFlow" else _group(settings, group) for group in groups}
-
-
-def describe(settings: "TrainSettings") -> str:
+def describe(settings: TrainSettings) -> str:
     """The settings by group, a line each, those that are not the default marked with `*`; then the warnings."""
     lines: list[str] = []
-    for group, own in described(settings).items():
-        lines += ["", group, *map(str, own)]
+    for group, rows in grouped_lines(settings).items():
+        lines += ["", group, *map(str, rows)]
     if settings.warnings:
         lines += ["", "warnings", *(f"! {warning}" for warning in settings.warnings)]
     return "\n".join(lines[1:])
 
 
+def grouped_lines(settings: TrainSettings) -> dict[str, list[Line]]:
+    """Group -> a line for each of its settings."""
+    groups: dict[str, list[Line]] = {option.group: [] for option in OPTIONS.values()}
+    for name, option in OPTIONS.items():
+        if option.group != "TwinFlow":
+            default = option.derived(vars(settings)) if option.derived else option.default
+            groups[option.group].append(_line(name, getattr(settings, name), default))
+    return {**groups, "TwinFlow": _objective(settings)}
+
+
 def _line(name: str, value: object, default: object) -> Line:
-    shown = ", ".join(map(str, value)) if isinstance(value, tuple) else value
+    text = ", ".join(map(str, value)) if isinstance(value, tuple) else value
     if isinstance(value, Mapping):
-        shown = ", ".join(f"{key} {part:g}" for key, part in value.items())
-    return Line(name, "-" if shown in (None, "") else str(shown), value != default)
+        text = ", ".join(f"{key} {part:g}" for key, part in value.items())
+    return Line(name, "-" if text in (None, "") else str(text), value != default)
 
 
-def _group(settings: "TrainSettings", group: str) -> list[Line]:
-    found = []
-    for option in OPTIONS.values():
-        if option.group == group:
-            value = getattr(settings, option.name)
-            default = DERIVED[option.name](vars(settings)) if option.name in DERIVED else option.default
-            found.append(_line(option.name, value, default))
-    return found
-
-
-def _objective(settings: "TrainSettings") -> list[Line]:
+def _objective(settings: TrainSettings) -> list[Line]:
     """The objective's settings beside those of no options at all, and what the step count does."""
-    options, defaults = settings.twinflow_options, TwinFlowConfig.from_flags({})
-    plain = [_line(name, value, defaults[1][name]) for name, value in options.items()]
+    default, default_options = TwinFlowConfig.from_flags({})
+    options = [_line(name, value, default_options[name]) for name, value in settings.twinflow_options.items()]
     config = settings.twinflow
     if config is None:
-        return [Line("", "plain flow matching"), *[line for line in plain if line.changed]]
-    usual = defaults[0].to_dict()
-    own = [_line(name, value, usual[name]) for name, value in config.to_dict().items() if name != "target_step_count"]
-    return [*plain, *own, Line("", step_guidance(config))]
+        return [Line("", "plain flow matching"), *(line for line in options if line.changed)]
+    usual = default.to_dict()
+    rows = [_line(name, value, usual[name]) for name, value in config.to_dict().items() if name != "target_step_count"]
+    return [*options, *rows, Line("", step_guidance(config))]
 
 
 def step_guidance(config: TwinFlowConfig) -> str:
@@ -87,25 +68,25 @@ def step_guidance(config: TwinFlowConfig) -> str:
     return f"step_focus {share:g}: {share:.0%} of {rows} take their times from the sampling grid of {count} step(s)"
 
 
-def changed(old: "TrainSettings", new: "TrainSettings") -> list[str]:
+def changed(old: TrainSettings, new: TrainSettings) -> list[str]:
     """What a resumed run would change and may not.
 
     Args:
-        old, new: settings of the run as it was begun, and as it is asked for.
+        old, new: settings of the run as it was begun, and of the command that resumes it.
 
     Returns:
         A sentence for each; empty where the run can go on.
     """
-    pairs: list[tuple[str, Any, Any]] = [(name, getattr(old, name), getattr(new, name)) for name in _FIXED]
-    if old.model_type == new.model_type == "full":
-        pairs = [pair for pair in pairs if not pair[0].startswith("lora_")]
-    for flag, was in old.twinflow_options.items():
-        if flag.startswith("diff2flow_") or flag in ("twinflow_enabled", *_FIXED_FLAGS):
-            pairs.append((flag, was, new.twinflow_options[flag]))
+    both_full = old.model_type == new.model_type == "full"
+    fixed = [name for name, option in OPTIONS.items() if option.fixed and not (both_full and name.startswith("lora_"))]
+    pairs: list[tuple[str, Any, Any]] = [(name, getattr(old, name), getattr(new, name)) for name in fixed]
+    for flag, before in old.twinflow_options.items():
+        if flag != "twinflow_target_step_count":
+            pairs.append((flag, before, new.twinflow_options[flag]))
     if old.twinflow is not None and new.twinflow is not None:
-        before, after = old.twinflow.to_dict(), new.twinflow.to_dict()
-        free = _FREE if before["step_focus"] else (*_FREE, "target_step_count")
-        pairs += [(f"twinflow.{name}", before[name], after[name]) for name in before if name not in free]
+        was, now = old.twinflow.to_dict(), new.twinflow.to_dict()
+        free = _FREE if was["step_focus"] else (*_FREE, "target_step_count")
+        pairs += [(f"twinflow.{name}", was[name], now[name]) for name in was if name not in free]
     return [f"{name} was {_plain(was)} and is now {_plain(now)}" for name, was, now in pairs if was != now]
 
 

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from twinflow.errors import ArgumentError
+
 _MOST_BYTES = 1_000_000
 
 
@@ -11,51 +13,54 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of UTF-8 text, with a byte-order mark or without.
 
     Raises:
-        ValueError: no such file, none that can be read, no JSON, no object, or a key that is there twice.
+        ArgumentError: no such file, none that can be read, no JSON, no object, or a key that is there twice.
     """
-    text = _text(path)
     try:
-        found = json.loads(text, object_pairs_hook=lambda pairs: _once(path, pairs))
+        value = json.loads(_text(path), object_pairs_hook=lambda pairs: _unique(path, pairs))
     except json.JSONDecodeError as error:
         where = f"{path} line {error.lineno} column {error.colno}"
-        raise ValueError(f"train: config must be JSON, got {where}: {error.msg}{_hint(error)}") from None
+        raise _error("JSON", f"{where}: {error.msg}{_explanation(error)}") from None
     except RecursionError:
-        raise ValueError(f"train: config must be JSON, got {path}, nested too deeply") from None
-    except ValueError as error:
-        if str(error).startswith("train: "):
-            raise
-        raise ValueError(f"train: config must be JSON, got {path} with an integer too long to read") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"train: config must hold an object {{...}}, got {path} with a {type(found).__name__}")
-    return found
+        raise _error("JSON", f"{path}, nested too deeply") from None
+    except ArgumentError:
+        raise
+    except ValueError:
+        raise _error("JSON", f"{path} with an integer too long to read") from None
+    if not isinstance(value, dict):
+        raise ArgumentError("train", "config", "an object {...}", f"{path} with a {type(value).__name__}", verb="hold")
+    return value
+
+
+def _error(wanted: str, got: str) -> ArgumentError:
+    return ArgumentError("train", "config", wanted, got)
 
 
 def _text(path: Path) -> str:
-    wanted = "train: config must be a JSON file"
+    wanted = "a JSON file"
     try:
         if path.is_dir():
-            raise ValueError(f"{wanted}, got the folder {path}")
+            raise _error(wanted, f"the folder {path}")
         if not path.is_file():
-            raise ValueError(f"{wanted} that exists, got {str(path)!r}")
+            raise _error(f"{wanted} that exists", repr(str(path)))
         if path.stat().st_size > _MOST_BYTES:
-            raise ValueError(f"{wanted} of at most {_MOST_BYTES} bytes, got {path} with {path.stat().st_size}")
+            raise _error(f"{wanted} of at most {_MOST_BYTES} bytes", f"{path} with {path.stat().st_size}")
         return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise ValueError(f"{wanted} that can be read, got {path}: {error.strerror}") from None
+        raise _error(f"{wanted} that can be read", f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{wanted} in UTF-8, got {path} with byte {error.start} of another encoding") from None
+        raise _error(f"{wanted} in UTF-8", f"{path} with byte {error.start} of another encoding") from None
 
 
-def _once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
         keys = [key for key, _ in pairs]
-        twice = next(key for key in found if keys.count(key) > 1)
-        raise ValueError(f"train: {twice!r} must be given once, got it twice in {path}")
-    return found
+        twice = next(key for key in mapping if keys.count(key) > 1)
+        raise ArgumentError("train", repr(twice), "given once", f"it twice in {path}")
+    return mapping
 
 
-def _hint(error: json.JSONDecodeError) -> str:
+def _explanation(error: json.JSONDecodeError) -> str:
     """What JSON lacks and other formats have, where that is what stands there."""
     here, before = error.doc[error.pos :].lstrip(), error.doc[: error.pos].rstrip()
     if not error.doc.strip():

@@ -1,111 +1,106 @@
 """`objective()`: the `TwinFlowConfig` that the options of a run ask for."""
 
+import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields, replace
 from typing import Any
 
+from twinflow.errors import ArgumentError, ArgumentTypeError, require
 from twinflow.objective.config import TwinFlowConfig
+from twinflow.objective.flags import FLAGS
 from twinflow.train.config.option_types import shown
-from twinflow.train.config.options import OPTIONS
 from twinflow.train.config.presets import TrainPreset
 
-_SETTINGS = tuple(field.name for field in fields(TwinFlowConfig))
-_MOST_STEPS = 1000
+_MOST_STEPS, _MOST_BITS = 1000, 1000
 # Plain flow matching, E |F(x_t, t, t) - (z - x)|^2, in the objective's terms.
 FLOW_MATCHING = TwinFlowConfig(
     recipe="all_terms", estimate_order=0, enhanced_ratio=0.0, adversarial=False, loss="l2", time_weight=False
 )
+_SETTINGS = tuple(field.name for field in fields(TwinFlowConfig))
 _BY_RECIPE = ("loss", "rectify_loss", "time_weight")  # None: resolved by TwinFlowConfig's recipe
-_FLAGS = tuple(
-    name for name in OPTIONS if name.startswith(("twinflow_", "diff2flow_")) and name != "twinflow_step_focus"
-)
-_FLAG_OF = {setting: f"twinflow_{setting}" for setting in _SETTINGS if f"twinflow_{setting}" in OPTIONS}
-_FLAG_OF["adversarial"] = "twinflow_adversarial_enabled"
+_FLAG_OF = {flag.setting: name for name, flag in FLAGS.items() if flag.setting}
 
 
 def objective(
-    given: Mapping[str, Any], recipe: TrainPreset | None, data_free: bool
+    options: Mapping[str, Any], preset: TrainPreset | None, data_free: bool
 ) -> tuple[TwinFlowConfig | None, dict[str, Any]]:
     """The objective, and the options that only the trainer reads.
 
-    A recipe is overridden by the `twinflow` mapping of a config file, and that by the options.
+    The `twinflow` mapping of a config file overrides a preset, and flags override both.
 
     Args:
-        given: options by name, those of the recipe among them.
-        recipe: of `--preset`.
+        options: by name, those of the preset among them.
+        preset: of `--preset`.
         data_free: whether there are prompts instead of images.
 
     Returns:
         The config, None without TwinFlow; and what `TwinFlowConfig.from_flags` leaves, defaults filled.
 
     Raises:
-        ValueError: a value of the wrong kind, out of its range, or without effect.
+        ArgumentError: a value of the wrong kind, out of its range, or without effect.
     """
-    flags = {name: given[name] for name in _FLAGS if name in given}
+    flags = {name: _readable(name, options[name]) for name in FLAGS if name in options}
+    settings = _settings(options.get("twinflow"))
     try:
-        config, options = TwinFlowConfig.from_flags(_readable(flags))
-        own = _own(given.get("twinflow"))
-        if not options["twinflow_enabled"]:
-            _require_none(own, data_free)
-            return None, options
-        if recipe is not None or own:
-            config = _overridden(config, flags, own, recipe)
-        config = replace(config, step_focus=given.get("twinflow_step_focus", config.step_focus))
+        config, rest = TwinFlowConfig.from_flags(flags)
+        if not rest["twinflow_enabled"]:
+            require(not settings, "train", "twinflow", "absent where twinflow_enabled is false", "settings")
+            require(not data_free, "train", "prompts_file", "given with TwinFlow only", "it without twinflow_enabled")
+            return None, rest
+        if preset is not None or settings:
+            config = _overridden(config, flags, settings, preset)
         config = replace(config, target_clamp=None) if config.clamp == float("inf") else config
-        if config.target_step_count > _MOST_STEPS:
-            raise ValueError(f"twinflow_target_step_count must be <= {_MOST_STEPS}, got {config.target_step_count}")
         config = replace(config, data_free=config.data_free or data_free)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(_message(error)) from None
-    return config, options | {"twinflow_target_step_count": config.target_step_count}
+    except OverflowError as error:
+        raise ArgumentError("train", "twinflow", "numbers that fit", error, verb="hold") from None
+    except (ArgumentError, ArgumentTypeError) as error:
+        raise _of_option(error) from None
+    steps = config.target_step_count
+    require(steps <= _MOST_STEPS, "train", "twinflow_target_step_count", f"<= {_MOST_STEPS}", steps)
+    return config, rest | {"twinflow_target_step_count": steps}
 
 
-def _readable(flags: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Raises ValueError for integers that could not be shown."""
-    for name, value in flags.items():
-        if isinstance(value, int) and value.bit_length() > 1000:
-            raise ValueError(f"train: {name} must be a number that fits, got {shown(value)}")
-    return flags
+def _readable(name: str, value: Any) -> Any:
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        raise ArgumentError("train", name, "a number that fits", shown(value))
+    return value
 
 
-def _own(mapping: Any) -> dict[str, Any]:
-    if mapping is None or mapping == "":
+def _settings(value: Any) -> dict[str, Any]:
+    """The mapping of a file, or an object of JSON on the command line."""
+    if isinstance(value, str):
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    if value is None or value == "":
         return {}
-    if not isinstance(mapping, Mapping):
-        raise ValueError(f"train: twinflow must be an object of TwinFlowConfig's settings, got {shown(mapping)}")
-    for name in mapping:
+    if not isinstance(value, Mapping):
+        raise ArgumentError("train", "twinflow", "an object of TwinFlowConfig's settings", shown(value))
+    for name in value:
         if name not in _SETTINGS:
-            raise ValueError(f"train: twinflow must hold {', '.join(_SETTINGS)}, got {shown(name)}")
-    return dict(mapping)
-
-
-def _require_none(own: Mapping[str, Any], data_free: bool) -> None:
-    if own:
-        raise ValueError("train: twinflow must be absent where twinflow_enabled is false, got settings")
-    if data_free:
-        raise ValueError("train: prompts_file must be given with TwinFlow only, got it with twinflow_enabled false")
+            raise ArgumentError("train", "twinflow", ", ".join(_SETTINGS), shown(name), verb="hold")
+    return dict(value)
 
 
 def _overridden(
-    config: TwinFlowConfig, flags: Mapping[str, Any], own: Mapping[str, Any], recipe: TrainPreset | None
+    config: TwinFlowConfig, flags: Mapping[str, Any], settings: Mapping[str, Any], preset: TrainPreset | None
 ) -> TwinFlowConfig:
-    """Settings of a recipe and of the config file under those of the flags, which `config` has."""
-    found = {} if recipe is None else TwinFlowConfig.preset(recipe.objective).to_dict()
-    asked = {setting: getattr(config, setting) for setting, flag in _FLAG_OF.items() if flag in flags}
-    chosen = {**own, **asked}.get("recipe")
-    if chosen is not None and chosen != found.get("recipe"):
-        found |= dict.fromkeys(_BY_RECIPE)
-    return TwinFlowConfig(**{**found, **own, **asked})
+    """Settings of a preset and of the config file under those of the flags, which `config` has."""
+    base = {} if preset is None else TwinFlowConfig.preset(preset.objective).to_dict()
+    flagged = {setting: getattr(config, setting) for setting, flag in _FLAG_OF.items() if flag in flags}
+    recipe = {**settings, **flagged}.get("recipe")
+    if recipe is not None and recipe != base.get("recipe"):
+        base |= dict.fromkeys(_BY_RECIPE)
+    return TwinFlowConfig(**{**base, **settings, **flagged})
 
 
-def _message(error: Exception) -> str:
-    """An error of `TwinFlowConfig` as one of the command, on one line."""
-    text = " ".join(str(error).split()).removeprefix("from_flags: ")
-    text = text if len(text) <= 400 else f"{text[:397]}..."
-    setting = text.removeprefix("TwinFlowConfig: ")
-    if isinstance(error, OverflowError):
-        return f"train: twinflow must hold numbers that fit, got {text}"
-    if setting != text:
-        name, _, rest = setting.partition(" ")
-        return f"train: {_FLAG_OF.get(name, f'twinflow.{name}')} {rest}"
-    return text if text.startswith("train: ") else f"train: {text}"
+def _of_option(error: ArgumentError | ArgumentTypeError) -> ArgumentError:
+    """An error of `TwinFlowConfig` as one of the command, its value on one line."""
+    if error.function == "train":
+        return ArgumentError(*error.args)
+    name = error.argument
+    if error.function.startswith("TwinFlowConfig"):
+        name = _FLAG_OF.get(name, f"twinflow.{name}")
+    got = " ".join(str(error.got).split())
+    got = got if len(got) <= 80 else f"{got[:77]}..."
+    return ArgumentError("train", name, error.wanted, got, error.hint, error.verb)

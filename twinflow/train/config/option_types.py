@@ -1,4 +1,4 @@
-"""`Kind`: what a value of an option may be, and how it is read from JSON or from the command line."""
+"""`Kind`: which values an option takes, and how JSON or a command line is read as one."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -6,36 +6,35 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from twinflow.errors import ArgumentError
+
 _BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _MOST = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of value.
+    """A set of values.
 
     Args:
-        wanted: in words, for the message `train: <name> must be <wanted>, got <actual>`.
-        read: a JSON value or a text -> the value; raises ValueError, TypeError, KeyError or OverflowError.
+        wanted: the set in words, for the message "<option> must be <wanted>, got <actual>".
+        read: JSON value or text -> value; raises ValueError, TypeError, KeyError or OverflowError for any other.
         instead: refused value -> what to use instead, for the message.
+        metavar: a value's name in the help.
     """
 
     wanted: str
     read: Callable[[Any], Any]
     instead: Mapping[str, str] = field(default_factory=dict, hash=False)
+    metavar: str = "VALUE"
 
     def convert(self, name: str, value: Any) -> Any:
-        """The value of an option.
-
-        Raises:
-            ValueError: it is not of this kind.
-        """
+        """The value of the option called `name`; ArgumentError: it is not of this kind."""
         try:
             return self.read(value)
         except (ValueError, TypeError, KeyError, OverflowError):
             hint = self.instead.get(value, "") if isinstance(value, str) else ""
-            hint = f": {hint}" if hint else ""
-            raise ValueError(f"train: {name} must be {self.wanted}, got {shown(value)}{hint}") from None
+            raise ArgumentError("train", name, self.wanted, shown(value), hint) from None
 
 
 def shown(value: object) -> str:
@@ -47,46 +46,49 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise TypeError
+    return float(value)
+
+
 def whole(low: int, high: int = _MOST) -> Kind:
     """Integers in [low, high]."""
 
     def read(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-            raise TypeError
-        number = float(value)
+        number = _number(value)
         if number != math.floor(number) or not low <= number <= high:
             raise ValueError
         return int(number)
 
-    return Kind(f"an integer >= {low}" if high == _MOST else f"an integer from {low} to {high}", read)
+    return Kind(f"an integer >= {low}" if high == _MOST else f"an integer from {low} to {high}", read, metavar="N")
 
 
 def number(low: float, high: float = 1e30, *, open_low: bool = False, open_high: bool = False) -> Kind:
     """Finite numbers between two bounds, which belong to them unless open."""
 
     def read(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-            raise TypeError
-        found = float(value)
-        if not low <= found <= high or (open_low and found == low) or (open_high and found == high):  # so with NaN
+        number = _number(value)
+        if not low <= number <= high or (open_low and number == low) or (open_high and number == high):  # so with NaN
             raise ValueError
-        return found
+        return number
 
     if high == 1e30:
-        return Kind(f"a number {'>' if open_low else '>='} {low:g}", read)
-    return Kind(f"a number in {'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}", read)
+        return Kind(f"a number {'>' if open_low else '>='} {low:g}", read, metavar="X")
+    bounds = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
+    return Kind(f"a number in {bounds}", read, metavar="X")
 
 
 def choice(*names: str, instead: Mapping[str, str] | None = None, **same: str) -> Kind:
     """One of the names; `same`: other name -> the name that it stands for; `instead`: for refused names."""
 
     def read(value: Any) -> str:
-        found = same.get(value, value) if isinstance(value, str) else value
-        if found not in names or not isinstance(found, str):
+        name = same.get(value, value) if isinstance(value, str) else value
+        if not isinstance(name, str) or name not in names:
             raise ValueError
-        return found
+        return name
 
-    return Kind(f"one of {', '.join(names)}" if len(names) > 1 else names[0], read, instead or {})
+    return Kind(f"one of {', '.join(names)}", read, instead or {}, "NAME")
 
 
 def _bool(value: Any) -> bool:
@@ -103,18 +105,16 @@ def _text(value: Any) -> str:
 
 
 def _texts(value: Any) -> tuple[str, ...]:
-    found = [value] if isinstance(value, str) else value
-    if not isinstance(found, (list, tuple)) or not all(map(str, found)):
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, (list, tuple)) or not all(map(str, texts)):
         raise TypeError
-    return tuple(map(_text, found))
+    return tuple(map(_text, texts))
 
 
 def _size(value: Any) -> tuple[int, int]:
     parts = value.lower().split("x") if isinstance(value, str) else value
     parts = [parts, parts] if isinstance(parts, (int, float)) else list(parts)
-    if len(parts) == 1:
-        parts *= 2
-    width, height = map(PIXELS.read, parts)
+    width, height = map(PIXELS.read, parts * 2 if len(parts) == 1 else parts)
     return width, height
 
 
@@ -122,14 +122,10 @@ def _path(value: Any) -> Path:
     return Path(_text(str(value) if isinstance(value, Path) else value))
 
 
-def _raw(value: Any) -> Any:
-    return value
-
-
 PIXELS = whole(16, 65536)
-BOOL = Kind("true or false", _bool)
-TEXT = Kind("a string", _text)
-TEXTS = Kind("a string or a list of strings", _texts)
-PATH = Kind("a path", _path)
-SIZE = Kind("pixels as 1024 or 1024x768", _size)
-RAW = Kind("", _raw)  # read elsewhere
+BOOL = Kind("true or false", _bool, metavar="BOOL")
+TEXT = Kind("a string", _text, metavar="TEXT")
+TEXTS = Kind("a string or a list of strings", _texts, metavar="TEXT")
+PATH = Kind("a path", _path, metavar="PATH")
+SIZE = Kind("pixels as 1024 or 1024x768", _size, metavar="SIZE")
+RAW = Kind("", lambda value: value)  # `objective` reads it

@@ -1,14 +1,15 @@
-"""`TRAIN_PRESETS`: `--preset`, the training configurations of the paper's Table 6 and two of the house."""
+"""`TRAIN_PRESETS`: the rows of `--preset`: the training configurations of the paper's Table 6, and two of ours."""
 
 from dataclasses import dataclass
 from typing import Any
 
+from twinflow.errors import ArgumentError
 from twinflow.suggest import lookup
 
 
 @dataclass(frozen=True)
 class TrainPreset:
-    """A row of the table.
+    """A training configuration.
 
     Args:
         name: of `--preset`.
@@ -38,7 +39,7 @@ class TrainPreset:
     objective: str
 
     def options(self) -> dict[str, Any]:
-        """What it sets, by option."""
+        """Option -> value of what it sets."""
         lora = {"lora_rank": self.rank, "lora_alpha": self.alpha} if self.rank else {}
         average = {"use_ema": True, "ema_decay": self.ema} if self.ema else {"twinflow_allow_no_ema_teacher": True}
         return {
@@ -63,14 +64,14 @@ _PUBLISHED = (
     ("qwen-image-full",   "qwen_image", _QWEN,              0, 0,   "adamw", 1e-5, .99, 4, 8,  3_000,  1., .99),
 )  # fmt: skip
 # Nobody has published these: settings of the paper's Qwen-Image LoRA with an averaged teacher.
-_HOUSE = (
+_OURS = (
     ("sd3.5-medium-lora", "sd3",        _SD35 + "medium",   64, 64, "adamw", 1e-4, .99, 8, 8,  7_000,  1., .99),
     ("sd3.5-large-lora",  "sd3",        _SD35 + "large",    64, 64, "adamw", 1e-4, .99, 4, 16, 7_000,  1., .99),
 )  # fmt: skip
 TRAIN_PRESETS = {row[0]: TrainPreset(*row, row[0]) for row in _PUBLISHED}
-TRAIN_PRESETS |= {row[0]: TrainPreset(*row, "sd3.5-medium") for row in _HOUSE}
+TRAIN_PRESETS |= {row[0]: TrainPreset(*row, "sd3.5-medium") for row in _OURS}
 
-# Columns of Table 6 that are not recipes here, and why.
+# Columns of Table 6 that are no presets here, and why.
 _LEFT_OUT = {
     "openuni-512": "OpenUni is no diffusers pipeline; TwinFlowConfig.preset('openuni-512') has its objective",
     "qwen-image-edit": "edit models, which look at a second image, are not trained here",
@@ -78,11 +79,7 @@ _LEFT_OUT = {
 
 
 def train_preset(name: str) -> TrainPreset:
-    """A recipe by its name.
-
-    Raises:
-        ValueError: unknown, with the nearest names, or a published one that cannot be trained here.
-    """
+    """A preset by its name; ArgumentError: unknown, with the nearest names, or one that cannot be trained here."""
     if name in _LEFT_OUT:
-        raise ValueError(f"train: preset must be one of {', '.join(TRAIN_PRESETS)}, got {name!r}: {_LEFT_OUT[name]}")
-    return lookup(TRAIN_PRESETS, name[:60], "train: preset")  # on one line, whatever it is
+        raise ArgumentError("train", "preset", f"one of {', '.join(TRAIN_PRESETS)}", repr(name), _LEFT_OUT[name])
+    return lookup(TRAIN_PRESETS, name[:60], "train", "preset")  # on one line, whatever it is

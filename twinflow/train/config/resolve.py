@@ -1,146 +1,188 @@
-"""`resolve()`: what options mean together."""
+"""`read_config()`: from the options of a config file and a command line to the settings of a run."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from twinflow.bridge import require_bridge
-from twinflow.conditioning import LORA_MODE
+from twinflow.errors import ArgumentError
 from twinflow.models.registry import REGISTRATIONS
 from twinflow.objective.config import TwinFlowConfig
-from twinflow.suggest import lookup
+from twinflow.objective.flags import FLAGS
+from twinflow.suggest import did_you_mean, lookup
+from twinflow.train.config import simpletuner
+from twinflow.train.config.json_file import read_json
 from twinflow.train.config.objective import objective
-from twinflow.train.config.options import OPTIONS
+from twinflow.train.config.option_types import shown
 from twinflow.train.config.presets import train_preset
+from twinflow.train.config.settings import OPTIONS, TrainSettings
 
 NO_EMA = (
     "TwinFlow requires an EMA teacher; enable use_ema or set twinflow_allow_no_ema_teacher to fall back to student "
     "weights explicitly."
 )
-NO_BRIDGE = "train: diff2flow_enabled must be true for a model that predicts no velocity, got False"
 FLAT = (
     "one step without twinflow_adversarial_enabled tends to look flat: enable it, or sample in 2 to 4 steps "
     "(twinflow_target_step_count)"
 )
-# options that are None until others are known -> their default then; `twinflow` is the objective or None
-DERIVED: dict[str, Callable[[Mapping[str, Any]], Any]] = {
-    "lora_alpha": lambda s: float(s["lora_rank"]),
-    "conditioning": lambda s: None if s["twinflow"] is None else LORA_MODE,
-    "cache_dir": lambda s: s["output_dir"] / "cache",
-    "lr_scheduler": lambda s: "constant_with_warmup" if s["lr_warmup_steps"] else "constant",
-    "tracker_run_name": lambda s: s["output_dir"].name or "run",
-    "validation_guidance": lambda s: 4.0 if s["twinflow"] is None else 0.0,
-    "validation_num_inference_steps": lambda s: 30 if s["twinflow"] is None else s["twinflow"].target_step_count,
-    "validation_seed": lambda s: s["seed"],
-    "validation_resolution": lambda s: (s["resolution"], s["resolution"]),
-}
-_NOT_ITS_OWN = ("twinflow", "twinflow_", "diff2flow_")  # options that `objective` reads
+# another spelling, of diffusers' scripts or of SimpleTuner -> option
+ALIASES = {
+    "rank": "lora_rank", "lora_targets": "lora_layers", "data_dir": "instance_data_dir",
+    "train_data_dir": "instance_data_dir", "parquet_caption_column": "caption_column",
+    "parquet_filename_column": "image_column", "memory": "memory_preset", "lr": "learning_rate",
+    "optimizer_beta1": "adam_beta1", "optimizer_beta2": "adam_beta2", "weight_decay": "adam_weight_decay",
+    "checkpoint_step_interval": "checkpointing_steps", "validation_prompt": "validation_prompts",
+    "validation_step_interval": "validation_steps", "eval_steps_interval": "eval_steps",
+}  # fmt: skip
 
 
-def resolve(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a run.
+def read_config(path: Path | None, overrides: Mapping[str, Any]) -> TrainSettings:
+    """The settings of a config file and of options that override it.
 
     Args:
-        given: option -> value as read; None and "" mean the default.
+        path: a JSON file; None: there is none.
+        overrides: option -> value, as a file has them or as text; None and "" mean the default, whatever the file says.
 
     Returns:
-        The fields of `TrainSettings`.
+        The settings. No file but the config was looked at.
 
     Raises:
-        ValueError: a value of the wrong kind, or options that do not go together.
+        ValueError: one line that says what is wrong.
     """
-    given = {name: value for name, value in given.items() if value is not None and value != ""}
-    recipe = None
-    if "preset" in given:
-        recipe = train_preset(OPTIONS["preset"].kind.convert("preset", given["preset"]))
-        own_alpha = {"lora_alpha"} if "lora_rank" in given else set()  # it goes with the rank of the recipe
-        given = {name: value for name, value in recipe.options().items() if name not in own_alpha} | given
-    found = {name: option.default for name, option in OPTIONS.items()}
-    found |= {name: OPTIONS[name].kind.convert(name, value) for name, value in given.items()}
-    _require("pretrained_model_name_or_path", found, "a diffusers pipeline")
-    data_free = _data_free(found)
-    kinds = {name: found[name] for name in given}
-    config, options = objective(kinds, recipe, data_free)
-    warnings: list[str] = []
-    _model(found, config, options)
-    _steps(found, warnings)
-    _validation(found, config, warnings)
-    own = {name: value for name, value in found.items() if not name.startswith(_NOT_ITS_OWN)}
-    own |= {"twinflow": config, "twinflow_options": options, "warnings": tuple(warnings)}
-    return own | {name: default(own) for name, default in DERIVED.items() if own[name] is None}
+    from_file = {} if path is None else known_options(read_json(Path(path)))
+    return TrainSettings(**_resolve(from_file | known_options(overrides)))
 
 
-def _require(name: str, found: Mapping[str, Any], wanted: str) -> None:
-    if found[name] is None:
-        raise ValueError(f"train: {name} must be given ({wanted}), got nothing")
+def option_name(spelling: str) -> str:
+    """The name of an option, known or not: without dashes, aliases resolved."""
+    name = spelling.removeprefix("--").replace("-", "_")
+    return ALIASES.get(name, name)
 
 
-def _data_free(found: Mapping[str, Any]) -> bool:
-    if found["prompts_file"] is not None and found["instance_data_dir"] is not None:
-        raise ValueError(
-            f"train: prompts_file must be absent beside instance_data_dir, got both, {str(found['prompts_file'])!r} "
-            f"and {str(found['instance_data_dir'])!r}"
-        )
-    return found["prompts_file"] is not None
+def known_options(options: Mapping[Any, Any]) -> dict[str, Any]:
+    """Options by name, without those of SimpleTuner that mean nothing here.
+
+    Args:
+        options: spelling -> value; spellings may begin with two dashes and have dashes inside.
+
+    Raises:
+        ValueError: an unknown option, one that is given twice, or one that is not supported.
+    """
+    values: dict[str, Any] = {}
+    spellings: dict[str, str] = {}
+    for spelling, value in options.items():
+        name = option_name(str(spelling))
+        if name in spellings:
+            raise ArgumentError("train", name, "given once", f"{spellings[name]} and {spelling}")
+        spellings[name] = str(spelling)
+        if name in OPTIONS:
+            values[name] = value
+        elif name in simpletuner.OPTIONS:
+            simpletuner.refuse(name, value)
+        else:
+            raise unknown_option(str(spelling))
+    return values
 
 
-def _model(found: dict[str, Any], config: TwinFlowConfig | None, options: Mapping[str, Any]) -> None:
+def unknown_option(spelling: str) -> ValueError:
+    """The error of an unknown option, with the nearest known name."""
+    hint = did_you_mean(option_name(spelling), [*OPTIONS, *ALIASES], "twinflow_")
+    return ValueError(f"unknown option {shown(spelling)}; {hint or '`twinflow train --help` lists them all'}")
+
+
+def no_bridge() -> ArgumentError:
+    """The error of a diffusion model that is to be trained without TwinFlow and without a bridge."""
+    return ArgumentError("train", "diff2flow_enabled", "true for a model that predicts no velocity", False)
+
+
+def _resolve(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `TrainSettings` for options that are given by name; None and "" mean the default."""
+    options = {name: value for name, value in options.items() if value is not None and value != ""}
+    preset = None
+    if "preset" in options:
+        preset = train_preset(OPTIONS["preset"].kind.convert("preset", options["preset"]))
+        left_out = {"lora_alpha"} if "lora_rank" in options else set()  # it goes with the rank of the preset
+        options = {name: value for name, value in preset.options().items() if name not in left_out} | options
+    options = {name: OPTIONS[name].kind.convert(name, value) for name, value in options.items()}
+    values = {name: option.default for name, option in OPTIONS.items()} | options
+    if values["pretrained_model_name_or_path"] is None:
+        raise ArgumentError("train", "pretrained_model_name_or_path", "given (a diffusers pipeline)", "nothing")
+    if values["prompts_file"] is not None and values["instance_data_dir"] is not None:
+        both = f"both, {str(values['prompts_file'])!r} and {str(values['instance_data_dir'])!r}"
+        raise ArgumentError("train", "prompts_file", "absent beside instance_data_dir", both)
+    config, flags = objective(options, preset, data_free=values["prompts_file"] is not None)
+    _check_model(values, config, flags)
+    warnings = [*_resolve_memory(values), *_resolve_validation(values, config)]
+    values = {name: value for name, value in values.items() if name not in FLAGS}
+    values |= {"twinflow": config, "twinflow_options": flags, "warnings": tuple(warnings)}
+    for name, option in OPTIONS.items():
+        if option.derived is not None and values[name] is None:
+            values[name] = option.derived(values)
+    return values
+
+
+def _check_model(values: Mapping[str, Any], config: TwinFlowConfig | None, flags: Mapping[str, Any]) -> None:
     """The bridge, the teacher, the conditioning and what is trained."""
-    _bridge(found, config, options)
+    _check_bridge(values, config, flags)
     if config is not None:
-        itself = options["twinflow_allow_no_ema_teacher"] or not options["twinflow_require_ema"]
-        if not (found["use_ema"] or itself):
+        itself = flags["twinflow_allow_no_ema_teacher"] or not flags["twinflow_require_ema"]
+        if not (values["use_ema"] or itself):
             raise ValueError(NO_EMA)
-        if config.data_free and found["instance_data_dir"] is not None:
-            raise ValueError("train: twinflow.data_free must be false with instance_data_dir, got True")
-    elif found["conditioning"] is not None:
-        actual = found["conditioning"]
-        raise ValueError(f"train: conditioning must be absent where twinflow_enabled is false, got {actual!r}")
-    if found["model_type"] == "full" and found["base_lora"] is not None:
-        raise ValueError(f"train: base_lora must be absent where model_type is full, got {str(found['base_lora'])!r}")
+        if config.data_free and values["instance_data_dir"] is not None:
+            raise ArgumentError("train", "twinflow.data_free", "false with instance_data_dir", True)
+    elif values["conditioning"] is not None:
+        wanted = "absent where twinflow_enabled is false"
+        raise ArgumentError("train", "conditioning", wanted, repr(values["conditioning"]))
+    if values["model_type"] == "full" and values["base_lora"] is not None:
+        base = repr(str(values["base_lora"]))
+        raise ArgumentError("train", "base_lora", "absent where model_type is full", base)
+    if values["lr_scheduler"] == "constant" and values["lr_warmup_steps"]:
+        wanted, hint = "0 with lr_scheduler constant", "use constant_with_warmup"
+        raise ArgumentError("train", "lr_warmup_steps", wanted, values["lr_warmup_steps"], hint)
 
 
-def _bridge(found: Mapping[str, Any], config: TwinFlowConfig | None, options: Mapping[str, Any]) -> None:
-    family, prediction = found["model_family"], found["prediction_type"]
+def _check_bridge(values: Mapping[str, Any], config: TwinFlowConfig | None, flags: Mapping[str, Any]) -> None:
+    family, prediction = values["model_family"], values["prediction_type"]
     diffusion = family is not None and REGISTRATIONS[family].diffusion
     if prediction in ("epsilon", "v_prediction") and family is not None and not diffusion:
-        raise ValueError(f"train: prediction_type must be flow_matching for a {family} model, got {prediction!r}")
+        wanted = f"flow_matching for a {family} model"
+        raise ArgumentError("train", "prediction_type", wanted, repr(prediction))
     if diffusion and prediction == "flow_matching":
-        raise ValueError("train: prediction_type must be epsilon or v_prediction for a unet model, got 'flow_matching'")
+        wanted = f"epsilon or v_prediction for a {family} model"
+        raise ArgumentError("train", "prediction_type", wanted, repr(prediction))
     if not diffusion and prediction in (None, "flow_matching"):
         return
     if config is not None:
-        require_bridge(prediction or "epsilon", options)
-    elif not options["diff2flow_enabled"]:
-        raise ValueError(NO_BRIDGE)
+        from twinflow.bridge import require_bridge  # torch comes with it, which `--help` need not wait for
+
+        require_bridge(prediction or "epsilon", flags)
+    elif not flags["diff2flow_enabled"]:
+        raise no_bridge()
 
 
-def _steps(found: dict[str, Any], warnings: list[str]) -> None:
-    """The learning rate's course, and memory."""
-    warm_up = found["lr_warmup_steps"]
-    if found["lr_scheduler"] == "constant" and warm_up:
-        hint = "use constant_with_warmup"
-        raise ValueError(f"train: lr_warmup_steps must be 0 with lr_scheduler constant, got {warm_up}: {hint}")
-    name = found["memory_preset"]
-    if found["gradient_checkpointing"] and name == "auto":
-        name = found["memory_preset"] = "checkpoint"
-    elif found["gradient_checkpointing"] and name != "checkpoint":
+def _resolve_memory(values: dict[str, Any]) -> list[str]:
+    """Turns gradient_checkpointing into a memory preset and checks it; returns warnings."""
+    name, warnings = values["memory_preset"], []
+    if values["gradient_checkpointing"] and name == "auto":
+        name = values["memory_preset"] = "checkpoint"
+    elif values["gradient_checkpointing"] and name != "checkpoint":
         warnings.append(f"memory_preset {name} decides what is recomputed, not gradient_checkpointing")
-    if name == "auto":
-        return
-    from twinflow.memory.presets import PRESETS  # diffusers comes with it, which other commands need not wait for
+    if name != "auto":
+        from twinflow.memory.presets import PRESETS  # torch comes with it
 
-    preset = lookup(PRESETS, name[:60], "train: memory_preset", also="auto or ")
-    if found["model_type"] == "full" and (preset.base or preset.defer):
-        moved = " and ".join(preset.changes()[:2])
-        wanted = "one that leaves the weights as they are where model_type is full"
-        raise ValueError(f"train: memory_preset must be {wanted}, got {name!r}: {moved}")
+        preset = lookup(PRESETS, name[:60], "train", "memory_preset", also="auto or ")
+        if values["model_type"] == "full" and (preset.base or preset.defer):
+            wanted = "one that leaves the weights as they are where model_type is full"
+            changes = " and ".join(preset.changes()[:2])
+            raise ArgumentError("train", "memory_preset", wanted, repr(name), changes)
+    return warnings
 
 
-def _validation(found: dict[str, Any], config: TwinFlowConfig | None, warnings: list[str]) -> None:
-    """TwinFlow has its own guidance and number of steps."""
+def _resolve_validation(values: dict[str, Any], config: TwinFlowConfig | None) -> list[str]:
+    """Sets the guidance and the number of steps that TwinFlow samples with; returns warnings."""
     if config is None:
-        return
-    guidance, steps = found["validation_guidance"], found["validation_num_inference_steps"]
+        return []
+    warnings = []
+    guidance, steps = values["validation_guidance"], values["validation_num_inference_steps"]
     target = config.target_step_count
     if guidance:
         warnings.append(f"validation_guidance is 0.0 with TwinFlow, which trains guidance in, not {guidance:g}")
@@ -150,4 +192,5 @@ def _validation(found: dict[str, Any], config: TwinFlowConfig | None, warnings: 
         warnings.append(f"twinflow_target_step_count is {target}; TwinFlow is for 1 to 4 steps")
     if target == 1 and not config.adversarial:
         warnings.append(FLAT)
-    found["validation_guidance"], found["validation_num_inference_steps"] = 0.0, target
+    values["validation_guidance"], values["validation_num_inference_steps"] = 0.0, target
+    return warnings

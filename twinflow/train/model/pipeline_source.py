@@ -4,8 +4,13 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-_WHERE = "train: pretrained_model_name_or_path must be"
+from twinflow.errors import ArgumentError
+
 _PAGE = "https://huggingface.co/{}"
+
+
+def _error(wanted: str, got: str, hint: str = "") -> ArgumentError:
+    return ArgumentError("train", "pretrained_model_name_or_path", wanted, got, hint)
 
 
 def pipeline_folder(name: str) -> Path:
@@ -33,12 +38,12 @@ def _local(name: str) -> Path | None:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "model_index.json").is_file():
-            raise ValueError(f"{_WHERE} a diffusers pipeline, got {path} without model_index.json")
+            raise _error("a diffusers pipeline", f"{path} without model_index.json")
         return path
     if path.is_file():
-        raise ValueError(f"{_WHERE} a pipeline's folder or a hub name, got the file {path}")
+        raise _error("a pipeline's folder or a hub name", f"the file {path}")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ValueError(f"{_WHERE} a folder that exists or a hub name as owner/name, got {name!r}")
+        raise _error("a folder that exists or a hub name as owner/name", repr(name))
     return None
 
 
@@ -66,22 +71,18 @@ def _downloaded(name: str, download: Callable[[str], str]) -> Path:
     try:
         return Path(download(name))
     except Exception as error:
-        found = _cause(error, (GatedRepoError, RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError))
-        if isinstance(found, GatedRepoError):
-            raise ValueError(
-                f"{_WHERE} a model you may have, got {name!r}, which is gated: accept its terms at {page}, then run "
-                "`hf auth login`"
-            ) from None
-        if isinstance(found, RepositoryNotFoundError):
-            raise ValueError(
-                f"{_WHERE} a model that exists, got {name!r}: see {page}; if it is private, run `hf auth login`"
-            ) from None
-        if isinstance(error, (OSError, ConnectionError)) or found is not None:
+        cause = _cause(error, (GatedRepoError, RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError))
+        if isinstance(cause, GatedRepoError):
+            how = f"accept its terms at {page}, then run `hf auth login`"
+            raise _error("a model you may have", f"{name!r}, which is gated: {how}") from None
+        if isinstance(cause, RepositoryNotFoundError):
+            how = f"see {page}; if it is private, run `hf auth login`"
+            raise _error("a model that exists", f"{name!r}: {how}") from None
+        if isinstance(error, (OSError, ConnectionError)) or cause is not None:
             brief = textwrap.shorten(str(error), 200, placeholder=" ...")
-            raise ValueError(
-                f"{_WHERE} a model that is here or can be downloaded, got {name!r} ({page}) and no way to it: {brief}; "
-                "give the folder of a copy, or log in with `hf auth login` where it is private"
-            ) from None
+            how = "give the folder of a copy, or log in with `hf auth login` where it is private"
+            got = f"{name!r} ({page}) and no way to it: {brief}"
+            raise _error("a model that is here or can be downloaded", got, how) from None
         raise
 
 

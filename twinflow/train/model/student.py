@@ -13,7 +13,7 @@ from twinflow.models import FlowModel, load
 from twinflow.models.registry import REGISTRATIONS, diffusers_families
 from twinflow.teachers.from_options import teacher_from_options
 from twinflow.teachers.teachers import EMATeacher
-from twinflow.train.config.resolve import NO_BRIDGE
+from twinflow.train.config.resolve import no_bridge
 from twinflow.train.config.settings import TrainSettings
 
 COMPONENTS = ("transformer", "unet")  # folders of a pipeline that may hold what is trained
@@ -73,7 +73,7 @@ def model_of(settings: TrainSettings, folder: Path) -> tuple[dict[str, Any], str
     if REGISTRATIONS[family].diffusion and settings.twinflow is not None:
         require_bridge(settings.prediction_type or "epsilon", settings.twinflow_options)
     elif REGISTRATIONS[family].diffusion and not settings.twinflow_options["diff2flow_enabled"]:
-        raise ValueError(NO_BRIDGE)
+        raise no_bridge()
     return config, family
 
 
