@@ -214,7 +214,7 @@ def test_damaged_files_have_a_line_and_status_two(exports, tmp_path, capsys, mon
         (lora, [], f"{lora / 'pytorch_lora_weights.safetensors'} must be a whole safetensors file"),
         (exports["sd3"], ["--model", str(model)], "model must be a diffusers pipeline that loads, got "),
         (exports["sd3"], ["--model", str(pickled)], "model must be a diffusers pipeline that loads, got "),
-        (tmp_path / "none", [], "RUN_OR_EXPORT must be a folder, got "),
+        (tmp_path / "none", [], "RUN_OR_EXPORT must be a folder that exists, got "),
     ):
         assert main(["sample", str(source), "--prompt", "a fox", *arguments]) == 2
         assert capsys.readouterr().err.strip().split("\n")[-1].startswith(f"twinflow sample: {message}")
