@@ -2,26 +2,19 @@
 
 import pytest
 import torch
+from helpers.batches import gradients
+from helpers.cuda_steps import delayed, lora_student_and_batch, time_ms
+from helpers.family_batches import make_student
+from helpers.tiny_pipelines import latent_shape
+from torch import nn
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-pytest.importorskip("diffusers", reason="needs diffusers")
+from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss
+from twinflow.memory import adamw_8bit, apply_memory, defer_modulation
+from twinflow.memory.modulation.streamed_weights import StreamedWeights
+from twinflow.memory.offload.host_pool import CudaTransfers
+from twinflow.memory.quantised_linear import PackedWeight, dequantised
 
-from gpu.test_families import student_and_batch  # noqa: E402
-from gpu.test_offload import delayed, time_ms  # noqa: E402
-from helpers.batches import gradients  # noqa: E402
-from helpers.family_batches import make_student  # noqa: E402
-from helpers.tiny_pipelines import latent_shape  # noqa: E402
-from torch import nn  # noqa: E402
-
-from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss  # noqa: E402
-from twinflow.memory import adamw_8bit, apply_memory, defer_modulation  # noqa: E402
-from twinflow.memory.modulation.streamed_weights import StreamedWeights  # noqa: E402
-from twinflow.memory.offload.host_pool import CudaTransfers  # noqa: E402
-from twinflow.memory.quantised_linear import PackedWeight, dequantised  # noqa: E402
-
+pytestmark = pytest.mark.gpu
 FAMILIES = ("qwen_image", "sd3", "flux", "flux_guidance", "z_image")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -48,7 +41,7 @@ def close(found, expected, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_is_the_same_however_late_copies_are(family, dtype, late, pinned, monkeypatch):
-    student, batch = student_and_batch(family, dtype)
+    student, batch = lora_student_and_batch(family, dtype)
     expected = twice(student, batch)
     if late:
         monkeypatch.setattr(CudaTransfers, "load", delayed(CudaTransfers.load, "_in"))
@@ -59,7 +52,7 @@ def test_a_step_is_the_same_however_late_copies_are(family, dtype, late, pinned,
 @pytest.mark.parametrize("preset", ["40gb", "24gb"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_never_waits_for_the_device(family, preset):
-    student, batch = student_and_batch(family)
+    student, batch = lora_student_and_batch(family)
     criterion, teacher = TwinFlowLoss(TwinFlowConfig()), EMATeacher(student, 0.9)
     with apply_memory(student, preset):
         for _ in range(2):
@@ -74,7 +67,7 @@ def test_a_step_never_waits_for_the_device(family, preset):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_packed_base_is_the_plain_one_with_its_weights(family):
-    student, batch = student_and_batch(family)
+    student, batch = lora_student_and_batch(family)
     apply_memory(student, "24gb")
     found = twice(student, batch)
     for parameter in student.parameters():

@@ -2,40 +2,21 @@
 
 import pytest
 import torch
+from helpers.cuda_steps import lora_student_and_batch
+from helpers.family_batches import FAMILIES
+from helpers.tiny_pipelines import latent_shape, tiny_transformer
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-pytest.importorskip("diffusers", reason="needs diffusers")
+from twinflow import EMATeacher, FrozenTeacher, TwinFlowConfig, TwinFlowLoss
+from twinflow.lora import add_lora
+from twinflow.models import load
 
-from helpers.tiny_pipelines import latent_shape, tiny_transformer  # noqa: E402
-
-from twinflow import EMATeacher, FrozenTeacher, TwinFlowConfig, TwinFlowLoss  # noqa: E402
-from twinflow.lora import add_lora  # noqa: E402
-from twinflow.models import load  # noqa: E402
-
-FAMILIES = ("qwen_image", "sd3", "sana", "flux", "flux_guidance", "z_image")
-
-
-def student_and_batch(family, dtype=torch.bfloat16):
-    student = add_lora(load(tiny_transformer(family).to("cuda", dtype)), 4)
-    latents = torch.randn(latent_shape(family, 4), device="cuda", dtype=dtype)
-
-    def condition(rows):
-        found = {
-            name: torch.randn(rows, *[7] * (name == "prompt_embeds"), width, device="cuda", dtype=dtype)
-            for name, width in student.condition_widths().items()
-        }
-        return found | {"prompt_lengths": torch.full((rows,), 5)}  # on the host
-
-    return student, (latents, condition(4), condition(1))
+pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("make", [lambda s: EMATeacher(s, 0.9), FrozenTeacher], ids=["ema", "frozen"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_lora_step_never_waits_for_the_device(family, make):
-    student, batch = student_and_batch(family)
+    student, batch = lora_student_and_batch(family)
     criterion, teacher = TwinFlowLoss(TwinFlowConfig()), make(student)
     for _ in range(2):  # compiles kernels, fills the transformers' caches
         criterion(student, *batch, teacher=teacher).loss.backward()
@@ -50,7 +31,7 @@ def test_a_lora_step_never_waits_for_the_device(family, make):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_lora_step_gives_equal_bits_twice(family):
-    student, batch = student_and_batch(family)
+    student, batch = lora_student_and_batch(family)
     criterion, teacher = TwinFlowLoss(TwinFlowConfig()), EMATeacher(student, 0.9)
     draws = criterion.draw(batch[0], torch.Generator("cuda").manual_seed(0))
     results = []

@@ -7,10 +7,7 @@ from helpers.toy import GoldenNet, ToyNet, golden_cases, golden_config, golden_d
 from twinflow import Draws, TwinFlowConfig, TwinFlowLoss
 from twinflow_kernels import ema_update_
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 CASES = golden_cases()
 
 

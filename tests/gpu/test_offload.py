@@ -2,22 +2,17 @@
 
 import pytest
 import torch
+from helpers.batches import gradients
+from helpers.cuda_steps import delayed, lora_student_and_batch, time_ms
+from helpers.family_batches import FAMILIES
+from helpers.offload_cases import Net, equal
+from torch.utils.checkpoint import checkpoint
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-pytest.importorskip("diffusers", reason="needs diffusers")
+from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss
+from twinflow.memory.offload.activations import offload_activations
+from twinflow.memory.offload.host_pool import CudaTransfers
 
-from gpu.test_families import FAMILIES, student_and_batch  # noqa: E402
-from helpers.batches import gradients  # noqa: E402
-from helpers.offload_cases import Net, equal  # noqa: E402
-from torch.utils.checkpoint import checkpoint  # noqa: E402
-
-from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss  # noqa: E402
-from twinflow.memory.offload.activations import offload_activations  # noqa: E402
-from twinflow.memory.offload.host_pool import CudaTransfers  # noqa: E402
-
+pytestmark = pytest.mark.gpu
 MB = 1 << 20
 
 
@@ -38,17 +33,6 @@ class Stack(torch.nn.Module):
         for _ in range(self.blocks):
             x = checkpoint(self.products, x, use_reentrant=False)
         return x.float().square().mean()
-
-
-def delayed(method, stream):
-    """A copy behind a few milliseconds of sleep on its own stream: whoever does not wait for it reads rubbish."""
-
-    def late(self, *arguments):
-        with torch.cuda.stream(getattr(self, stream)):
-            torch.cuda._sleep(5_000_000)
-        return method(self, *arguments)
-
-    return late
 
 
 @pytest.mark.parametrize("pinned", [True, False])
@@ -79,7 +63,7 @@ def test_gradients_are_the_same_bits_however_late_copies_are(late, window, pinne
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_with_offload_is_the_same_and_never_waits_for_the_device(family):
-    student, batch = student_and_batch(family)
+    student, batch = lora_student_and_batch(family)
     criterion, teacher = TwinFlowLoss(TwinFlowConfig()), EMATeacher(student, 0.9)
     draws, results = criterion.draw(batch[0], torch.Generator("cuda").manual_seed(0)), []
     arguments = dict(teacher=teacher, draws=draws, update_teacher=False)
@@ -101,19 +85,6 @@ def test_a_step_with_offload_is_the_same_and_never_waits_for_the_device(family):
     handle.remove()
     equal(gradients(student), results[0])
     assert offload.stats.bytes_restored > 0 and offload.stats.pool_bytes == 0
-
-
-def time_ms(work, repeats=5):
-    """Median of a few runs between CUDA events."""
-    times = []
-    for _ in range(repeats + 2):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop))
-    return sorted(times[2:])[repeats // 2]
 
 
 def test_transfers_hide_behind_computation():
