@@ -1,10 +1,9 @@
 """The example loop runs as a user runs it: a pipeline folder and a folder of pictures in, a LoRA and a picture out."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
+from helpers.forks import run_script
 from helpers.tiny_pipelines import saved_pipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -25,14 +24,12 @@ def test_the_loop_trains_exports_and_samples(tmp_path):
         Image.fromarray(picture).save(data / f"{k}.png")
         (data / f"{k}.txt").write_text(["a temple", "a flower"][k])
     size = 16
-    command = [sys.executable, str(SCRIPT), "--pipeline", str(saved_pipeline("sd3")), "--data", str(data)]
     numbers = {"--size": size, "--batch": 4, "--steps": 3, "--rank": 4, "--lr": 0.01}
     more = [str(word) for pair in numbers.items() for word in pair]
-    done = subprocess.run(
-        [*command, *more, "--out", str(out), "--dtype", "float32"], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "step 0: loss" in done.stdout and f"written: {out}" in done.stdout
+    folders = ["--pipeline", str(saved_pipeline("sd3")), "--data", str(data), "--out", str(out)]
+    done = run_script(SCRIPT, *folders, *more, "--dtype", "float32", cwd=tmp_path)
+    assert done.status == 0, done.err[-2000:]
+    assert "step 0: loss" in done.out and f"written: {out}" in done.out
     assert Image.open(out / "sample.png").size == (size, size)
     lora = load_file(out / "pytorch_lora_weights.safetensors")
     assert all(name.startswith("transformer.") for name in lora)
