@@ -29,7 +29,8 @@ from twinflow.train.data.cache import Entry, held_out
 from twinflow.train.data.prepare import encoders_of, prepare_data, unread
 from twinflow.train.logging.console import Display, plural_steps, redirect_stdout_to
 from twinflow.train.logging.quiet import without_loading_bars
-from twinflow.train.logging.run_logger import RunLogger, required_trackers
+from twinflow.train.logging.run_logger import RunLogger
+from twinflow.train.logging.trackers import required_trackers
 from twinflow.train.loop import Due
 from twinflow.train.model.memory import after_out_of_memory
 from twinflow.train.model.optimizer import renew, saved_kind

@@ -9,16 +9,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import wandb
+from accelerate.state import AcceleratorState, PartialState
 from helpers.looked_at_runs import PROMPTS, records, samples, start
 from PIL import Image
 
 from twinflow.train import read_config
 from twinflow.train.config.run_folder import RunFolder
-from twinflow.train.logging.run_logger import trackers_of
-from twinflow.train.logging.trackers import SCATTER_STEPS, scalars
+from twinflow.train.logging.trackers import SCATTER_STEPS, Trackers, scalars
 from twinflow.train.logging.trajectory import COLOURS, TITLE, Trajectory, figure
 
 STEPS = 20
+
+
+@pytest.fixture(autouse=True, scope="module")
+def accelerate_state():
+    """The processes that accelerate's trackers ask about, as a run has made them."""
+    PartialState(cpu=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +77,7 @@ def history(folder: Path) -> list[dict]:
 
 def test_tensorboard_has_every_value(tmp_path, measured):
     run = RunFolder(tmp_path)
-    (tracker,) = trackers_of(settings(run, "tensorboard"), run)
+    tracker = Trackers(settings(run, "tensorboard"), run)
     tracker.log(measured)
     tracker.images(run.samples_at(None), samples(run, None, "base", (30,)))
     tracker.images(run.samples_at(STEPS), samples(run, STEPS))
@@ -91,7 +99,7 @@ def test_tensorboard_goes_on_after_the_checkpoint(tmp_path, measured):
     """The values of steps that are taken again take the place of the old ones."""
     run = RunFolder(tmp_path)
     for after in (0, 10):
-        (tracker,) = trackers_of(settings(run, "tensorboard"), run, after)
+        tracker = Trackers(settings(run, "tensorboard"), run, after)
         tracker.log([{**r, "loss": r["loss"] + after} for r in measured if r["step"] > after])
         tracker.close()
     steps = [r for r in measured if r["kind"] == "step"]
@@ -106,7 +114,7 @@ def wandb_run(tmp_path_factory, measured):
         patch.setenv("WANDB_MODE", "offline")
         run = RunFolder(tmp_path_factory.mktemp("run"))
         for after in (0, 10):
-            (tracker,) = trackers_of(settings(run, "wandb"), run, after)
+            tracker = Trackers(settings(run, "wandb"), run, after)
             tracker.log([r for r in measured if r["step"] > after])
             tracker.images(run.samples_at(after + 1), samples(run, after + 1))
             tracker.close(), tracker.close()
@@ -158,7 +166,7 @@ def test_figures_are_drawn_once_in_many_steps_and_never_without_twinflow(tmp_pat
     record = {"kind": "step", "loss": 1.0, "terms": {}, "trajectory": [[0.5, 0.25], [-0.5, -0.5]]}
     for name, pairs in (("with", record["trajectory"]), ("without", [])):
         run = RunFolder(tmp_path / name)
-        (tracker,) = trackers_of(settings(run, "tensorboard"), run)
+        tracker = Trackers(settings(run, "tensorboard"), run)
         for first in range(1, 2 * SCATTER_STEPS + 101, 10):
             tracker.log([{**record, "trajectory": pairs, "step": step} for step in range(first, first + 10)])
         tracker.close()
@@ -190,7 +198,7 @@ def test_a_missing_library_is_said_before_anything_is_written(tmp_path, monkeypa
         monkeypatch.delitem(sys.modules, module)
     run = RunFolder(tmp_path / "run")
     with pytest.raises(ValueError, match=f"^train: report_to must name .*, got {name}: pip install {name}$"):
-        trackers_of(settings(run, name), run)
+        Trackers(settings(run, name), run)
     assert not run.root.exists()
 
 
@@ -202,20 +210,21 @@ def test_no_account_in_wandb_is_a_line(tmp_path, monkeypatch):
     run = RunFolder(tmp_path / "run")
     wandb.teardown()  # it reads its environment once
     with pytest.raises(ValueError, match=r"^train: report_to wandb must have an account: `wandb login`, ") as raised:
-        trackers_of(settings(run, "wandb"), run)
+        Trackers(settings(run, "wandb"), run)
     wandb.teardown()
     assert "\n" not in str(raised.value) and not run.wandb_id.exists()
 
 
 def test_nothing_is_asked_for_by_default(tmp_path):
-    assert trackers_of(settings(RunFolder(tmp_path), "none"), RunFolder(tmp_path)) == []
+    Trackers(settings(RunFolder(tmp_path), "none"), RunFolder(tmp_path)).close()
+    assert not list(tmp_path.iterdir())
 
 
 def test_images_are_no_larger_than_a_board_needs(tmp_path):
     run = RunFolder(tmp_path)
     record = samples(run, 5)
     Image.new("L", (3000, 1500), 50).save(run.samples_at(5) / "grid.png")
-    (tracker,) = trackers_of(settings(run, "tensorboard"), run)
+    tracker = Trackers(settings(run, "tensorboard"), run)
     tracker.images(run.samples_at(5), record)
     tracker.close()
     (image,) = events(run).Images("samples/ema")
