@@ -1,4 +1,4 @@
-"""The README's troubleshooting table: each row quotes what is said where the trouble is real."""
+"""The troubleshooting table: each row quotes what is said where the trouble is real."""
 
 import re
 from pathlib import Path
@@ -17,8 +17,8 @@ from twinflow.train.logging.step_metrics import require_finite
 from twinflow.train.model import pipeline_source as source
 from twinflow.train.run import train
 
-SECTION = (Path(__file__).resolve().parent.parent / "README.md").read_text().split("## Train on your images")[1]
-ROWS = re.findall(r"^\| `(.+?)` \| (?!---)", SECTION.split("\n## ")[0], re.MULTILINE)
+PAGE = (Path(__file__).resolve().parent.parent / "docs" / "troubleshooting.md").read_text()
+ROWS = re.findall(r"^\| `(.+?)` \| (?!---)", PAGE, re.MULTILINE)
 GATED = "stabilityai/stable-diffusion-3.5-medium"
 ON = {"pretrained_model_name_or_path": "a/b", "twinflow_enabled": True}
 
