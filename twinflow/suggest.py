@@ -1,7 +1,7 @@
 """`lookup()`, `nearest()`, `did_you_mean()`: what to say of a name that a table does not have."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from twinflow.errors import ArgumentError
@@ -31,15 +31,14 @@ def lookup(
     raise ArgumentError(function, argument, f"{also}{wanted}", repr(name), hint)
 
 
-def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """The known name most like this one, or like this one after a prefix; "": none is like it."""
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> list[str]:
+    """The known names that may be meant: the one that is much like it, with or without a prefix, or up to three."""
     names = [*known]
-    near = difflib.get_close_matches(name, names, 1, 0.6)
+    near = difflib.get_close_matches(name, names, 1, 0.85)
     near = near or (difflib.get_close_matches(prefix + name, names, 1, 0.8) if prefix else [])
-    return near[0] if near else ""
+    return near or difflib.get_close_matches(name, names, 3, 0.6)
 
 
-def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """A question for the nearest known name; "": none is like it."""
-    near = nearest(name, known, prefix)
-    return f"did you mean {near!r}?" if near else ""
+def did_you_mean(names: Sequence[str]) -> str:
+    """A question for these names, of `nearest`; "": there are none."""
+    return f"did you mean {', '.join(names[:-1])}{' or ' if names[:-1] else ''}{names[-1]}?" if names else ""

@@ -22,7 +22,7 @@ def parsed(*words, command=add_options):
     parser = Parser(prog="twinflow train")
     command(parser)
     options = parser.parse_args(words)
-    parser.settle(options)
+    parser.settle(options, words)
     return options
 
 
@@ -142,7 +142,12 @@ def test_the_debug_of_the_whole_command_line_is_no_option_of_a_run():
     (["train", "--lerning_rate=1"], "twinflow train: there is no option '--lerning_rate'; did you mean --lear"),
     (["train", "--estimate_order", "1"], "twinflow train: there is no option '--estimate_order'; did you mean --twinf"),
     (["train", "--skip_b", "1"], "twinflow train: there is no option '--skip_b'; did you mean --skip_bad?"),
-    (["train", "--seed", "1", "2"], "twinflow train: config must be a JSON file that exists, got '2'"),
+    (["train", "--seed", "1", "2"], "twinflow train: there is no place for '2' after --seed and its value"),
+    (["train", "--report_to", "tensorboard", "wandb"], "twinflow train: there is no place for 'wandb' after --rep"),
+    (["train", "config.yaml", "--seed", "1"], "twinflow train: config must be a JSON file that exists, got 'config"),
+    (["train", "--learning_rate", "-1e-4"], "twinflow train: learning_rate must be a number in (0, 1000], got '-1e-4'"),
+    (["train", "--batch_size", "4"], "twinflow train: there is no option '--batch_size'; did you mean --train_batch_s"),
+    (["sample", "--prompt", "a", "b"], "twinflow sample: the following arguments are required: RUN_OR_EXPORT"),
     (["train", "a.json", "--seed", "1", "2"], "twinflow train: there is no place for '2' after --seed and its value"),
     (["train", "--use_ema", "-no"], "twinflow train: there is no option '-no'; a value that begins with a dash is "),
     (["train", "--seed"], "twinflow train: argument --seed: expected one argument"),

@@ -21,8 +21,8 @@ _FLAGS = (
 )  # fmt: skip
 
 
-def found() -> str | None:
-    """The browser: `TWINFLOW_CHROMIUM`, or one in the path."""
+def browser() -> str | None:
+    """The path of a browser: `TWINFLOW_CHROMIUM`, or one in the path."""
     return os.environ.get("TWINFLOW_CHROMIUM") or next(filter(None, map(shutil.which, _NAMES)), None)
 
 
@@ -37,7 +37,13 @@ class Tab:
     def __init__(self, path: Path, folder: Path, width: int = 1280, height: int = 1600) -> None:
         ours_in, theirs_out = os.pipe()
         theirs_in, ours_out = os.pipe()
-        command = [str(found()), *_FLAGS, f"--user-data-dir={folder}", f"--window-size={width},{height}", "about:blank"]
+        command = [
+            str(browser()),
+            *_FLAGS,
+            f"--user-data-dir={folder}",
+            f"--window-size={width},{height}",
+            "about:blank",
+        ]
         self._process = subprocess.Popen(
             ["bash", "-c", f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}', "-", *command],
             pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -92,12 +98,12 @@ class Tab:
         end = time.monotonic() + seconds
         while True:
             *messages, self._left = self._left.split(b"\0")
-            found = None
+            match = None
             for message in map(json.loads, messages):
                 self.events.append(message)
-                found = message if found is None and wanted(message) else found
-            if found is not None:
-                return found
+                match = message if match is None and wanted(message) else match
+            if match is not None:
+                return match
             assert select.select([self._in], [], [], max(0.0, end - time.monotonic()))[0], "the browser is silent"
             data = os.read(self._in, 1 << 20)
             assert data, "the browser has ended"

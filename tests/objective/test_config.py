@@ -93,7 +93,7 @@ def test_flags_select_the_recipe():
     ("twinflow_adverserial_weight", "twinflow_adversarial_weight"),
 ])  # fmt: skip
 def test_an_unknown_flag_suggests_the_nearest(name, nearest):
-    with pytest.raises(ValueError, match=rf"known options, got '{name}'; did you mean '{nearest}'\?"):
+    with pytest.raises(ValueError, match=rf"known options, got '{name}'; did you mean '{nearest}'"):
         TwinFlowConfig.from_flags({name: 1})
     with pytest.raises(TypeError, match="from_flags: mapping must be a mapping of option to value, got list"):
         TwinFlowConfig.from_flags([name])

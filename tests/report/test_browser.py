@@ -10,7 +10,7 @@ from twinflow.train.config.run_folder import RunFolder
 from twinflow.train.logging.metrics_file import MetricsFile
 
 pytestmark = pytest.mark.skipif(
-    chromium.found() is None, reason="no Chromium: apt-get install chromium, or set TWINFLOW_CHROMIUM"
+    chromium.browser() is None, reason="no Chromium: apt-get install chromium, or set TWINFLOW_CHROMIUM"
 )
 
 
@@ -40,6 +40,7 @@ def test_curves_are_drawn(tab):
     assert max(heights) > 20, "a curve is no flat line"
 
 
+@pytest.mark.slow
 def test_both_signs_are_in_the_scatter(tab):
     dots = [tab.ask(f"document.querySelectorAll('[data-sign=\"{sign}\"] circle').length") for sign in (1, -1)]
     assert min(dots) > 30 and sum(dots) == 240
@@ -49,6 +50,7 @@ def test_both_signs_are_in_the_scatter(tab):
     assert len(set(colours)) == 2
 
 
+@pytest.mark.slow
 def test_arrow_keys_and_the_slider_change_the_step(tab):
     def seen():
         return tab.ask("""[document.querySelector('.slider output').textContent,
@@ -70,6 +72,7 @@ def test_arrow_keys_and_the_slider_change_the_step(tab):
     assert widths == [32] * 6, "two prompts, two step counts and the base model"
 
 
+@pytest.mark.slow
 def test_readouts_follow_the_pointer(tab):
     tab.ask("document.querySelector('[data-chart=loss]').scrollIntoView()")
     box = tab.ask("""(() => { const b = document.querySelector('[data-chart=loss] svg').getBoundingClientRect();
@@ -84,6 +87,7 @@ def test_readouts_follow_the_pointer(tab):
     assert tab.ask(f"{read}.hidden")
 
 
+@pytest.mark.slow
 def test_logarithms_and_changed_settings(tab):
     before = tab.ask("document.querySelector('[data-chart=loss] path.line').getAttribute('d')")
     tab.ask("document.querySelector('[data-scale] [data-kind=log]').click()")
@@ -95,6 +99,7 @@ def test_logarithms_and_changed_settings(tab):
     assert 5 < tab.ask(visible) < every / 2
 
 
+@pytest.mark.slow
 def test_the_screenshot_is_a_page_in_light_and_in_dark(tab):
     tab.ask("scrollTo(0, 0)")
     for scheme, low, high in (("light", 200, 256), ("dark", 0, 60)):
@@ -107,7 +112,7 @@ def test_the_screenshot_is_a_page_in_light_and_in_dark(tab):
 
 
 def test_nothing_is_loaded_and_nothing_complains(tab):
-    """Last of this tab: after everything above was done."""
+    """Last of this tab: after all else was done."""
     asked = [
         event["params"]["request"]["url"] for event in tab.events if event.get("method") == "Network.requestWillBeSent"
     ]
@@ -120,6 +125,7 @@ def test_nothing_is_loaded_and_nothing_complains(tab):
     assert tab.ask("document.querySelectorAll('script').length") == 2
 
 
+@pytest.mark.slow
 def test_a_script_that_is_not_the_pages_is_refused(tmp_path):
     """The page's own rule: whatever were to slip through an escape would not run."""
     page = write_report(whole_run(tmp_path / "run", 10), tmp_path / "report.html")
@@ -129,6 +135,7 @@ def test_a_script_that_is_not_the_pages_is_refused(tmp_path):
         assert [event for event in tab.events if event.get("method") == "Log.entryAdded"], "it is refused aloud"
 
 
+@pytest.mark.slow
 def test_a_run_that_has_just_begun(tmp_path):
     run = RunFolder(tmp_path / "run")
     MetricsFile(run.metrics).append([start(0)])

@@ -154,8 +154,8 @@ def test_texts_from_files_stay_texts(tmp_path):
 
 
 MISSING = {
-    "metrics.jsonl": "No step has been measured yet.", "config.json": "config.json is not there",
-    "environment.json": "environment.json is not there", "samples": "No samples yet",
+    "metrics.jsonl": "No step has been measured yet.", "config.json": "config.json does not exist",
+    "environment.json": "environment.json does not exist", "samples": "No samples yet",
     "samples/base": None, "samples/step-000040": None,
 }  # fmt: skip
 
@@ -219,7 +219,7 @@ def test_no_file_from_outside_is_shown(copied, name):
 def test_what_is_no_run_is_refused(tmp_path):
     (tmp_path / "a file").write_text("")
     (tmp_path / "folder").mkdir()
-    for name, what in (("folder", "without either"), ("a file", "which is a file"), ("nothing", "which is not there")):
+    for name, what in (("folder", "without either"), ("a file", "which is a file"), ("nothing", "does not exist")):
         with pytest.raises(ValueError, match=r"^write_report: run must be the folder of a run, .*, got ") as raised:
             write_report(RunFolder(tmp_path / name))
         assert str(raised.value).endswith(what) and name in str(raised.value)
@@ -229,7 +229,7 @@ def test_what_is_no_run_is_refused(tmp_path):
 def test_the_page_goes_where_it_is_asked_to_or_nowhere(copied, tmp_path, monkeypatch):
     to = tmp_path / "other.html"
     assert write_report(copied, to) == to and not copied.report.exists()
-    for bad, what in ((tmp_path, "a folder"), (tmp_path / "no" / "x.html", "in a folder that is not there")):
+    for bad, what in ((tmp_path, "a folder"), (tmp_path / "no" / "x.html", "in a folder that does not exist")):
         with pytest.raises(
             ValueError, match=rf"^write_report: to must be a file in a folder that exists, got .*, {what}$"
         ):

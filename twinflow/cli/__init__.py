@@ -15,7 +15,7 @@ from importlib.metadata import version
 from twinflow.cli.parser import EXAMPLES, Parser
 from twinflow.environment import pip_install
 from twinflow.errors import ArgumentError, ArgumentTypeError
-from twinflow.suggest import did_you_mean
+from twinflow.suggest import did_you_mean, nearest
 
 # command -> its purpose; each is a module of this package, imported when it is asked for
 COMMANDS = {
@@ -84,13 +84,13 @@ def _run(name: str, words: list[str]) -> int:
             with suppress(argparse.ArgumentError):  # the command has a --debug of its own
                 chosen.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=_DEBUG)
     if name and module is None:
-        near = did_you_mean(name, COMMANDS)
+        near = did_you_mean([*map(repr, nearest(name, COMMANDS))])
         parser.error(f"there is no command {name!r}{f'; {near}' if near else ''}")
     options, extra = parser.parse_known_args(words)
     assert module is not None  # argparse requires a command
     if extra:
         chosen.refuse(extra[0], words)
-    chosen.settle(options)
+    chosen.settle(options, words)
     return module.run(options)
 
 

@@ -2,11 +2,13 @@
 
 import argparse
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from twinflow.suggest import nearest
+from twinflow.suggest import did_you_mean, nearest
 
+_NEGATIVE = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 EXAMPLES = "examples:"  # how the part of a help begins whose lines stay as they are
 
 
@@ -18,20 +20,27 @@ class Parser(argparse.ArgumentParser):
     theirs but the command's positional argument (`nargs="?"`), and `needs_positional` whether there must be one.
     """
 
-    is_positional: Callable[[str], bool] | None = None
+    is_positional: Callable[[str], bool]
     needs_positional = False
 
     def __init__(self, **options: Any) -> None:
         options.setdefault("formatter_class", _Help)
+        self.is_positional = lambda word: False
         super().__init__(**options, allow_abbrev=False)
+        self._negative_number_matcher = _NEGATIVE  # Python's own takes -1e-4 for an option
 
     def error(self, message: str) -> NoReturn:
         """Ends the process with a line, of the first rank where several say the same."""
         more = "" if message.endswith("?") else f"; `{self.prog} --help` shows all"
         self.exit(2, f"{self.prog}: {message}{more}\n" if os.environ.get("RANK", "0") == "0" else None)
 
-    def settle(self, options: argparse.Namespace) -> None:
-        """Joins the parts of each list, and gives the positional argument the word that an option before it took."""
+    def settle(self, options: argparse.Namespace, words: Sequence[str]) -> None:
+        """Joins the parts of each list, and gives the positional argument the word that an option before it took.
+
+        Args:
+            options: as parsed; changed in place.
+            words: that were parsed.
+        """
         lists = {action.dest for action in self._actions if action.nargs == "+"}
         switches = {action.dest for action in self._actions if action.nargs == "?" and action.option_strings}
         place = next((action for action in self._actions if action.nargs == "?" and not action.option_strings), None)
@@ -44,29 +53,42 @@ class Parser(argparse.ArgumentParser):
                 setattr(options, name, [word for part in value or () for word in part])
             elif place is not None and self._reclaim(options, place, value):
                 setattr(options, name, True)
-        if place is not None and self.needs_positional and getattr(options, place.dest) is None:
+        if place is None:
+            return
+        value = getattr(options, place.dest)
+        if value is None and self.needs_positional:
             self.error(f"the following arguments are required: {place.metavar}")
+        if value is not None and not self.is_positional(str(value)) and str(value) in words:
+            self._refuse_value(str(value), words)
 
     def _reclaim(self, options: argparse.Namespace, place: argparse.Action, word: object) -> bool:
-        if self.is_positional is None or getattr(options, place.dest) is not None:
-            return False
-        if not isinstance(word, str) or not self.is_positional(word):
+        if not isinstance(word, str) or not self.is_positional(word) or getattr(options, place.dest) is not None:
             return False
         setattr(options, place.dest, place.type(word) if callable(place.type) else word)
         return True
 
-    def refuse(self, extra: str, arguments: Sequence[str]) -> NoReturn:
+    def _refuse_value(self, word: str, words: Sequence[str]) -> None:
+        """Ends the process where a word stands behind an option that has its value already."""
+        before = [*words][: [*words].index(word)]
+        option = next((k for k in reversed(range(len(before))) if before[k].startswith("--")), None)
+        if option is not None and (option < len(before) - 1 or "=" in before[option]):
+            name = before[option].partition("=")[0]
+            self.error(f"there is no place for {word!r} after {name} and its value")
+
+    def refuse(self, extra: str, words: Sequence[str]) -> NoReturn:
         """Ends the process with an argument that nothing takes: an unknown option, or a value too many."""
-        option, index = extra.partition("=")[0], [*arguments].index(extra)
-        before = next((word for word in reversed(arguments[:index]) if word.startswith("--")), "").partition("=")[0]
-        if option.startswith("-") and not option.startswith("--") and before:
-            self.error(f"there is no option {option!r}; a value that begins with a dash is written {before}={extra}")
+        option = extra.partition("=")[0]
         if not option.startswith("-"):
-            self.error(f"there is no place for {extra!r}{f' after {before} and its value' if before else ''}")
+            self._refuse_value(extra, words)
+            self.error(f"there is no place for {extra!r}")
+        before = next((word for word in reversed(words[: [*words].index(extra)]) if word.startswith("--")), "")
+        if not option.startswith("--") and before:
+            form = f"{before.partition('=')[0]}={extra}"
+            self.error(f"there is no option {option!r}; a value that begins with a dash is written {form}")
         shown = (action for action in self._actions if action.help != argparse.SUPPRESS)
-        near = nearest(option.lstrip("-"), [name.lstrip("-") for action in shown for name in action.option_strings],
-                       "twinflow_")  # fmt: skip
-        self.error(f"there is no option {option!r}{f'; did you mean --{near}?' if near else ''}")
+        known = [name.lstrip("-") for action in shown for name in action.option_strings]
+        near = did_you_mean([f"--{name}" for name in nearest(option.lstrip("-"), known, "twinflow_")])
+        self.error(f"there is no option {option!r}{f'; {near}' if near else ''}")
 
 
 class _Help(argparse.HelpFormatter):

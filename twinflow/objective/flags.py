@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from twinflow.errors import ArgumentError, ArgumentTypeError
-from twinflow.suggest import did_you_mean
+from twinflow.suggest import did_you_mean, nearest
 
 
 class Flag(NamedTuple):
@@ -61,7 +61,7 @@ def parse_flags(mapping: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
         raise ArgumentTypeError("from_flags", "mapping", "a mapping of option to value", type(mapping).__name__)
     for name in map(str, mapping):
         if name not in FLAGS:
-            hint = did_you_mean(name, FLAGS, "twinflow_") or f"known are {', '.join(FLAGS)}"
+            hint = did_you_mean([*map(repr, nearest(name, FLAGS, "twinflow_"))]) or f"known are {', '.join(FLAGS)}"
             raise ArgumentError("from_flags", "mapping", "known options", repr(name), hint, "hold")
     settings: dict[str, Any] = {}
     rest: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""One page about a run: what it was asked for, how it went, what it draws."""
+"""One page about a run: its settings, its measurements, its samples."""
 
 from twinflow.report.page import write_report
 

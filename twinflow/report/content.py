@@ -21,9 +21,9 @@ SMALL = {
 
 def content(run: Run) -> dict[str, Any]:
     """Everything that is drawn: curves, scatter and images, inside one object for JSON."""
-    found = curves(run.series)
-    columns = found["columns"]
-    first = found["first"][0] if found["first"] else 0
+    drawn = curves(run.series)
+    columns = drawn["columns"]
+    first = drawn["first"][0] if drawn["first"] else 0
     charts = [_loss_chart(run)] if loss_columns(run) or run.series.evaluations else []
     for key, (title, _, column, unit, raw, colour) in SMALL.items():
         if column in columns:
@@ -31,7 +31,7 @@ def content(run: Run) -> dict[str, Any]:
             charts.append({"id": key, "title": title, "height": 190, "zero": True, "series": [series], "points": []})
     ends = [min(first, run.series.last), max(run.series.last, first + 1)]
     return {
-        "run": {**found, "resumes": run.resumes, "range": ends},
+        "run": {**drawn, "resumes": run.resumes, "range": ends},
         "charts": charts,
         "scatter": {"title": TITLE, "labels": list(SIGNS.values()), "points": _dots(run)},
         "samples": samples_content(run.sets, run.base),
@@ -42,7 +42,7 @@ def content(run: Run) -> dict[str, Any]:
 def loss_columns(run: Run) -> list[str]:
     """The loss and its terms, those that have a value."""
     names = ["loss", *(name for name in run.series.columns if name.startswith(TERM))]
-    return [name for name in names if run.series.found(name)]
+    return [name for name in names if run.series.values(name)]
 
 
 def _loss_chart(run: Run) -> dict[str, Any]:
@@ -63,9 +63,9 @@ def _dots(run: Run) -> list[list[float]]:
 def samples_content(sets: list[SampleSet], base: SampleSet | None) -> dict[str, Any]:
     """The samples as a table: a row per prompt and seed, a column per way to sample, a set per time."""
     beside = base.images if base else []
-    each = max([len(found.images) for found in sets], default=1)
-    sets = thinned(sets, max(2, (MOST_IMAGES - len(beside)) // max(1, each)))
-    images = [image for found in sets for image in found.images]
+    most = max([len(part.images) for part in sets], default=1)
+    sets = thinned(sets, max(2, (MOST_IMAGES - len(beside)) // max(1, most)))
+    images = [image for part in sets for image in part.images]
     uris = dict(zip([*images, *beside], data_uris([image.path for image in [*images, *beside]]), strict=True))
     rows = list(dict.fromkeys((image.prompt, image.seed) for image in [*images, *beside]))
     columns, base_columns = _columns(images), _columns(beside)
@@ -74,8 +74,8 @@ def samples_content(sets: list[SampleSet], base: SampleSet | None) -> dict[str, 
         "columns": [{**_titled(k, column), "base": False} for k, column in enumerate(columns)],
         "baseColumns": [{**_titled(k, column), "title": "Base model", "under": _words(column), "base": True}
                         for k, column in enumerate(base_columns)],
-        "sets": [{"step": found.step, "weights": WEIGHTS.get(found.weights, found.weights),
-                  "images": _table(found.images, rows, columns, uris)} for found in sets],
+        "sets": [{"step": part.step, "weights": WEIGHTS.get(part.weights, part.weights),
+                  "images": _table(part.images, rows, columns, uris)} for part in sets],
         "base": _table(beside, rows, base_columns, uris),
     }  # fmt: skip
 
@@ -103,8 +103,8 @@ def _titled(number: int, way: tuple[int, str, float]) -> dict[str, Any]:
 def _table(
     images: list[Sample], rows: list[tuple[str, int]], columns: list[tuple[int, str, float]], uris: dict[Sample, Any]
 ) -> list[list[dict[str, Any] | None]]:
-    found = {((image.prompt, image.seed), _way(image)): image for image in images}
-    return [[_cell(found.get((row, column)), uris) for column in columns] for row in rows]
+    cells = {((image.prompt, image.seed), _way(image)): image for image in images}
+    return [[_cell(cells.get((row, column)), uris) for column in columns] for row in rows]
 
 
 def _cell(image: Sample | None, uris: dict[Sample, Any]) -> dict[str, Any] | None:

@@ -40,7 +40,7 @@ def _standing(run: Run) -> str:
     said = [f"Step {last:,}" + (f" of {total:,}" if total else "")]
     if total and last < total:
         said[0] += ", not finished"
-    seconds = run.series.found("seconds")
+    seconds = run.series.values("seconds")
     if seconds:
         said.append(f"{duration(seconds[-1])} of training")
     if run.series.starts:
@@ -54,35 +54,35 @@ def _standing(run: Run) -> str:
 
 def _figures(run: Run) -> list[str]:
     """A term and its value each."""
-    series, found = run.series, []
-    losses = series.found("loss")
+    series, figures = run.series, []
+    losses = series.values("loss")
     if losses:
         few = max(1, len(losses) // _SHARE)
-        found.append(
+        figures.append(
             _figure("Loss", f"{number(fmean(losses[-few:]))}", f"last twentieth; first: {number(fmean(losses[:few]))}")
         )
     held = [record for record in series.evaluations if record.get("loss") is not None]
     if held:
         best = min(held, key=lambda record: record["loss"])
-        told = f"held-out images; best {number(best['loss'])} at step {best['step']:,}"
-        found.append(_figure("Evaluation loss", number(held[-1]["loss"]), told))
+        note = f"held-out images; best {number(best['loss'])} at step {best['step']:,}"
+        figures.append(_figure("Evaluation loss", number(held[-1]["loss"]), note))
     else:
-        found.append(_figure("Evaluation loss", "–", "no evaluation so far"))
-    for name, title, unit, told in (("s_per_step", "Time per step", "s", "median"),
+        figures.append(_figure("Evaluation loss", "–", "no evaluation so far"))
+    for name, title, unit, note in (("s_per_step", "Time per step", "s", "median"),
                                     ("rows_per_s", "Throughput", "rows/s", "median, all processes")):  # fmt: skip
-        if series.found(name):
-            found.append(_figure(title, number(median(series.found(name))), told, unit))
-    peaks = series.found("peak_gb")
+        if series.values(name):
+            figures.append(_figure(title, number(median(series.values(name))), note, unit))
+    peaks = series.values("peak_gb")
     if peaks:
-        found.append(_figure("Peak memory", number(max(peaks)), "of one device; GB = 1e9 bytes", "GB"))
+        figures.append(_figure("Peak memory", number(max(peaks)), "of one device; GB = 1e9 bytes", "GB"))
     else:
-        found.append(_figure("Peak memory", "–", "not measured without CUDA"))
-    return found
+        figures.append(_figure("Peak memory", "–", "not measured without CUDA"))
+    return figures
 
 
-def _figure(title: str, value: str, told: str, unit: str = "") -> str:
+def _figure(title: str, value: str, note: str, unit: str = "") -> str:
     shown = f"{escape(value)}{f' <small>{escape(unit)}</small>' if unit else ''}"
-    return f"<div><dt>{escape(title)}</dt><dd><b>{shown}</b><span>{escape(told)}</span></dd></div>"
+    return f"<div><dt>{escape(title)}</dt><dd><b>{shown}</b><span>{escape(note)}</span></dd></div>"
 
 
 def number(value: float) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from twinflow.atomic_files import write_file
+from twinflow.errors import ArgumentError
 from twinflow.report import sections
 from twinflow.report.content import content
 from twinflow.report.heading import heading
@@ -39,11 +40,11 @@ def write_report(run: RunFolder, to: Path | None = None) -> Path:
         ValueError: it is no folder of a run, or there is no folder for the file.
         OSError: the file cannot be written.
     """
-    found, path = read_run(run), run.report if to is None else Path(to)
+    contents, path = read_run(run), run.report if to is None else Path(to)
     if path.is_dir() or not path.absolute().parent.is_dir():
-        what = "a folder" if path.is_dir() else "in a folder that is not there"
-        raise ValueError(f"write_report: to must be a file in a folder that exists, got {str(path)!r}, {what}")
-    write_file(path, page(found).encode())
+        what = "a folder" if path.is_dir() else "in a folder that does not exist"
+        raise ArgumentError("write_report", "to", "a file in a folder that exists", f"{str(path)!r}, {what}")
+    write_file(path, page(contents).encode())
     return path
 
 

@@ -28,9 +28,9 @@ def data_uris(paths: Sequence[Path], most_bytes: int = MOST_BYTES) -> list[str |
     for width in WIDTHS:
         if width != WIDTHS[-1] and _size(some, width) * len(paths) > most_bytes * len(some):
             continue
-        found = [_uri(path, width) for path in paths]
-        if width == WIDTHS[-1] or sum(len(uri or "") for uri in found) <= most_bytes:
-            return found
+        uris = [_uri(path, width) for path in paths]
+        if width == WIDTHS[-1] or sum(len(uri or "") for uri in uris) <= most_bytes:
+            return uris
     raise AssertionError
 
 

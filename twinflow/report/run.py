@@ -1,10 +1,11 @@
-"""`Run`: everything that a run's folder tells, and what it lacks, in words."""
+"""`Run`: the contents of a run's folder, and in words what of it cannot be read."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from twinflow.errors import ArgumentError
 from twinflow.report.samples import SampleSet, read_samples
 from twinflow.report.series import Series, read_series
 from twinflow.train.config.resolve import read_config
@@ -14,16 +15,16 @@ from twinflow.train.config.settings import TrainSettings
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its folder tells it.
+    """The contents of a run's folder.
 
     Args:
         name: of the run.
-        settings: None: there is no config, or one of another version.
-        config: the config as it stands in the file.
+        settings: None: there is no config, or it cannot be resolved.
+        config: the object in config.json.
         environment: versions and devices.
         series: the measurements.
         sets, base: samples on the way, and of the base model.
-        complaints: what could not be read, a sentence each.
+        complaints: a sentence for each thing that cannot be read.
     """
 
     name: str
@@ -37,12 +38,12 @@ class Run:
 
     @property
     def total(self) -> int | None:
-        """Steps that were asked for; None: unknown."""
+        """Steps of the whole run; None: unknown."""
         return None if self.settings is None else self.settings.max_train_steps
 
     @property
     def resumes(self) -> list[int]:
-        """Steps after which the run was gone on with."""
+        """Steps after which the run was resumed."""
         return sorted({step for step, _ in self.series.starts[1:]})
 
     @property
@@ -57,20 +58,17 @@ def read_run(folder: RunFolder) -> Run:
     Raises:
         ValueError: it is no folder of a run, or cannot be read.
     """
-    wanted = "write_report: run must be the folder of a run, with metrics.jsonl or config.json"
     if not folder.root.is_dir():
-        raise ValueError(
-            f"{wanted}, got {str(folder.root)!r}, which is {'a file' if folder.root.exists() else 'not there'}"
-        )
+        raise _error(f"{str(folder.root)!r}, which {'is a file' if folder.root.exists() else 'does not exist'}")
     if not any(path.is_file() for path in (folder.metrics, folder.config)):
-        raise ValueError(f"{wanted}, got {str(folder.root)!r} without either")
+        raise _error(f"{str(folder.root)!r} without either")
     complaints: list[str] = []
     config = _object(folder.config, complaints)
     settings = _settings(folder.config, complaints) if config else None
     try:
         series = read_series(folder.metrics)
     except OSError as error:
-        raise ValueError(f"{wanted}, got {str(folder.metrics)!r}: {error.strerror}") from None
+        raise _error(f"{str(folder.metrics)!r}: {error.strerror}") from None
     if series.damaged:
         what = "1 line of metrics.jsonl is" if series.damaged == 1 else f"{series.damaged} lines of metrics.jsonl are"
         complaints.append(f"{what} damaged and left out")
@@ -80,19 +78,24 @@ def read_run(folder: RunFolder) -> Run:
     return Run(name, settings, config, environment, series, sets, base, complaints)
 
 
+def _error(got: str) -> ArgumentError:
+    wanted = "the folder of a run, with metrics.jsonl or config.json"
+    return ArgumentError("write_report", "run", wanted, got)
+
+
 def _object(path: Path, complaints: list[str]) -> dict[str, Any]:
     if not path.is_file():
-        complaints.append(f"{path.name} is not there")
+        complaints.append(f"{path.name} does not exist")
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         complaints.append(f"{path.name} cannot be read: {error}")
         return {}
-    if not isinstance(found, dict):
-        complaints.append(f"{path.name} must hold an object, got a {type(found).__name__}")
+    if not isinstance(value, dict):
+        complaints.append(f"{path.name} must hold an object, got a {type(value).__name__}")
         return {}
-    return found
+    return value
 
 
 def _settings(path: Path, complaints: list[str]) -> TrainSettings | None:

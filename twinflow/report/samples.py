@@ -46,16 +46,16 @@ def read_samples(run: RunFolder, complaints: list[str]) -> tuple[list[SampleSet]
     folders = sorted(path for path in run.samples.glob("*") if path.is_dir() and not path.name.startswith("."))
     for folder in folders:
         try:
-            found = _read(folder)
+            part = _read(folder)
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
             complaints.append(f"samples/{folder.name} is left out: {reason}")
             continue
-        if found.weights == "base":
-            base = found
+        if part.weights == "base":
+            base = part
         else:
-            sets.append(found)
-    return sorted(sets, key=lambda found: found.step), base
+            sets.append(part)
+    return sorted(sets, key=lambda part: part.step), base
 
 
 def _read(folder: Path) -> SampleSet:

@@ -78,7 +78,7 @@ def progress(run: Run) -> str:
     figures = []
     for key, (title, unit, column, *_) in SMALL.items():
         caption = f'<figcaption><h3>{title}</h3><span class="unit">{unit}</span></figcaption>'
-        if run.series.found(column):
+        if run.series.values(column):
             figures.append(f'<figure class="chart" data-chart="{key}">{caption}</figure>')
         else:
             why = "Not measured: the run has no CUDA device." if key == "memory" else "Not measured."

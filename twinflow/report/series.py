@@ -44,8 +44,8 @@ class Series:
         return max([0, *self.steps[-1:], *(record["step"] for record in self.evaluations[-1:]),
                     *(step for step, _ in self.starts[-1:])])  # fmt: skip
 
-    def found(self, name: str) -> list[float]:
-        """The values of a column that are there."""
+    def values(self, name: str) -> list[float]:
+        """The measured values of a column."""
         return [value for value in self.columns.get(name, []) if value is not None]
 
 
@@ -102,11 +102,11 @@ def curves(series: Series, most: int = MOST_POINTS) -> dict[str, Any]:
     """
     every = max(1, -(-len(series.steps) // most))
     starts = range(0, len(series.steps), every)
-    found: dict[str, Any] = {}
+    drawn: dict[str, Any] = {}
     for name, column in series.columns.items():
         parts = [[value for value in column[k : k + every] if value is not None] for k in starts]
         if any(parts):
-            found[name] = {
+            drawn[name] = {
                 "mean": [_short(sum(part) / len(part)) if part else None for part in parts],
                 "low": [_short(min(part)) if part else None for part in parts] if every > 1 else None,
                 "high": [_short(max(part)) if part else None for part in parts] if every > 1 else None,
@@ -114,7 +114,7 @@ def curves(series: Series, most: int = MOST_POINTS) -> dict[str, Any]:
             }
     ends = [min(k + every, len(series.steps)) - 1 for k in starts]
     return {
-        "first": [series.steps[k] for k in starts], "last": [series.steps[k] for k in ends], "columns": found,
+        "first": [series.steps[k] for k in starts], "last": [series.steps[k] for k in ends], "columns": drawn,
     }  # fmt: skip
 
 

@@ -69,7 +69,7 @@ def any_objective(own: dict) -> None:
 def any_flags(flags: list) -> None:
     spelled = [f"--{name.replace('_', '-') if dashes else name}={value}" for name, value, dashes in flags]
     arguments = PARSER.parse_args([*(f"--{name}={value}" for name, value in WORKS.items()), *spelled])
-    PARSER.settle(arguments)
+    PARSER.settle(arguments, spelled)
     reads_back(read_or_line(lambda: settings_from(arguments), [name for name, *_ in flags]))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from twinflow.errors import ArgumentError, ArgumentTypeError, require
 from twinflow.objective.config import TwinFlowConfig
 from twinflow.objective.flags import FLAGS
+from twinflow.suggest import did_you_mean, nearest
 from twinflow.train.config.option_types import shown
 from twinflow.train.config.presets import TrainPreset
 
@@ -78,7 +79,8 @@ def _settings(value: Any) -> dict[str, Any]:
         raise ArgumentError("train", "twinflow", "an object of TwinFlowConfig's settings", shown(value))
     for name in value:
         if name not in _SETTINGS:
-            raise ArgumentError("train", "twinflow", ", ".join(_SETTINGS), shown(name), verb="hold")
+            hint = did_you_mean([*map(repr, nearest(str(name), _SETTINGS))]) or f"they are {', '.join(_SETTINGS)}"
+            raise ArgumentError("train", "twinflow", "settings of TwinFlowConfig", shown(name), hint, "hold")
     return dict(value)
 
 

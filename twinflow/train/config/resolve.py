@@ -8,7 +8,7 @@ from twinflow.errors import ArgumentError
 from twinflow.models.registry import REGISTRATIONS
 from twinflow.objective.config import TwinFlowConfig
 from twinflow.objective.flags import FLAGS
-from twinflow.suggest import did_you_mean, lookup
+from twinflow.suggest import did_you_mean, lookup, nearest
 from twinflow.train.config import simpletuner
 from twinflow.train.config.json_file import read_json
 from twinflow.train.config.objective import objective
@@ -85,7 +85,8 @@ def known_options(options: Mapping[Any, Any]) -> dict[str, Any]:
 
 def unknown_option(spelling: str) -> ValueError:
     """The error of an unknown option, with the nearest known name."""
-    hint = did_you_mean(option_name(spelling), [*OPTIONS, *ALIASES], "twinflow_")
+    near = nearest(option_name(spelling), [*OPTIONS, *ALIASES], "twinflow_")
+    hint = did_you_mean([*map(repr, near)])
     return ValueError(f"unknown option {shown(spelling)}; {hint or '`twinflow train --help` lists them all'}")
 
 
