@@ -4,10 +4,10 @@ import pytest
 import torch
 from helpers.batches import gradients
 from helpers.family_batches import FAMILIES, make_batch, make_student, relative
+from helpers.teacher_cases import TEACHERS, T, answer, move
 from helpers.tiny_pipelines import tiny_transformer
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
-from teachers.test_lora_teacher import TEACHERS, T, answer, move
 from torch import nn
 
 from twinflow import EMATeacher, FrozenTeacher, TwinFlowConfig, TwinFlowLoss

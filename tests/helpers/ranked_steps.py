@@ -13,9 +13,8 @@ import torch.multiprocessing as mp
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from helpers.batches import EIGHT, rows_of, toy_draws
-from helpers.family_batches import make_batch
+from helpers.family_batches import make_batch, spread
 from helpers.tiny_pipelines import saved_pipeline
-from models.test_families_wrapping import spread
 from torch import distributed
 
 from twinflow import TwinFlowConfig, TwinFlowLoss

@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from helpers.batches import EIGHT, STARTED, gradients, rows_of, toy_draws
-from helpers.family_batches import make_batch, make_student
-from models.test_families_wrapping import spread
+from helpers.family_batches import make_batch, make_student, spread
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from helpers.batches import gradients
-from helpers.family_batches import FAMILIES, make_batch, make_student, relative
+from helpers.family_batches import FAMILIES, make_batch, make_student, relative, spread
 from helpers.tiny_pipelines import tiny_transformer
 from peft import LoraConfig, get_peft_model
 
@@ -17,15 +17,6 @@ from twinflow.models import load
 T, R = torch.tensor([0.9, 0.31, 0.5, 1.0]), torch.tensor([0.2, 0.31, 0.0, 0.7])
 BOTH = ("dual+sign", "midpoint+sign")
 REGIONAL = [family for family in FAMILIES if getattr(tiny_transformer(family), "_repeated_blocks", None)]
-
-
-def spread(student):
-    """Conditioning and adapters as after training: every new parameter counts, and gets a gradient."""
-    with torch.no_grad():
-        for name, parameter in student.named_parameters():
-            if "lora_B" in name or name.split(".")[1] in student.conditioning.names:
-                parameter.copy_(0.1 * torch.randn_like(parameter))
-    return student
 
 
 def run(student, batch, called=None):

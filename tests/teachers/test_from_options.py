@@ -8,7 +8,7 @@ from helpers.batches import COND, DIM, toy_batch
 from helpers.toy import ToyNet
 
 from twinflow import EMATeacher, StudentTeacher, TwinFlowConfig, TwinFlowLoss
-from twinflow.teachers.from_options import teacher_from_options
+from twinflow.teachers.teachers import teacher_from_options
 
 NO_EMA = (
     "TwinFlow requires an EMA teacher; enable use_ema or set twinflow_allow_no_ema_teacher to fall back to student "

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.batches import gradients
 from helpers.family_batches import FAMILIES, make_batch, relative
+from helpers.teacher_cases import TEACHERS, R, T, answer, move
 from helpers.tiny_pipelines import tiny_transformer
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -14,12 +15,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from twinflow import EMATeacher, FrozenTeacher, StudentTeacher, TwinFlowConfig, TwinFlowLoss
+from twinflow import EMATeacher, FrozenTeacher, TwinFlowConfig, TwinFlowLoss
 from twinflow.models import load
 from twinflow.teachers.adapter_slot import adapter_layers
 
-T, R = torch.tensor([0.9, 0.31, 0.5, 1.0]), torch.tensor([0.2, 0.31, 0.0, 0.7])
-TEACHERS = {"ema": lambda student: EMATeacher(student, 0.9), "frozen": FrozenTeacher, "student": StudentTeacher}
 SETUPS = {
     "pattern": LoraConfig(r=2, target_modules="proj_out"),  # FLUX has single blocks with a layer of that name too
     "some blocks": LoraConfig(
@@ -44,19 +43,6 @@ def adapted(config, how, family="flux", mode="dual+sign", dtype=torch.float32):
     else:
         network = get_peft_model(network, config)
     return move(load(network, conditioning=mode))
-
-
-@torch.no_grad()
-def move(student, scale=0.1):
-    for parameter in student.parameters():
-        if parameter.requires_grad:
-            parameter += scale * torch.randn_like(parameter)
-    return student
-
-
-def answer(network, batch, t=T, r=R):
-    with torch.no_grad():
-        return network(batch[0], t, r, batch[1])
 
 
 def state_of(student, slot="ema"):

@@ -5,9 +5,8 @@ import copy
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers.family_batches import make_batch, make_student
+from helpers.family_batches import make_batch, make_student, spread
 from helpers.ranked_steps import on_two_ranks
-from models.test_families_wrapping import spread
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

@@ -13,10 +13,10 @@ import torch
 from torch import distributed, nn
 
 from twinflow.distributed import unwrap
+from twinflow.errors import ArgumentError
 from twinflow.interface import Student, trained_parameters
-from twinflow.teachers.ema_tensors import local
 
-_HELD_BYTES = 1 << 26  # of shards on their way at a time
+_EXCHANGE_BYTES = 1 << 26  # shards that are copied aside at a time
 
 
 def is_sharded(student: Student) -> bool:
@@ -27,6 +27,11 @@ def is_sharded(student: Student) -> bool:
     from torch.distributed.fsdp import FSDPModule
 
     return any(isinstance(m, FSDPModule) for m in module.modules())
+
+
+def local_shard(x: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of a sharded tensor, in its memory; any other tensor as it is."""
+    return x.to_local() if hasattr(x, "to_local") else x  # DTensor is not imported where it is not in use
 
 
 class ShardedWeights:
@@ -57,10 +62,8 @@ class ShardedWeights:
             # Their copies to the device run behind the host, which would change them under way.
             mesh = getattr(parameter, "device_mesh", None)
             if mesh is not None and mesh.device_type != parameter.device.type:
-                raise ValueError(
-                    f"EMATeacher: student must be sharded on its {mesh.device_type} device, got {name} offloaded to "
-                    f"{parameter.device}"
-                )
+                wanted = f"sharded on its {mesh.device_type} device"
+                raise ArgumentError("EMATeacher", "student", wanted, f"{name} offloaded to {parameter.device}")
         self.targets: dict[str, torch.Tensor] = {n: p.detach().clone() for n, p in self.sources.items()}
 
     def settle(self) -> None:
@@ -81,25 +84,25 @@ class ShardedWeights:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        for mine, theirs in self._portions():
-            held = [x.clone() for x in mine]
-            torch._foreach_copy_(mine, theirs)
-            torch._foreach_copy_(theirs, held)
+        for teachers, students in self._shards():
+            aside = [x.clone() for x in teachers]
+            torch._foreach_copy_(teachers, students)
+            torch._foreach_copy_(students, aside)
 
-    def _portions(self) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
-        """Shards of both, a few at a time; FSDP may move them, so they are looked up anew."""
-        mine: list[torch.Tensor] = []
-        theirs: list[torch.Tensor] = []
+    def _shards(self) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+        """The teacher's shards and the student's, a few at a time; FSDP may move them, so they are looked up anew."""
+        teachers: list[torch.Tensor] = []
+        students: list[torch.Tensor] = []
         size = 0
         for name, parameter in self.sources.items():
-            mine.append(local(self.targets[name]))
-            theirs.append(local(parameter))
-            size += mine[-1].nbytes
-            if size >= _HELD_BYTES:
-                yield mine, theirs
-                mine, theirs, size = [], [], 0
-        if mine:
-            yield mine, theirs
+            teachers.append(local_shard(self.targets[name]))
+            students.append(local_shard(parameter))
+            size += teachers[-1].nbytes
+            if size >= _EXCHANGE_BYTES:
+                yield teachers, students
+                teachers, students, size = [], [], 0
+        if teachers:
+            yield teachers, students
 
     def velocity(self, x_t: torch.Tensor, t: torch.Tensor, r: torch.Tensor, cond: Any) -> torch.Tensor:
         """The student's network with these weights."""

@@ -1,4 +1,4 @@
-"""The three teachers, one interface: `EMATeacher`, `StudentTeacher`, `FrozenTeacher`."""
+"""`EMATeacher`, `StudentTeacher`, `FrozenTeacher`, and `teacher_from_options()`, which picks one."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,15 +7,17 @@ import torch
 from torch import nn
 
 from twinflow.distributed import unwrap, without_collectives
+from twinflow.errors import ArgumentError, ArgumentTypeError, require
 from twinflow.interface import Student, Teacher, check_same_student, trained_parameters
-from twinflow.teachers.ema_tensors import flat, load_tensors, local, shadow_of
+from twinflow.objective.flags import parse_flags
+from twinflow.teachers.sharded_weights import local_shard
 from twinflow.teachers.weights import TeacherWeights, ema_weights, frozen_weights, require_trainable
 from twinflow_kernels import ema_update_
 
 
 def _require_query(query: str) -> None:
     if query not in ("cfg", "rollout"):
-        raise ValueError(f"velocity: query must be cfg or rollout, got {query!r}")
+        raise ArgumentError("velocity", "query", "cfg or rollout", repr(query))
 
 
 class StudentTeacher(Teacher):
@@ -25,7 +27,7 @@ class StudentTeacher(Teacher):
 
     def __init__(self, student: Student) -> None:
         if not callable(student):
-            raise TypeError(f"StudentTeacher: student must be callable, got {type(student).__name__}")
+            raise ArgumentTypeError("StudentTeacher", "student", "callable", type(student).__name__)
         self.student = student
 
     @torch.no_grad()
@@ -66,13 +68,12 @@ class _WeightsTeacher(Teacher):
             return  # a plain callable around the module
         self._weights.settle()
         # The tensors themselves: one that was replaced would leave the teacher following a tensor nobody trains.
-        now, mine = trained_parameters(module), self._trained
-        changed = sorted(n for n in now.keys() | mine.keys() if now.get(n) is not mine.get(n))
+        now, before = trained_parameters(module), self._trained
+        changed = sorted(n for n in now.keys() | before.keys() if now.get(n) is not before.get(n))
         if changed:
-            raise ValueError(
-                f"{type(self).__name__}: the student's trainable parameters must be those the teacher was made from, "
-                f"got a difference in {', '.join(changed[:3])}{' ...' if len(changed) > 3 else ''}"
-            )
+            difference = f"a difference in {', '.join(changed[:3])}{' ...' if len(changed) > 3 else ''}"
+            wanted = "those the teacher was made from"
+            raise ArgumentError(type(self).__name__, "the student's trainable parameters", wanted, difference)
 
 
 class EMATeacher(_WeightsTeacher):
@@ -111,23 +112,23 @@ class EMATeacher(_WeightsTeacher):
         device: torch.device | str | None = None,
     ) -> None:
         if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 <= decay <= 1:
-            raise ValueError(f"EMATeacher: decay must be in (0, 1), got {decay!r}")
+            raise ArgumentError("EMATeacher", "decay", "in (0, 1)", repr(decay))
         if decay in (0, 1):
             instead = "StudentTeacher (the student teaches itself)" if decay == 0 else "FrozenTeacher (fixed weights)"
-            raise ValueError(f"EMATeacher: decay must be in (0, 1), got {decay}; use {instead}")
+            raise ArgumentError("EMATeacher", "decay", "in (0, 1)", decay, hint=f"use {instead}")
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise TypeError(f"EMATeacher: dtype must be a floating dtype, got {dtype!r}")
+            raise ArgumentTypeError("EMATeacher", "dtype", "a floating dtype", repr(dtype))
         require_trainable("EMATeacher", student)
         for name, parameter in unwrap(student).named_parameters():
             if parameter.requires_grad and not parameter.is_floating_point():
-                raise TypeError(f"EMATeacher: parameter {name} must be floating, got {parameter.dtype}")
+                raise ArgumentTypeError("EMATeacher", f"parameter {name}", "floating", parameter.dtype)
         weights, self.adapter = ema_weights(student, adapter)
         super().__init__(student, weights)
         self.decay = float(decay)
         self.current_decay = 0.0
         self.updates = 0
         self._shadow = {
-            name: target.detach() if self.adapter else shadow_of(target, dtype, device)
+            name: target.detach() if self.adapter else _shadow_of(target, dtype, device)
             for name, target in self._weights.targets.items()
         }
 
@@ -135,12 +136,12 @@ class EMATeacher(_WeightsTeacher):
     def update(self) -> None:
         targets, sources, copies = [], [], []
         for name, average in self._shadow.items():
-            source, compute = (local(x[name].detach()) for x in (self._weights.sources, self._weights.targets))
-            shadow = local(average)
+            source, compute = (local_shard(x[name].detach()) for x in (self._weights.sources, self._weights.targets))
+            shadow = local_shard(average)
             separate = compute.data_ptr() != shadow.data_ptr()
-            targets.append(flat(shadow, shadow))
-            sources.append(flat(source.to(shadow.device), shadow))
-            copies.append(flat(compute, shadow) if separate and compute.device == shadow.device else None)
+            targets.append(_flat(shadow, shadow))
+            sources.append(_flat(source.to(shadow.device), shadow))
+            copies.append(_flat(compute, shadow) if separate and compute.device == shadow.device else None)
         ema_update_(targets, sources, self.current_decay, copies if any(c is not None for c in copies) else None)
         for name, shadow in self._shadow.items():
             if self._weights.targets[name].device != shadow.device:
@@ -169,7 +170,7 @@ class EMATeacher(_WeightsTeacher):
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         decay, current_decay, updates = float(state["decay"]), float(state["current_decay"]), int(state["updates"])
-        load_tensors(type(self).__name__, self._shadow, state["shadow"])
+        _load_tensors(type(self).__name__, self._shadow, state["shadow"])
         for name, value in self._shadow.items():
             self._weights.targets[name].copy_(value)
         self.decay, self.current_decay, self.updates = decay, current_decay, updates
@@ -203,8 +204,89 @@ class FrozenTeacher(_WeightsTeacher):
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        load_tensors(type(self).__name__, self._fixed(), state["weights"])
+        _load_tensors(type(self).__name__, self._fixed(), state["weights"])
 
     def _fixed(self) -> dict[str, torch.Tensor]:
         """The tensors of its own: copied parameters, and saved buffers, which an EMA takes from the student anew."""
         return {**self._weights.targets, **self._weights.saved_buffers()}
+
+
+def _shadow_of(target: torch.Tensor, dtype: torch.dtype, device: torch.device | str | None) -> torch.Tensor:
+    """The tensor that holds an average: the target itself, or a copy in another dtype or on another device."""
+    if torch.promote_types(target.dtype, dtype) == target.dtype and dtype == torch.float32:
+        dtype = target.dtype
+    place = target.device if device is None else torch.device(device)
+    if hasattr(target, "to_local"):
+        if place.type != target.device.type:
+            wanted = "None where the student is sharded, as an average lies beside its parameter's shards"
+            raise ArgumentError("EMATeacher", "device", wanted, device)
+        place = target.device
+    if dtype == target.dtype and place == target.device:
+        return target.detach()
+    shadow = target.detach().to(device=place, dtype=dtype, copy=True)
+    return shadow.pin_memory() if place.type == "cpu" and target.device.type == "cuda" else shadow
+
+
+def _flat(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The elements in the memory order of `like`, so that dense layouts such as channels_last need no copy."""
+    if like.is_contiguous():
+        return x
+    if x.stride() != like.stride():
+        x = torch.empty_like(like, dtype=x.dtype).copy_(x)
+    return x.as_strided((x.numel(),), (1,))
+
+
+def _load_tensors(teacher: str, tensors: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]) -> None:
+    """Copies saved tensors in place; ArgumentError, and nothing copied, where names or shapes differ."""
+    changed = sorted(set(tensors) ^ set(saved))
+    if changed:
+        difference = f"a difference in {changed[:3]}"
+        raise ArgumentError(teacher, "the state's parameters", "the teacher's", difference)
+    for name, value in tensors.items():
+        shape, saved_shape = tuple(value.shape), tuple(saved[name].shape)
+        require(shape == saved_shape, teacher, name, f"of shape {shape}", f"{saved_shape} in the state")
+    for name, value in tensors.items():
+        value.copy_(saved[name])
+
+
+def teacher_from_options(
+    student: Student,
+    options: Mapping[str, Any],
+    *,
+    use_ema: bool,
+    decay: float = 0.99,
+    device: torch.device | str | None = None,
+) -> Teacher:
+    """Picks the teacher: an EMA of the student where one is kept, else the student where the options permit that.
+
+    Without an EMA the student teaches itself only if `twinflow_require_ema` is off or `twinflow_allow_no_ema_teacher`
+    is on; so it does with an EMA that cannot be kept, of a student that is no module.
+
+    Args:
+        student: the student, wrapped for DDP or compilation or not.
+        options: what `TwinFlowConfig.from_flags` leaves, or the `twinflow_*` and `diff2flow_*` options themselves.
+        use_ema: whether the training keeps an EMA.
+        decay: the EMA's final decay, in (0, 1).
+        device: where the average lives; see `EMATeacher`.
+
+    Raises:
+        TypeError: use_ema is not a bool.
+        ValueError: an EMA is required but not kept, or the student has nothing to average.
+    """
+    if not isinstance(use_ema, bool):
+        raise ArgumentTypeError("teacher_from_options", "use_ema", "True or False", repr(use_ema))
+    _, options = parse_flags(options)
+    may_teach_itself = options["twinflow_allow_no_ema_teacher"] or not options["twinflow_require_ema"]
+    module = unwrap(student)
+    if use_ema and isinstance(module, nn.Module):
+        if not trained_parameters(module):
+            raise ValueError("EMA teacher unavailable because no trainable component was found.")
+        return EMATeacher(student, decay, device=device)  # type: ignore[arg-type]  # what wraps a module is one
+    if may_teach_itself:
+        return StudentTeacher(student)
+    if use_ema:
+        raise ValueError("EMA teacher weights are required but unavailable; enable use_ema or allow fallback.")
+    raise ValueError(
+        "TwinFlow requires an EMA teacher; enable use_ema or set twinflow_allow_no_ema_teacher to fall back to student "
+        "weights explicitly."
+    )

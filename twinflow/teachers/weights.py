@@ -1,34 +1,84 @@
-"""`ema_weights()`, `frozen_weights()`: where a teacher's own weights are.
+"""Where a teacher's own weights live: `ModuleCopy` here, an adapter's second slot, or shards beside the student's."""
 
-They are in a copy of the student's module, in a slot beside the adapter that it trains, or in shards beside its own.
-"""
+import copy
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
-from typing import TYPE_CHECKING, TypeAlias, Union
-
+import torch
 from torch import nn
 
 from twinflow.distributed import unwrap
-from twinflow.interface import Student
-from twinflow.teachers.module_copy import ModuleCopy
+from twinflow.errors import ArgumentError, ArgumentTypeError
+from twinflow.interface import Student, trained_parameters
 from twinflow.teachers.sharded_weights import ShardedWeights, is_sharded
 
 if TYPE_CHECKING:
     from twinflow.teachers.adapter_slot import AdapterSlot
 
 DEFAULT_SLOT = "ema"
+
+
+class ModuleCopy:
+    """A teacher's weights as a module: a copy of the student that shares its frozen tensors.
+
+    Args:
+        student: the module, wrapped for DDP or compilation or not.
+
+    Attributes:
+        sources, targets: name -> trainable parameter of the student, and the copy of it.
+        module: the network that computes with the copies.
+    """
+
+    def __init__(self, student: nn.Module) -> None:
+        self._student = student
+        original = unwrap(student)
+        assert isinstance(original, nn.Module)
+        self.sources = trained_parameters(original)
+        frozen = {id(p): p for p in original.parameters() if not p.requires_grad}
+        self.module: nn.Module = copy.deepcopy(original, memo=frozen)
+        for parameter in self.module.parameters():
+            if id(parameter) not in frozen:
+                parameter.requires_grad_(False)
+        copied = dict(self.module.named_parameters())
+        self.targets: dict[str, torch.Tensor] = {n: copied[n] for n in self.sources}
+        compiled = getattr(student, "_orig_mod", None) is not None
+        self._call: Student = torch.compile(self.module) if compiled else self.module
+
+    def velocity(self, x_t: torch.Tensor, t: torch.Tensor, r: torch.Tensor, cond: Any) -> torch.Tensor:
+        """The copy's velocity, with dropout active where it is in the student."""
+        original = unwrap(self._student)
+        if self.module.training != original.training:
+            self.module.train(original.training)
+        return self._call(x_t, t, r, cond)
+
+    def settle(self) -> None:
+        """Nothing to do: no parameter is gathered."""
+
+    def copy_buffers(self) -> None:
+        """Takes the student's buffers anew."""
+        copies = list(self.module.named_buffers())
+        originals = dict(unwrap(self._student).named_buffers()) if copies else {}
+        for name, buffer in copies:
+            buffer.copy_(originals[name])
+
+    def saved_buffers(self) -> dict[str, torch.Tensor]:
+        """The copy's buffers that a state holds."""
+        saved = self.module.state_dict(keep_vars=True)
+        return {name: b for name, b in self.module.named_buffers() if name in saved}
+
+
 TeacherWeights: TypeAlias = Union[ModuleCopy, "AdapterSlot", ShardedWeights]
 
 
 def ema_weights(student: nn.Module, adapter: str | None) -> tuple[TeacherWeights, str | None]:
-    """The weights of an average, and the name of the adapter that they are; None: no adapter.
+    """Makes an average's weights; also returns the name of its adapter, None where it is no adapter.
 
     Raises:
-        ValueError: an adapter name that is taken or has no use.
+        ArgumentError: an adapter name that is taken or has no use.
     """
     adapted, sharded = trains_adapter(student), is_sharded(student)
     if adapter is not None and (sharded or not adapted):
         lack = "is sharded" if sharded else "trains no adapter"
-        raise ValueError(f"EMATeacher: adapter must be None where the student {lack}, got {adapter!r}")
+        raise ArgumentError("EMATeacher", "adapter", f"None where the student {lack}", repr(adapter))
     if not adapted or sharded:
         return ShardedWeights(student) if sharded else ModuleCopy(student), None
     from twinflow.teachers.adapter_slot import AdapterSlot
@@ -37,7 +87,7 @@ def ema_weights(student: nn.Module, adapter: str | None) -> tuple[TeacherWeights
 
 
 def frozen_weights(student: nn.Module) -> TeacherWeights:
-    """The student's weights as they are now; of a student that trains an adapter those without it."""
+    """Copies the student's weights as they are now; of a student that trains an adapter those without it."""
     if not trains_adapter(student):
         return ShardedWeights(student) if is_sharded(student) else ModuleCopy(student)
     from twinflow.teachers.adapter_slot import AdapterSlot
@@ -60,10 +110,10 @@ def trains_adapter(student: Student) -> bool:
     )
 
 
-def require_trainable(where: str, student: Student) -> None:
-    """Raises TypeError or ValueError unless a student is a module with a parameter that requires grad."""
+def require_trainable(function: str, student: Student) -> None:
+    """Raises ArgumentTypeError or ArgumentError unless a student is a module with a parameter that requires grad."""
     module = unwrap(student)
     if not isinstance(module, nn.Module):
-        raise TypeError(f"{where}: student must be an nn.Module, got {type(student).__name__}")
+        raise ArgumentTypeError(function, "student", "an nn.Module", type(student).__name__)
     if not any(p.requires_grad for p in module.parameters()):
-        raise ValueError(f"{where}: student must have a parameter that requires grad, got none")
+        raise ArgumentError(function, "student", "a parameter that requires grad", "none", verb="have")
