@@ -1,22 +1,32 @@
 """`TwinFlowScheduler`: the sampler of docs/method.md, section 6, for unmodified diffusers pipelines."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 
-from twinflow.sampling.grid import check_steps
-from twinflow.sampling.sampler import Evaluation, Generators, SamplerState, check_generators, working_dtype
-from twinflow.sampling.scheduler_config import checked_walk, plain
-from twinflow.sampling.timestep_schedule import TimestepSchedule, given_times
+from twinflow.errors import ArgumentError
+from twinflow.sampling.grid import check_steps, is_number
+from twinflow.sampling.sampler import (
+    Evaluation,
+    Generators,
+    SamplerConfig,
+    SamplerState,
+    check_generators,
+    working_dtype,
+)
+from twinflow.sampling.timestep_schedule import TimestepSchedule, times_of
 
 _NAME = "TwinFlowScheduler"
 # Seed 0 here and for latents drawn on the CPU would otherwise noise the first step with the initial noise again.
 _SEED_SALT = 0x5457464C
+_CHOICES = {"prediction_type": ("flow_matching", "flow_prediction"), "time_condition": ("t", "midpoint")}
+_ALIASES = {"gap_start": "rfba_gap_start", "gap_end": "rfba_gap_end", "stochasticity": "stochast_ratio"}
 _NOT_SET = "Please call `set_timesteps` before running inference."
 _WRONG_LIST = "TwinFlowScheduler received a list of generators whose length does not match the batch size."
 
@@ -30,21 +40,21 @@ class TwinFlowSchedulerOutput(BaseOutput):
 
 
 class TwinFlowScheduler(SchedulerMixin, ConfigMixin):
-    """Walks the sampling grid inside a diffusers pipeline; guidance belongs off.
+    """Samples along our grid inside a diffusers pipeline; guidance belongs off.
 
     Args:
         num_train_timesteps: timestep of a share of noise of 1.
         prediction_type: `flow_matching` or its synonym `flow_prediction`: the model returns the noise-ward velocity.
         shift: factor of equation 34, of the grid and of `sigmas` given to `set_timesteps`.
         time_dist_ctrl, gap_start, gap_end, stochasticity, style, extrapolation, order: see
-            `twinflow.sampling.sampler.Walk`; None takes the published value for the number of steps.
+            `twinflow.sampling.sampler.SamplerConfig`; None takes the published value for the number of steps.
         seed: seed of the noise drawn where `step` gets no generator, set anew by each `set_timesteps`.
-        use_pipeline_sigmas: walk the linspace(1, 1/N, N) that stock pipelines send unasked, not our grid of N steps.
+        use_pipeline_sigmas: use the linspace(1, 1/N, N) that stock pipelines send unasked, not our grid of N steps.
         time_condition: `t`, or `midpoint`: the model gets (sigma - r/2) num_train_timesteps (equation 31).
         rfba_gap_start, rfba_gap_end, stochast_ratio: other names of gap_start, gap_end and stochasticity.
 
     Raises:
-        ValueError: a setting is out of its range, or its two names have different values.
+        ArgumentError: a setting is out of its range, or its two names have different values.
     """
 
     _compatibles = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]  # noqa: RUF012
@@ -71,17 +81,17 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):
         rfba_gap_end: float | None = None,
         stochast_ratio: float | str | None = None,
     ) -> None:
-        self._walk = checked_walk(_NAME, self.config)
+        self._sampler = _sampler_config(self.config)
         # JSON knows lists and plain numbers only; a configuration equals itself read back.
-        self.register_to_config(**{name: plain(value) for name, value in self.config.items()})
+        self.register_to_config(**{name: _plain(value) for name, value in self.config.items()})
         self.order = order
         self.num_inference_steps: int | None = None
-        self._own_generator = torch.Generator()
+        self._default_generator = torch.Generator()
         self._generator: Generators | None = None
         # Until `set_timesteps`: the times of training, 1 to 1/N.
-        times = self._walk.shifted([i / num_train_timesteps for i in range(num_train_timesteps, 0, -1)])
+        times = self._sampler.shifted([i / num_train_timesteps for i in range(num_train_timesteps, 0, -1)])
         self.sigma_max, self.sigma_min = times[0], times[-1]
-        self._lay([Evaluation(t, 0.0, t, 0.0, "whole") for t in times], None)
+        self._set_evaluations([Evaluation(t, 0.0, t, 0.0, "whole") for t in times], None)
 
     def __len__(self) -> int:
         return int(self.config["num_train_timesteps"])
@@ -89,22 +99,22 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):
     @property
     def shift(self) -> float:
         """The shift that the next `set_timesteps` applies."""
-        return self._walk.shift
+        return self._sampler.shift
 
     @property
     def step_index(self) -> int | None:
         """Index into `timesteps` of the evaluation to come; None before the first step."""
-        return self._table.step_index
+        return self._schedule.step_index
 
     @property
     def begin_index(self) -> int | None:
         """Index into `timesteps` of the first evaluation, where a pipeline has set one."""
-        return self._table.begin_index
+        return self._schedule.begin_index
 
     @property
     def generator(self) -> Generators:
         """The noise of steps that get no generator: the one set, or the scheduler's own, on the CPU."""
-        return self._own_generator if self._generator is None else self._generator
+        return self._default_generator if self._generator is None else self._generator
 
     def set_generator(self, generator: Generators | None) -> None:
         """Draws from this generator (or list) where `step` gets none; None: from the scheduler's own again."""
@@ -113,13 +123,13 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):
 
     def set_shift(self, shift: float) -> None:
         """Sets the shift that the next `set_timesteps` applies."""
-        walk = dataclasses.replace(self._walk, shift=shift)
-        walk.check(f"{_NAME}.set_shift")
-        self._walk = walk
+        sampler = dataclasses.replace(self._sampler, shift=shift)
+        sampler.check(f"{_NAME}.set_shift")
+        self._sampler = sampler
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Starts the walk at this index into `timesteps`: 0, or later for image-to-image."""
-        self._table.begin(f"{_NAME}.set_begin_index", begin_index)
+        """Starts at this index into `timesteps`: 0, or later for image-to-image."""
+        self._schedule.begin(f"{_NAME}.set_begin_index", begin_index)
 
     def set_timesteps(
         self,
@@ -129,52 +139,50 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):
         mu: float | None = None,
         timesteps: Sequence[float] | None = None,
     ) -> None:
-        """Lays the grid of a walk: `timesteps` (one per evaluation, distinct) and `sigmas` (one more, the last 0).
+        """Sets the grid: `timesteps` (one per evaluation, distinct) and `sigmas` (one more, the last 0).
 
         Args:
-            num_inference_steps: steps n of the walk: n evaluations, or 2 n - 1 of second order.
+            num_inference_steps: number of steps n: n evaluations, or 2 n - 1 of second order.
             device: device of `timesteps` and `sigmas`.
-            sigmas: falling shares of noise to walk, in (0, 1], before the shift; see `use_pipeline_sigmas`.
+            sigmas: falling shares of noise, in (0, 1], before the shift; see `use_pipeline_sigmas`.
             mu: accepted and not used: it shifts by resolution, and training draws its times without such a shift.
-            timesteps: falling times to walk, in (0, num_train_timesteps], after the shift.
+            timesteps: falling times, in (0, num_train_timesteps], after the shift.
 
         Raises:
-            ValueError: a number is out of its range, or the arguments disagree.
+            ArgumentError: a number is out of its range, or the arguments disagree.
         """
         where = f"{_NAME}.set_timesteps"
         steps = num_inference_steps
         if sigmas is not None or timesteps is not None:
-            times = given_times(where, self.config, self._walk, sigmas, timesteps)
+            times = times_of(where, self.config, self._sampler, sigmas, timesteps)
             steps = len(times) - 1 if steps is None else steps
             if steps != len(times) - 1:
-                raise ValueError(
-                    f"{where}: num_inference_steps must be {len(times) - 1} as the times given, got {steps}"
-                )
+                raise ArgumentError(where, "num_inference_steps", f"{len(times) - 1} as the times given", steps)
         else:
             check_steps(where, "num_inference_steps", steps)
-            times = self._walk.times(steps)  # type: ignore[arg-type]
+            times = self._sampler.times(steps)  # type: ignore[arg-type]
         self.num_inference_steps = steps
-        self._lay(self._walk.queries(times), device)
+        self._set_evaluations(self._sampler.evaluations(times), device)
 
-    def _lay(self, queries: list[Evaluation], device: str | torch.device | None) -> None:
+    def _set_evaluations(self, evaluations: list[Evaluation], device: str | torch.device | None) -> None:
         midpoint = self.config["time_condition"] == "midpoint"
-        asked = [query.t - query.r / 2 if midpoint else query.t for query in queries]
-        self._table = TimestepSchedule(queries, [t * self.config["num_train_timesteps"] for t in asked])
-        self._state = SamplerState(self._walk)
-        self.timesteps = torch.tensor(self._table.timesteps, dtype=torch.float32, device=device)
-        self.sigmas = torch.tensor([*(query.t for query in queries), 0.0], dtype=torch.float32, device=device)
-        self._own_generator.manual_seed(self.config["seed"] ^ _SEED_SALT)
+        times = [call.t - call.r / 2 if midpoint else call.t for call in evaluations]
+        self._schedule = TimestepSchedule(evaluations, [t * self.config["num_train_timesteps"] for t in times])
+        self._state = SamplerState(self._sampler)
+        self.timesteps = torch.tensor(self._schedule.timesteps, dtype=torch.float32, device=device)
+        self.sigmas = torch.tensor([*(call.t for call in evaluations), 0.0], dtype=torch.float32, device=device)
+        self._default_generator.manual_seed(self.config["seed"] ^ _SEED_SALT)
 
     def times(self) -> tuple[float, float]:
         """The times (t, r) of the evaluation to come; raises ValueError before `set_timesteps` and at the end."""
         if self.num_inference_steps is None:
             raise ValueError(_NOT_SET)
-        query = self._table.queries[self._table.due(f"{_NAME}.times")]
-        return query.t, query.r
+        evaluation = self._schedule.evaluations[self._schedule.due(f"{_NAME}.times")]
+        return evaluation.t, evaluation.r
 
     def index_for_timestep(self, timestep: float | torch.Tensor) -> int:
         """The index of a number in `timesteps`; raises ValueError where it is none of them."""
-        return self._table.find(f"{_NAME}.index_for_timestep", timestep)
+        return self._schedule.find(f"{_NAME}.index_for_timestep", timestep)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
         """The sample as it is: flow matching scales nothing."""
@@ -196,8 +204,8 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):
         """
         where = f"{_NAME}.scale_noise"
         if noise.shape != sample.shape:
-            raise ValueError(f"{where}: noise must be of shape {tuple(sample.shape)}, got {tuple(noise.shape)}")
-        levels = self._table.levels(where, timestep, sample.shape[0])
+            raise ArgumentError(where, "noise", f"of shape {tuple(sample.shape)}", tuple(noise.shape))
+        levels = self._schedule.levels(where, timestep, sample.shape[0])
         dtype = working_dtype(sample, noise)
         sigma = torch.tensor(levels, dtype=dtype, device=sample.device).view(-1, *[1] * (sample.dim() - 1))
         return (sigma * noise.to(dtype) + (1 - sigma) * sample.to(dtype)).to(sample.dtype)
@@ -214,7 +222,7 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):
         generator: Generators | None = None,
         return_dict: bool = True,
     ) -> TwinFlowSchedulerOutput | tuple[torch.Tensor, ...]:
-        """Answers one evaluation of the model, in float32 or wider.
+        """Takes the model's answer to one evaluation, in float32 or wider.
 
         Args:
             model_output: (B, ...) noise-ward velocity at the sample and timestep.
@@ -234,17 +242,50 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(_NOT_SET)
         where = f"{_NAME}.step"
         if model_output.shape != sample.shape:
-            raise ValueError(
-                f"{where}: model_output must be of shape {tuple(sample.shape)}, got {tuple(model_output.shape)}"
-            )
+            raise ArgumentError(where, "model_output", f"of shape {tuple(sample.shape)}", tuple(model_output.shape))
         check_generators(where, generator)
         source = self.generator if generator is None else generator
         if isinstance(source, (list, tuple)) and len(source) != sample.shape[0]:
             raise ValueError(_WRONG_LIST)
-        index = self._table.position(where, timestep)
+        index = self._schedule.position(where, timestep)
         dtype = working_dtype(sample, model_output)
-        query = self._table.queries[index]
-        following, predicted = self._state.advance(query, sample.to(dtype), model_output.to(dtype), source)
-        self._table.step_index = index + 1
+        evaluation = self._schedule.evaluations[index]
+        following, predicted = self._state.advance(evaluation, sample.to(dtype), model_output.to(dtype), source)
+        self._schedule.step_index = index + 1
         result = TwinFlowSchedulerOutput(following.to(model_output.dtype), predicted.to(model_output.dtype))
         return result if return_dict else result.to_tuple()
+
+
+def _sampler_config(config: Mapping[str, Any]) -> SamplerConfig:
+    """The sampler of a scheduler's configuration; raises ArgumentError naming the setting that is out of its range."""
+    check_steps(_NAME, "num_train_timesteps", config["num_train_timesteps"])
+    for name, choices in _CHOICES.items():
+        if config[name] not in choices:
+            raise ArgumentError(_NAME, name, f"one of {', '.join(choices)}", repr(config[name]))
+    if type(config["seed"]) is not int or not 0 <= config["seed"] < 2**63:
+        raise ArgumentError(_NAME, "seed", "an integer in [0, 2^63)", repr(config["seed"]))
+    if type(config["use_pipeline_sigmas"]) is not bool:
+        raise ArgumentError(_NAME, "use_pipeline_sigmas", "True or False", repr(config["use_pipeline_sigmas"]))
+    settings = {name: config[name] for name in ("style", "shift", "extrapolation", "order")}
+    for name, alias in _ALIASES.items():
+        settings[name] = _either(name, config[name], alias, config[alias])
+    warp = config["time_dist_ctrl"]
+    sampler = SamplerConfig(time_dist_ctrl=(1.0, 1.0, 1.0) if warp is None else warp, **settings)
+    sampler.check(_NAME)
+    return sampler
+
+
+def _either(name: str, value: Any, alias: str, other: Any) -> Any:
+    """The value of a setting that has two names."""
+    if value is not None and other is not None and value != other:
+        raise ArgumentError(_NAME, alias, f"None or the value of {name}, {value!r}", repr(other))
+    return other if value is None else value
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON gives it back: lists for tuples, Python floats for other numbers."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (bool, int)) or not is_number(value):
+        return value
+    return float(value)

@@ -111,8 +111,8 @@ def test_second_order_from_pure_noise_is_finite():
 
 
 @pytest.mark.parametrize("order, within", [(1, 0.07), (2, 0.01)])
-def test_the_published_multi_step_walk(order, within):
-    """30 steps `mul` follow the flow of dx/dt = x (1 + t); with the end gap of few-step walks they miss by more."""
+def test_the_published_multi_step_sampler(order, within):
+    """30 steps `mul` follow the flow of dx/dt = x (1 + t); with the end gap of few steps they miss by more."""
 
     def student(x_t, t, r, cond):
         return x_t * (1 + r.view(-1, 1))
@@ -176,7 +176,7 @@ def test_published_grids(steps, times):
     assert sampling_grid(steps) == pytest.approx([*times, 0.0], abs=1e-4)
 
 
-def test_long_walks_end_near_the_data():
+def test_many_steps_end_near_the_data():
     assert SamplerConfig().times(8)[-2] == SamplerConfig(style="any").times(8)[-2] == pytest.approx(0.3)
     assert SamplerConfig(style="mul").times(8) == sampling_grid(8, 0.001, 0.0)
     assert SamplerConfig(style="mul", gap_end=0.3).times(8) == sampling_grid(8)
@@ -194,10 +194,10 @@ def test_shift_moves_the_grid_towards_noise():
 
 
 def test_the_sde_ratio_is_computed_at_each_step():
-    walk = SamplerConfig(stochasticity="SDE")
-    assert walk.ratio(0.8, 0.7) == pytest.approx(2 * 0.8 * 0.1 / 0.49)
-    assert walk.ratio(0.5, 0.45) == pytest.approx(2 * 0.5 * 0.05 / 0.2025)
-    assert walk.ratio(0.999, 0.6) == 1.0 and walk.ratio(0.5, 0.0) == 0.0
+    config = SamplerConfig(stochasticity="SDE")
+    assert config.ratio(0.8, 0.7) == pytest.approx(2 * 0.8 * 0.1 / 0.49)
+    assert config.ratio(0.5, 0.45) == pytest.approx(2 * 0.5 * 0.05 / 0.2025)
+    assert config.ratio(0.999, 0.6) == 1.0 and config.ratio(0.5, 0.0) == 0.0
 
 
 @pytest.mark.parametrize(

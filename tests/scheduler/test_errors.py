@@ -1,4 +1,4 @@
-"""Bad input to the scheduler gets a named error, and leaves the walk where it was."""
+"""Bad input to the scheduler gets a named error, and leaves the schedule where it was."""
 
 import numpy as np
 import pytest
@@ -95,17 +95,17 @@ def test_timesteps_that_are_none(timestep, message):
     assert scheduler.step_index is None and torch.equal(state, scheduler.generator.get_state())
 
 
-def test_integer_timesteps_stay_errors_in_a_walk_under_way():
+def test_integer_timesteps_stay_errors_after_the_first_step():
     scheduler = TwinFlowScheduler()
     scheduler.set_timesteps(4)
     scheduler.set_begin_index(1)
     for timestep in (torch.tensor(999), np.int64(1), 7):
         with pytest.raises(ValueError, match=r"TwinFlowScheduler\.step: timestep must be"):
             scheduler.step(X, timestep, X)
-    with pytest.raises(ValueError, match="timestep must be the walk's index 1, got 0"):
+    with pytest.raises(ValueError, match="timestep must be the index to come, 1, got 0"):
         scheduler.step(X, 0, X)
     scheduler.step(X, 1, X)
-    with pytest.raises(ValueError, match="timestep must be the walk's index 2, got 1"):
+    with pytest.raises(ValueError, match="timestep must be the index to come, 2, got 1"):
         scheduler.step(X, 1, X)
     assert scheduler.step_index == 2
 
@@ -115,7 +115,7 @@ def test_after_the_last_step():
     scheduler.set_timesteps(1)
     scheduler.step(X, scheduler.timesteps[0], X)
     for call in (lambda: scheduler.step(X, scheduler.timesteps[0], X), scheduler.times):
-        with pytest.raises(ValueError, match="the walk must have an evaluation left, got a call after all 1"):
+        with pytest.raises(ValueError, match="timesteps must have an evaluation left, got a call after all 1"):
             call()
 
 

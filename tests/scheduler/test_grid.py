@@ -54,7 +54,7 @@ def test_the_grid_stock_pipelines_send_is_no_wish(steps):
     torch.testing.assert_close(stubborn.sigmas, reference.sigmas)
 
 
-def test_other_sigmas_and_timesteps_are_walked():
+def test_other_sigmas_and_timesteps_are_used():
     scheduler = TwinFlowScheduler()
     timesteps, count = retrieve_timesteps(scheduler, sigmas=[0.9, 0.5, 0.2], mu=1.0)
     assert timesteps.tolist() == pytest.approx([900, 500, 200]) and count == 3
@@ -98,7 +98,7 @@ def test_times_of_the_evaluation_to_come():
 
 
 @pytest.mark.parametrize("order", [1, 2])
-def test_a_second_order_walk_fits_the_progress_of_pipelines(order):
+def test_second_order_fits_the_progress_of_pipelines(order):
     """Stock loops count a step where (i + 1) % order == 0 or at the end, and skip max(len - n order, 0) first."""
     scheduler = TwinFlowScheduler(order=order)
     for steps in (1, 2, 5):

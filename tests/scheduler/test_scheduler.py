@@ -35,8 +35,8 @@ def seeded(seed=5):
 @pytest.mark.parametrize("rho", [None, 0.0, 0.5, 1.0, "SDE"])
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("extrapolation", [0.0, 0.3])
-def test_a_walk_by_hand_is_sample_bit_for_bit(style, rho, order, extrapolation):
-    """Whatever the model is told as its timestep, the walk is that of the times."""
+def test_steps_by_hand_are_sample_bit_for_bit(style, rho, order, extrapolation):
+    """Whatever the model is told as its timestep, the result is that of the times."""
     z = torch.randn(3, 2, 4, 4)
     options = dict(style=style, stochasticity=rho, order=order, extrapolation=extrapolation)
     variants = [
@@ -80,7 +80,7 @@ def test_other_names_mean_the_same():
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("by_value", [False, True])
 def test_image_to_image_starts_in_the_middle(order, by_value):
-    """Half of 4 steps from noised data: the walk is sample()'s over the last two times."""
+    """Half of 4 steps from noised data: the result is sample()'s over the last two times."""
     scheduler = TwinFlowScheduler(style="mul", order=order)
     scheduler.set_timesteps(4)
     start = 2 * scheduler.order
@@ -152,7 +152,7 @@ def test_a_list_of_generators_serves_a_row_each():
         assert torch.equal(together[row : row + 1], drive(scheduler, z[row : row + 1], seeded(7 + row)))
 
 
-def test_a_walk_started_at_a_correction_stays_where_it_is():
+def test_a_start_at_a_correction_stays_where_it_is():
     scheduler = TwinFlowScheduler(order=2, style="mul")
     scheduler.set_timesteps(3)
     x, output = torch.randn(1, 2, 4, 4), torch.randn(1, 2, 4, 4)

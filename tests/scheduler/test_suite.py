@@ -90,7 +90,7 @@ def test_public_api():
 
 
 @configs
-def test_add_noise_at_a_timestep_of_the_walk(config):
+def test_add_noise_at_a_timestep_of_the_grid(config):
     sample, _ = dummy()
     scheduler = TwinFlowScheduler(**config)
     scheduler.set_timesteps(100)

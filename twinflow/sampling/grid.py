@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from twinflow.errors import ArgumentError
+
 # Gap at the data end by number of steps, as published for 1, 2 and 4 steps; more steps end nearer the data.
 _GAP_END = ((1, 0.7), (2, 0.6), (4, 0.5), (math.inf, 0.3))
 GAP_START = 0.001
@@ -16,7 +18,7 @@ GAP_START = 0.001
 def default_gap_end(steps: int, style: str = "few") -> float:
     """The published end gap of a grid of `steps` steps.
 
-    Longer walks of style `mul` (published: 30 steps) have none: their last step is an Euler step over the gap.
+    More than four steps of style `mul` (published: 30) have none: the last one is an Euler step over the gap.
     """
     if style == "mul" and steps > 4:
         return 0.0
@@ -29,21 +31,20 @@ def is_number(value: Any) -> bool:
 
 
 def check_steps(where: str, name: str, steps: object) -> None:
-    """Raises ValueError unless a number of steps is an integer >= 1."""
+    """Raises ArgumentError unless a number of steps is an integer >= 1."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"{where}: {name} must be an integer >= 1, got {steps!r}")
+        raise ArgumentError(where, name, "an integer >= 1", repr(steps))
 
 
 def check_grid(where: str, gap_start: float, gap_end: float, time_dist_ctrl: Sequence[float]) -> None:
-    """Raises ValueError unless gaps and warp are in their ranges (see `sampling_grid`)."""
+    """Raises ArgumentError unless gaps and warp are in their ranges (see `sampling_grid`)."""
     if not is_number(gap_start) or not 0 <= gap_start < 1:
-        raise ValueError(f"{where}: gap_start must be in [0, 1), got {gap_start!r}")
+        raise ArgumentError(where, "gap_start", "in [0, 1)", repr(gap_start))
     if not is_number(gap_end) or not 0 <= gap_end <= 1 - gap_start:
-        raise ValueError(f"{where}: gap_end must be in [0, {1 - gap_start}], got {gap_end!r}")
-    if not isinstance(time_dist_ctrl, Sequence) or len(time_dist_ctrl) != 3:
-        raise ValueError(f"{where}: time_dist_ctrl must be three numbers > 0, got {time_dist_ctrl!r}")
-    if not all(is_number(value) and value > 0 for value in time_dist_ctrl):
-        raise ValueError(f"{where}: time_dist_ctrl must be three numbers > 0, got {time_dist_ctrl!r}")
+        raise ArgumentError(where, "gap_end", f"in [0, {1 - gap_start}]", repr(gap_end))
+    is_triple = isinstance(time_dist_ctrl, Sequence) and len(time_dist_ctrl) == 3
+    if not is_triple or not all(is_number(value) and value > 0 for value in time_dist_ctrl):
+        raise ArgumentError(where, "time_dist_ctrl", "three numbers > 0", repr(time_dist_ctrl))
 
 
 def sampling_grid(
@@ -54,7 +55,7 @@ def sampling_grid(
 ) -> list[float]:
     """The times of a sampler, from noise to data.
 
-    sigma = 1 - K(u), K(u) = (1 - (1 - u^a)^b)^c, u linear from gap_start to 1 - gap_end; the walk ends at 0.
+    sigma = 1 - K(u), K(u) = (1 - (1 - u^a)^b)^c, u linear from gap_start to 1 - gap_end; the last time is 0.
 
     Args:
         steps: number of steps n >= 1.
@@ -67,7 +68,7 @@ def sampling_grid(
         n + 1 falling times; the last is 0.
 
     Raises:
-        ValueError: an argument is out of its range, or the times of this warp and these gaps do not fall.
+        ArgumentError: an argument is out of its range, or the times of this warp and these gaps do not fall.
 
     Source: UCGM (arXiv 2505.07447), sampler.
     """
@@ -80,18 +81,16 @@ def sampling_grid(
     warped = [(1 - (1 - min(gap_start + i * width, 1.0) ** a) ** b) ** c for i in range(points)]
     times = [1 - k for k in warped[:steps]] + [0.0]
     if not all(before > after for before, after in pairwise(times)):
-        raise ValueError(
-            f"sampling_grid: {steps} times must fall, got {times} "
-            f"from gaps ({gap_start}, {gap_end}) and time_dist_ctrl {tuple(time_dist_ctrl)}"
-        )
+        got = f"{times} from gaps ({gap_start}, {gap_end}) and time_dist_ctrl {tuple(time_dist_ctrl)}"
+        raise ArgumentError("sampling_grid", f"{steps} times", "towards 0", got, verb="fall")
     return times
 
 
 def check_times(where: str, name: str, times: Sequence[float]) -> None:
-    """Raises ValueError unless there are times, and they fall within (0, 1]."""
+    """Raises ArgumentError unless there are times, and they fall within (0, 1]."""
     inside = len(times) > 0 and all(is_number(s) and 0 < s <= 1 for s in times)
     if not inside or not all(before > after for before, after in pairwise(times)):
-        raise ValueError(f"{where}: {name} must fall from 1 at most to above 0, got {list(times)} as shares of noise")
+        raise ArgumentError(where, name, "from 1 at most to above 0", f"{list(times)} as shares of noise", verb="fall")
 
 
 def is_stock_grid(times: Sequence[float]) -> bool:

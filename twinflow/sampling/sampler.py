@@ -1,4 +1,4 @@
-"""The arithmetic of a walk from noise to data, shared by `sample()` and the scheduler (docs/method.md, section 6)."""
+"""The arithmetic of a sampler, shared by `sample()` and the scheduler (docs/method.md, section 6)."""
 
 import math
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from twinflow.errors import ArgumentError, ArgumentTypeError
 from twinflow.sampling.grid import GAP_START, check_grid, default_gap_end, is_number, sampling_grid
 
 STYLES = ("few", "any", "mul")
@@ -32,7 +33,7 @@ class Evaluation(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
-    """How a sampler walks from noise to data.
+    """A sampler's settings.
 
     Args:
         style: the target time asked for: `few` r = 0, `any` r = the step's end, `mul` r = t.
@@ -56,23 +57,23 @@ class SamplerConfig:
     order: int = 1
 
     def check(self, where: str) -> None:
-        """Raises ValueError naming the caller `where` and the setting that is out of its range."""
+        """Raises ArgumentError with the caller's name `where` and the setting that is out of its range."""
         if self.style not in STYLES:
-            raise ValueError(f"{where}: style must be one of {', '.join(STYLES)}, got {self.style!r}")
+            raise ArgumentError(where, "style", f"one of {', '.join(STYLES)}", repr(self.style))
         rho = self.stochasticity
         if rho is not None and rho != SDE and not (is_number(rho) and 0 <= rho <= 1):  # type: ignore[operator]
-            raise ValueError(f'{where}: stochasticity must be in [0, 1], got {rho!r}; "SDE" computes it at each step')
+            raise ArgumentError(where, "stochasticity", "in [0, 1]", repr(rho), hint='"SDE" computes it at each step')
         gap_start = GAP_START if self.gap_start is None else self.gap_start
         check_grid(where, gap_start, 0.0 if self.gap_end is None else self.gap_end, self.time_dist_ctrl)
         if not is_number(self.shift) or self.shift <= 0:
-            raise ValueError(f"{where}: shift must be a number > 0, got {self.shift!r}")
+            raise ArgumentError(where, "shift", "a number > 0", repr(self.shift))
         if not is_number(self.extrapolation) or self.extrapolation < 0:
-            raise ValueError(f"{where}: extrapolation must be a number >= 0, got {self.extrapolation!r}")
+            raise ArgumentError(where, "extrapolation", "a number >= 0", repr(self.extrapolation))
         if type(self.order) is not int or self.order not in (1, 2):
-            raise ValueError(f"{where}: order must be 1 or 2, got {self.order!r}")
+            raise ArgumentError(where, "order", "1 or 2", repr(self.order))
 
     def times(self, steps: int) -> list[float]:
-        """The n + 1 falling times of a walk of n steps; the last is 0 (equations 32 and 34)."""
+        """The n + 1 falling times of n steps; the last is 0 (equations 32 and 34)."""
         gap_start = GAP_START if self.gap_start is None else self.gap_start
         gap_end = default_gap_end(steps, self.style) if self.gap_end is None else self.gap_end
         return self.shifted(sampling_grid(steps, gap_start, gap_end, self.time_dist_ctrl))
@@ -81,8 +82,8 @@ class SamplerConfig:
         """Times in [0, 1] after equation 34."""
         return [self.shift * s / (1 + (self.shift - 1) * s) for s in times]
 
-    def queries(self, times: Sequence[float]) -> list[Evaluation]:
-        """The network calls of a walk over n + 1 falling times: n, or 2 n - 1 of second order."""
+    def evaluations(self, times: Sequence[float]) -> list[Evaluation]:
+        """The network calls over n + 1 falling times: n, or 2 n - 1 of second order."""
         calls = []
         for start, end in pairwise(times):
             target = {"few": 0.0, "any": end, "mul": start}[self.style]
@@ -104,21 +105,21 @@ class SamplerConfig:
 
 
 class SamplerState:
-    """What a walk carries from one network call to the next."""
+    """What a sampler carries from one network call to the next."""
 
-    def __init__(self, walk: SamplerConfig) -> None:
-        self.walk = walk
+    def __init__(self, config: SamplerConfig) -> None:
+        self.config = config
         self._begun: tuple[torch.Tensor, torch.Tensor] | None = None  # x and F of a step's first call
         self._ends: tuple[torch.Tensor, torch.Tensor] | None = None  # x_hat and z_hat of the step before
         self._steps = 0
 
     def advance(
-        self, query: Evaluation, x: torch.Tensor, velocity: torch.Tensor, generator: Generators | None
+        self, evaluation: Evaluation, x: torch.Tensor, velocity: torch.Tensor, generator: Generators | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Answers a query.
+        """Takes the network's answer to one evaluation.
 
         Args:
-            query: the call of the walk that was made; calls come in order.
+            evaluation: the network call that was made; calls come in order.
             x: (B, ...) state the network was asked at, float32 or wider; never modified.
             velocity: (B, ...) the network's answer, in x's dtype.
             generator: source of fresh noise; None: torch's global stream.
@@ -126,23 +127,23 @@ class SamplerState:
         Returns:
             (B, ...) state to ask the next call at, and (B, ...) the data predicted now.
         """
-        if query.part == "correct":
+        if evaluation.part == "correct":
             if self._begun is None:
-                # A walk that starts at a correction is at the step's end already: nothing to correct.
-                return x, x - query.t * velocity
+                # A sampler that starts at a correction is at the step's end already: nothing to correct.
+                return x, x - evaluation.t * velocity
             x, first = self._begun
             velocity = 0.5 * (first + velocity)
-        if query.part == "predict":
+        if evaluation.part == "predict":
             self._begun = (x, velocity)
-            return x - (query.start - query.end) * velocity, x - query.start * velocity
-        return self._finish(query.start, query.end, x, velocity, generator)
+            return x - (evaluation.start - evaluation.end) * velocity, x - evaluation.start * velocity
+        return self._finish(evaluation.start, evaluation.end, x, velocity, generator)
 
     def _finish(
         self, start: float, end: float, x: torch.Tensor, velocity: torch.Tensor, generator: Generators | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # (2) x_hat = x - s F, z_hat = x + (1 - s) F
         x_hat, z_hat = x - start * velocity, x + (1 - start) * velocity
-        factor = self.walk.extrapolation
+        factor = self.config.extrapolation
         if factor > 0:
             before, self._ends = self._ends, (x_hat, z_hat)
             # (35) from the third step on
@@ -153,14 +154,14 @@ class SamplerState:
         if end == 0.0:
             return x_hat, x_hat
         # (33) x <- (1 - s') x_hat + s' (sqrt(1 - rho) z_hat + sqrt(rho) noise)
-        rho = self.walk.ratio(start, end)
+        rho = self.config.ratio(start, end)
         if rho > 0:
             z_hat = math.sqrt(1 - rho) * z_hat + math.sqrt(rho) * draw_noise(x, generator)
         return (1 - end) * x_hat + end * z_hat, x_hat
 
 
 def working_dtype(*tensors: torch.Tensor) -> torch.dtype:
-    """The dtype of a walk's arithmetic: the widest given, float32 at least."""
+    """The dtype of a sampler's arithmetic: the widest of the tensors', float32 at least."""
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
@@ -178,8 +179,8 @@ def draw_noise(like: torch.Tensor, generator: Generators | None) -> torch.Tensor
 
 
 def check_generators(where: str, generator: object) -> None:
-    """Raises TypeError unless it is None, a generator or a list of generators."""
+    """Raises ArgumentTypeError unless it is None, a generator or a list of generators."""
     sources = list(generator) if isinstance(generator, (list, tuple)) else [generator]
     for source in [] if generator is None else sources:
         if not isinstance(source, torch.Generator):
-            raise TypeError(f"{where}: generator must be a torch.Generator or a list, got {type(source).__name__}")
+            raise ArgumentTypeError(where, "generator", "a torch.Generator or a list", type(source).__name__)
