@@ -10,17 +10,19 @@ from typing import Any
 
 import torch
 
+from twinflow.errors import ArgumentError, ArgumentTypeError
 from twinflow.objective.flags import parse_flags
 
 _NAMES = {
     "epsilon": "epsilon", "eps": "epsilon",
     "v_prediction": "v_prediction", "vpred": "v_prediction", "v": "v_prediction",
 }  # fmt: skip
+_NAME = "DiffusionToFlowBridge"
 _FLOW_NAMES = ("flow_matching", "flow_prediction", "flow")
 
 
 def prediction_name(prediction_type: object) -> str:
-    """`epsilon` or `v_prediction` for any accepted name of them.
+    """Returns `epsilon` or `v_prediction` for any accepted name of them.
 
     Raises:
         ValueError: another prediction type.
@@ -31,7 +33,7 @@ def prediction_name(prediction_type: object) -> str:
 
 
 def require_bridge(prediction_type: str, options: Mapping[str, Any]) -> bool:
-    """Whether a model needs the bridge; refuses to build it unasked.
+    """Returns whether a model needs the bridge, which its options must enable.
 
     Args:
         prediction_type: the model's, as its scheduler names it; `flow_matching`, `flow_prediction` or `flow` need none.
@@ -53,7 +55,7 @@ def require_bridge(prediction_type: str, options: Mapping[str, Any]) -> bool:
 
 
 class DiffusionToFlowBridge:
-    """The table between timesteps and sigma, in float64 whatever the model computes in.
+    """Translates between timesteps and sigma, and predictions to velocities; its table is float64.
 
     Values of times are checked where that waits for no device: on the CPU, outside torch.compile.
 
@@ -66,7 +68,7 @@ class DiffusionToFlowBridge:
             trained (0.028 and 0.936 in Stable Diffusion 1.5).
 
     Raises:
-        ValueError: no tensor, or one that is no such table.
+        ValueError: alphas_cumprod is no tensor, or not such a table.
 
     Source: Diff2Flow (arXiv 2506.02221).
     """
@@ -76,12 +78,13 @@ class DiffusionToFlowBridge:
             raise ValueError("alphas_cumprod tensor is required to build a DiffusionToFlowBridge.")
         if alphas_cumprod.dtype not in (torch.float32, torch.float64):
             wanted = "float32 or float64, as half precision merges timesteps"
-            raise _error("alphas_cumprod", wanted, alphas_cumprod.dtype)
+            raise ArgumentError(_NAME, "alphas_cumprod", wanted, alphas_cumprod.dtype)
         abar = alphas_cumprod.detach().to("cpu", torch.float64)
         if abar.dim() != 1 or len(abar) < 2:
-            raise _error("alphas_cumprod", "of shape (T,) with T >= 2", tuple(abar.shape))
+            raise ArgumentError(_NAME, "alphas_cumprod", "of shape (T,) with T >= 2", tuple(abar.shape))
         if not (abar[0] < 1 and abar[-1] >= 0 and bool((abar[1:] < abar[:-1]).all())):
-            raise _error("alphas_cumprod", "falling and in [0, 1)", f"{abar[0].item()} .. {abar[-1].item()}")
+            ends = f"{abar[0].item()} .. {abar[-1].item()}"
+            raise ArgumentError(_NAME, "alphas_cumprod", "falling and in [0, 1)", ends)
         a, b = abar.sqrt(), (1 - abar).sqrt()
         sigmas = b / (a + b)
         self._sigmas = {torch.device("cpu"): sigmas}
@@ -105,7 +108,7 @@ class DiffusionToFlowBridge:
             raise ValueError("TwinFlow bridging requires timesteps for sigma computation.")
         if t.dim() != 1 or (broadcast_shape is not None and (not broadcast_shape or broadcast_shape[0] != len(t))):
             wanted = "(B,)" if broadcast_shape is None else f"the rows of {tuple(broadcast_shape)}"
-            raise ValueError(f"timesteps_to_sigma: t must be {wanted}, got shape {tuple(t.shape)}")
+            raise ArgumentError("timesteps_to_sigma", "t", wanted, f"shape {tuple(t.shape)}")
         last = self.num_timesteps - 1
         _require_within("timesteps_to_sigma", "t", t, 0, last)
         sigmas = self._table(t.device)
@@ -133,9 +136,9 @@ class DiffusionToFlowBridge:
         """
         if not isinstance(sigma, torch.Tensor) or not sigma.is_floating_point():
             kind = sigma.dtype if isinstance(sigma, torch.Tensor) else type(sigma).__name__
-            raise TypeError(f"sigma_to_timesteps: sigma must be a floating tensor, got {kind}")
+            raise ArgumentTypeError("sigma_to_timesteps", "sigma", "a floating tensor", kind)
         if sigma.dim() < 1 or any(size != 1 for size in sigma.shape[1:]):
-            raise ValueError(f"sigma_to_timesteps: sigma must be (B,) or (B, 1, ...), got shape {tuple(sigma.shape)}")
+            raise ArgumentError("sigma_to_timesteps", "sigma", "(B,) or (B, 1, ...)", f"shape {tuple(sigma.shape)}")
         _require_within("sigma_to_timesteps", "sigma", sigma, -1, 1)
         sigma, sigmas = sigma.reshape(-1).abs().double(), self._table(sigma.device)
         above = torch.searchsorted(sigmas, sigma).clamp(1, self.num_timesteps - 1)
@@ -164,26 +167,23 @@ class DiffusionToFlowBridge:
         """
         epsilon = prediction_name(prediction_type) == "epsilon"
         if pred.shape != x_t.shape:
-            raise ValueError(
-                f"prediction_to_flow: pred must be of x_t's shape {tuple(x_t.shape)}, got {tuple(pred.shape)}"
-            )
+            wanted = f"of x_t's shape {tuple(x_t.shape)}"
+            raise ArgumentError("prediction_to_flow", "pred", wanted, tuple(pred.shape))
         self.check_prediction(prediction_type)
         sigma = self.timesteps_to_sigma(t, x_t.shape)
         norm = torch.hypot(1 - sigma, sigma)  # a = (1 - sigma) / norm, b = sigma / norm, a + b = 1 / norm
         # epsilon: x0 = (x_t - b eps) / a, so eps - x0 = ((a + b) eps - x_t) / a
         # v = a eps - b x0:                  eps - x0 = (a + b) v + (b - a) x_t
-        of_pred = 1 / (1 - sigma) if epsilon else 1 / norm
-        of_x_t = -norm / (1 - sigma) if epsilon else (2 * sigma - 1) / norm
+        pred_factor = 1 / (1 - sigma) if epsilon else 1 / norm
+        x_t_factor = -norm / (1 - sigma) if epsilon else (2 * sigma - 1) / norm
         dtype = torch.promote_types(torch.promote_types(pred.dtype, x_t.dtype), torch.float32)
-        return of_pred.to(dtype) * pred + of_x_t.to(dtype) * x_t
+        return pred_factor.to(dtype) * pred + x_t_factor.to(dtype) * x_t
 
     def check_prediction(self, prediction_type: str) -> None:
-        """Raises ValueError where the table ends at abar = 0, at which epsilon says nothing about x0."""
+        """Raises ArgumentError where the table ends at abar = 0, at which epsilon says nothing about x0."""
         if prediction_name(prediction_type) == "epsilon" and self.sigma_range[1] == 1:
-            raise ValueError(
-                "prediction_to_flow: prediction_type must be v_prediction where alphas_cumprod reaches 0, got "
-                f"{prediction_type!r}"
-            )
+            wanted = "v_prediction where alphas_cumprod reaches 0"
+            raise ArgumentError("prediction_to_flow", "prediction_type", wanted, repr(prediction_type))
 
     def _table(self, device: torch.device) -> torch.Tensor:
         if device not in self._sigmas:
@@ -191,12 +191,8 @@ class DiffusionToFlowBridge:
         return self._sigmas[device]
 
 
-def _require_within(where: str, name: str, values: torch.Tensor, low: float, high: float) -> None:
+def _require_within(function: str, argument: str, values: torch.Tensor, low: float, high: float) -> None:
     if values.device.type != "cpu" or torch.compiler.is_compiling():
         return
     if not bool(((values >= low) & (values <= high)).all()):  # False for NaN
-        raise ValueError(f"{where}: {name} must be in [{low}, {high}], got {values.flatten().tolist()}")
-
-
-def _error(name: str, wanted: str, actual: object) -> ValueError:
-    return ValueError(f"DiffusionToFlowBridge: {name} must be {wanted}, got {actual}")
+        raise ArgumentError(function, argument, f"in [{low}, {high}]", values.flatten().tolist())
