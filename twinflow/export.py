@@ -29,7 +29,7 @@ from twinflow.formats.manifest import (
 from twinflow.interface import Student
 from twinflow.lora import BASE
 from twinflow.memory.quantised_base import quantised_form
-from twinflow.models.base import FlowModel
+from twinflow.models.base import FlowModel, without_peft
 from twinflow.models.registry import FAMILIES
 from twinflow.teachers.adapter_slot import adapter_layers, trained_adapter
 from twinflow.teachers.teachers import EMATeacher
@@ -116,8 +116,7 @@ def _checked(student: Student, teacher: EMATeacher | None) -> tuple[FlowModel, F
 
 def _network(model: FlowModel) -> Any:
     """The diffusers module inside every wrapper."""
-    inner: Any = unwrap(model.transformer)
-    return unwrap(inner.get_base_model() if hasattr(inner, "get_base_model") else inner)
+    return unwrap(without_peft(unwrap(model.transformer)))
 
 
 def _plain(name: str) -> str:

@@ -7,13 +7,16 @@ published checkpoints; widths, depths and the autoencoders' compression are smal
 import atexit
 import contextlib
 import functools
+import os
 import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
@@ -22,19 +25,14 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
-    FluxTransformer2DModel,
     PNDMScheduler,
     QwenImagePipeline,
-    QwenImageTransformer2DModel,
     SanaPipeline,
-    SanaTransformer2DModel,
-    SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
-    UNet2DConditionModel,
     ZImagePipeline,
-    ZImageTransformer2DModel,
 )
+from helpers import tiny_text
 from helpers.tiny_text import (
     clip_text_encoder,
     clip_tokenizer,
@@ -49,40 +47,13 @@ from helpers.tiny_text import (
 )
 from torch import nn
 
+from twinflow import models
+from twinflow.models import FlowModel
+
 # Latents are not square, so that a swapped height and width shows.
 _LATENT_HEIGHT, _LATENT_WIDTH = 8, 12
-_FLUX = dict(
-    in_channels=64, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-    joint_attention_dim=48, pooled_projection_dim=16, axes_dims_rope=(4, 6, 6),
-)  # fmt: skip
-_TRANSFORMERS: dict[str, tuple[type[nn.Module], dict]] = {
-    "qwen_image": (QwenImageTransformer2DModel, dict(
-        in_channels=64, out_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=16, axes_dims_rope=(4, 6, 6),
-    )),
-    "sd3": (SD3Transformer2DModel, dict(
-        sample_size=8, in_channels=16, out_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=48, caption_projection_dim=32, pooled_projection_dim=40, pos_embed_max_size=16,
-        dual_attention_layers=(0,), qk_norm="rms_norm",
-    )),
-    "sana": (SanaTransformer2DModel, dict(
-        in_channels=32, out_channels=32, num_layers=2, num_attention_heads=2, attention_head_dim=16,
-        num_cross_attention_heads=2, cross_attention_head_dim=16, cross_attention_dim=32, caption_channels=24,
-        sample_size=16,
-    )),
-    "flux": (FluxTransformer2DModel, _FLUX | dict(guidance_embeds=False)),
-    "flux_guidance": (FluxTransformer2DModel, _FLUX | dict(guidance_embeds=True)),
-    "z_image": (ZImageTransformer2DModel, dict(
-        in_channels=16, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
-        axes_dims=[4, 6, 6], axes_lens=[1024, 64, 64],
-    )),
-    "sd15": (UNet2DConditionModel, dict(
-        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=32,
-        attention_head_dim=2, norm_num_groups=8, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )),
-}  # fmt: skip
-FAMILIES = tuple(_TRANSFORMERS)
+_VARIANTS: dict[str, tuple[str, dict]] = {"flux_guidance": ("flux", dict(guidance_embeds=True)), "sd15": ("unet", {})}
+FAMILIES = ("qwen_image", "sd3", "sana", "flux", "flux_guidance", "z_image", "sd15")
 # Pixels per latent: each autoencoder halves once, SANA's three times because its pipeline wants sides divisible by 32.
 _COMPRESSION = dict.fromkeys(FAMILIES, 2) | {"sana": 8}
 _SCHEDULERS = {
@@ -107,9 +78,14 @@ def tiny_transformer(family: str, **changes: object) -> nn.Module:
     """The family's transformer (UNet for `sd15`), the same weights in every call; `changes` override its config."""
     if family not in FAMILIES:
         raise ValueError(f"tiny_transformer: family must be one of {', '.join(FAMILIES)}, got {family!r}")
-    cls, config = _TRANSFORMERS[family]
+    model, config = _settings(family)
     with _seeded(f"{family} transformer"):
-        return spread_weights(cls(**(config | changes)))
+        return spread_weights(getattr(diffusers, model.transformer_class)(**(config | changes)))
+
+
+def _settings(family: str) -> tuple[type[FlowModel], dict]:
+    name, changes = _VARIANTS.get(family, (family, {}))
+    return models.FAMILIES[name], models.FAMILIES[name].tiny | changes
 
 
 def tiny_pipeline(family: str, folder: Path, **transformer_changes: object) -> Path:
@@ -122,15 +98,21 @@ def tiny_pipeline(family: str, folder: Path, **transformer_changes: object) -> P
 
 @functools.cache
 def saved_pipeline(family: str) -> Path:
-    """A folder with the family's pipeline, built once per process and removed at its exit; only for reading."""
-    return tiny_pipeline(family, _folder() / family)
+    """A folder with the family's pipeline, built once a run by the first process that asks; only for reading."""
+    sources = [module.read_bytes() for module in (Path(__file__), Path(tiny_text.__file__))]
+    built_by = zlib.crc32(repr((_settings(family), diffusers.__version__, transformers.__version__, sources)).encode())
+    folder = _folder() / f"{family}-{built_by:08x}"
+    if not folder.exists():
+        partial = tiny_pipeline(family, Path(tempfile.mkdtemp(dir=_folder())))
+        with contextlib.suppress(OSError):  # another process was quicker
+            partial.rename(folder)
+    return folder
 
 
 def latent_shape(family: str, batch: int) -> tuple[int, int, int, int]:
     """(B, C, H, W) of the unpacked latents of an image of `image_size(family)`."""
-    config = _TRANSFORMERS[family][1]
-    packed = family in ("qwen_image", "flux", "flux_guidance")
-    channels = config["in_channels"] // 4 if packed else config.get("in_channels", 4)
+    model, config = _settings(family)
+    channels = config.get("in_channels", 4) // (4 if model.packs_latents else 1)
     return batch, channels, _LATENT_HEIGHT, _LATENT_WIDTH
 
 
@@ -156,6 +138,9 @@ def _seeded(name: str) -> Iterator[None]:
 
 @functools.cache
 def _folder() -> Path:
+    """`TWINFLOW_TINY_PIPELINES`, which processes share, or a folder of this process that goes at its exit."""
+    if shared := os.environ.get("TWINFLOW_TINY_PIPELINES"):
+        return Path(shared)
     folder = Path(tempfile.mkdtemp(prefix="twinflow-tiny-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder

@@ -65,16 +65,19 @@ class FlowModel(nn.Module):
     modulation: ClassVar[Modulation | None] = None  # None: its blocks have no layers that read the time embedding
     # (setting that counts blocks, list that holds them) in order of execution; none: the planner does not know it.
     block_lists: ClassVar[tuple[tuple[str, str], ...]] = ()
-    # Published models that the planner knows by name.
-    published: ClassVar[tuple["Published", ...]] = ()
+    special_blocks: ClassVar[str] = ""  # setting that lists the numbers of blocks unlike the others
+    published: ClassVar[tuple["Published", ...]] = ()  # models that the planner knows by name
+    tiny: ClassVar[dict[str, Any]] = {}  # settings of a tiny transformer, which tests and benchmarks train on a CPU
 
     # Its pipeline.
     pipeline_class: ClassVar[str | None] = None  # diffusers' text-to-image pipeline; None: there is none to export for
     samples_in_pipelines: ClassVar[bool] = True  # whether the stock pipeline draws with few-step weights
     comfyui: ClassVar[bool] = False  # whether exports for ComfyUI are known to be read
     guidance_argument: ClassVar[str] = "guidance_scale"  # the pipeline's argument of classifier-free guidance
+    guidance_off: ClassVar[float] = 0.0  # its value without guidance
     guidance: ClassVar[float | None] = None  # scale that the transformer takes as an input (distilled); None: none
     packs_latents: ClassVar[bool] = False  # whether the pipeline walks in tokens, in which fresh noise lies otherwise
+    shift_patch: ClassVar[int] = 2  # latents along an edge of a token, where the shift of its times goes by tokens
     shares_generator: ClassVar[bool] = False  # whether its fresh noise comes from the generator of the first noise
     autoencoder: ClassVar[type[Autoencoder]] = Autoencoder  # its kind, which says how latents are made
     latent_factor: ClassVar[int] = 8  # pixels per latent along an edge, published
@@ -93,8 +96,7 @@ class FlowModel(nn.Module):
     @property
     def network(self) -> nn.Module:
         """The diffusers module itself, without peft's wrapper."""
-        module: Any = self.transformer
-        return module.get_base_model() if hasattr(module, "get_base_model") else module
+        return without_peft(self.transformer)
 
     @property
     def config(self) -> Any:
@@ -274,6 +276,11 @@ class FlowModel(nn.Module):
         raise NotImplementedError
 
     @staticmethod
+    def at_size(cond: dict[str, torch.Tensor], size: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """The condition of images of a height and a width, px; the same where the transformer is not told them."""
+        return cond
+
+    @staticmethod
     def comfyui_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A whole model's weights under the names that ComfyUI reads, where `comfyui` says that it reads them.
 
@@ -307,6 +314,11 @@ class FlowModel(nn.Module):
                 )
             if got[0] != len(x_t):
                 raise ValueError(f"{where}: cond[{name!r}] must be of {len(x_t)} rows, as x_t, got {got[0]}")
+
+
+def without_peft(module: Any) -> Any:
+    """The module inside peft's wrapper, or the module itself."""
+    return module.get_base_model() if hasattr(module, "get_base_model") else module
 
 
 def rows_of(value: float, batch: int, like: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """FLUX.1 as a student."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -21,6 +21,7 @@ class FluxModel(FlowModel):
     pipeline_class = "FluxPipeline"
     second_embedder = "time_text_embed_2.timestep_embedder"
     guidance_argument = "true_cfg_scale"
+    guidance_off = 1.0
     packs_latents = True
     block_lists = (("num_layers", "transformer_blocks"), ("num_single_layers", "single_transformer_blocks"))
     published = (
@@ -28,6 +29,10 @@ class FluxModel(FlowModel):
             "flux.1", dict(guidance_embeds=True),
             latent_channels=16, text_tokens=512, lora_rank=64, text_encoder_gb=9.8,
         ),
+    )  # fmt: skip
+    tiny: ClassVar = dict(
+        in_channels=64, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=48, pooled_projection_dim=16, axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
     guidance = 3.5  # an input, the stock pipeline's default
     lora_targets = (

@@ -11,7 +11,7 @@ from twinflow.conditioning import SIGN_TABLE
 from twinflow.errors import ArgumentError
 from twinflow.formats.export_folder import without_refusal
 from twinflow.formats.manifest import inferred_mode, put_conditioning, read_manifest, saved_conditioning
-from twinflow.models.base import FlowModel
+from twinflow.models.base import FlowModel, without_peft
 from twinflow.models.registry import FAMILIES, diffusers_families, family_of_class
 
 _SUBFOLDERS = ("transformer", "unet")
@@ -62,7 +62,7 @@ def load(
 
 
 def _family_of(module: Any) -> type[FlowModel]:
-    network = module.get_base_model() if hasattr(module, "get_base_model") else module
+    network = without_peft(module)
     model = family_of_class(cls.__name__ for cls in type(network).__mro__)
     if model is None:
         classes = ", ".join(diffusers_families())

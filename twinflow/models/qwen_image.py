@@ -1,6 +1,6 @@
 """Qwen-Image as a student."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -23,6 +23,7 @@ class QwenImageModel(FlowModel):
     pipeline_class = "QwenImagePipeline"
     second_embedder = "time_text_embed_2.timestep_embedder"
     guidance_argument = "true_cfg_scale"
+    guidance_off = 1.0
     packs_latents = True
     comfyui = True
     autoencoder = FrameAutoencoder
@@ -32,6 +33,10 @@ class QwenImageModel(FlowModel):
             "qwen-image", dict(),
             latent_channels=16, text_tokens=256, lora_rank=64, text_encoder_gb=16.6,
         ),
+    )  # fmt: skip
+    tiny: ClassVar = dict(
+        in_channels=64, out_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
     lora_targets = (
         "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "attn.to_add_out",

@@ -1,14 +1,14 @@
 """SANA as a student."""
 
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from twinflow.conditioning import TimeEmbedder
 from twinflow.models.autoencoders import DeepCompressionAutoencoder
-from twinflow.models.base import FlowModel, Published
+from twinflow.models.base import FlowModel, Published, without_peft
 from twinflow.models.prompts import host_lengths
 
 
@@ -40,14 +40,18 @@ class SanaModel(FlowModel):
             latent_channels=32, text_tokens=300, lora_rank=None, text_encoder_gb=5.2,
         ),
     )  # fmt: skip
+    tiny: ClassVar = dict(
+        in_channels=32, out_channels=32, num_layers=2, num_attention_heads=2, attention_head_dim=16,
+        num_cross_attention_heads=2, cross_attention_head_dim=16, cross_attention_dim=32, caption_channels=24,
+        sample_size=16,
+    )  # fmt: skip
     lora_targets = (
         "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_k", "attn2.to_v",
         "attn2.to_out.0", "timestep_embedder.linear_1", "timestep_embedder.linear_2",
     )  # fmt: skip
 
     def __init__(self, transformer: nn.Module, **options: Any) -> None:
-        module: Any = transformer
-        if (module.get_base_model() if hasattr(module, "get_base_model") else module).config.guidance_embeds:
+        if without_peft(transformer).config.guidance_embeds:
             raise ValueError(
                 "load: transformer must be a flow-matching model, got SANA-Sprint (guidance_embeds=True), which is "
                 "trained on another path; start from SANA itself"

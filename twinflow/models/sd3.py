@@ -1,6 +1,6 @@
 """SD3 and SD3.5 as students."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -20,6 +20,7 @@ class SD3Model(FlowModel):
     pipeline_class = "StableDiffusion3Pipeline"
     second_embedder = "time_text_embed_2.timestep_embedder"
     block_lists = (("num_layers", "transformer_blocks"),)
+    special_blocks = "dual_attention_layers"
     published = (
         Published(
             "sd3.5-medium", dict(
@@ -37,6 +38,11 @@ class SD3Model(FlowModel):
             ),
             latent_channels=16, text_tokens=333, lora_rank=64, text_encoder_gb=11.2,
         ),
+    )  # fmt: skip
+    tiny: ClassVar = dict(
+        sample_size=8, in_channels=16, out_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=48, caption_projection_dim=32, pooled_projection_dim=40, pos_embed_max_size=16,
+        dual_attention_layers=(0,), qk_norm="rms_norm",
     )  # fmt: skip
     lora_targets = (
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj",

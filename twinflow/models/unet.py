@@ -1,13 +1,13 @@
 """Stable Diffusion 1.5, 2 and XL as students: epsilon- and v-prediction UNets through the diff2flow bridge."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from twinflow.bridge import DiffusionToFlowBridge, prediction_name
 from twinflow.conditioning import TimeEmbedder
-from twinflow.models.base import FlowModel
+from twinflow.models.base import FlowModel, without_peft
 
 _TIMESTEPS = ("fractional", "nearest")
 _TIME_IDS = 6  # original height and width, crop top and left, target height and width
@@ -43,6 +43,11 @@ class UNetModel(FlowModel):
     second_embedder = "time_embedding_2"
     samples_in_pipelines = False
     component = "unet"
+    tiny: ClassVar = dict(
+        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=32,
+        attention_head_dim=2, norm_num_groups=8, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
     # The choice of diffusers' consistency distillation of Stable Diffusion.
     lora_targets = (
         "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
@@ -147,19 +152,21 @@ class UNetModel(FlowModel):
             embeds = pipe.encode_prompt(prompts, **{"device": pipe._execution_device, **asked})[0]
             return {"prompt_embeds": embeds}
         embeds, _, pooled, _ = pipe.encode_prompt(prompts, **asked)
-        height, width = size or (pipe.default_sample_size * pipe.vae_scale_factor,) * 2
-        ids = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=embeds.device)
-        return {
-            "prompt_embeds": embeds,
-            "pooled_prompt_embeds": pooled,
-            "time_ids": ids.expand(len(prompts), -1).contiguous(),
-        }
+        ids = torch.zeros(len(prompts), _TIME_IDS, dtype=torch.float32, device=embeds.device)
+        cond = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "time_ids": ids}
+        return self.at_size(cond, size or (pipe.default_sample_size * pipe.vae_scale_factor,) * 2)
+
+    @staticmethod
+    def at_size(cond: dict[str, torch.Tensor], size: tuple[int, int]) -> dict[str, torch.Tensor]:
+        if "time_ids" not in cond:
+            return cond
+        ids = torch.tensor([*size, 0, 0, *size]).to(cond["time_ids"])
+        return cond | {"time_ids": ids.expand_as(cond["time_ids"]).contiguous()}
 
 
 def _require_text_to_image(transformer: nn.Module) -> None:
     """Raises ValueError unless a UNet takes latents, a time and what SD or SDXL condition on, and nothing else."""
-    module: Any = transformer
-    config = (module.get_base_model() if hasattr(module, "get_base_model") else module).config
+    config = without_peft(transformer).config
     found = {
         "in_channels": (config.in_channels, (config.out_channels,)),
         "addition_embed_type": (config.addition_embed_type, (None, "text_time")),

@@ -1,6 +1,6 @@
 """Z-Image as a student: its time runs from noise to data, and it predicts the velocity towards the data."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -36,6 +36,10 @@ class ZImageModel(FlowModel):
             "z-image", dict(),
             latent_channels=16, text_tokens=256, lora_rank=64, text_encoder_gb=8.0,
         ),
+    )  # fmt: skip
+    tiny: ClassVar = dict(
+        in_channels=16, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
+        axes_dims=[4, 6, 6], axes_lens=[1024, 64, 64],
     )  # fmt: skip
     prompt_multiple = 32  # the transformer pads captions to it, with a token of its own
     lora_targets = (

@@ -89,7 +89,7 @@ def attach(
     else:
         _add_lora(pipe, model, saved, adapter_name)
     stock.register_modules(scheduler=walk)
-    SchedulerTimeHooks(pipe, model.conditioning).register(model.network)
+    SchedulerTimeHooks(pipe, model).register(model.network)
     return pipe
 
 

@@ -96,8 +96,7 @@ class ImageGenerator:
         arguments: dict[str, Any] = {"negative_prompt": ""} if guided else {}
         if family.guidance is not None:
             arguments["guidance_scale"] = family.guidance  # an input of its transformer, and so it was trained
-        unguided = 0.0 if family.guidance_argument == "guidance_scale" else 1.0
-        return arguments | {family.guidance_argument: scale if guided else unguided}
+        return arguments | {family.guidance_argument: scale if guided else family.guidance_off}
 
     def _as_trained(self) -> dict[str, Any]:
         """What the pipeline does otherwise when it is called than when it encodes prompts, and sizes as they are."""

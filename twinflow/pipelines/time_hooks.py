@@ -10,13 +10,12 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from twinflow.conditioning import TimeConditioning
+from twinflow.models.base import FlowModel
 from twinflow.scheduler import TwinFlowScheduler
 
 _GUIDED = (
-    "twinflow.attach: guidance must be off, got guidance_scale > 1 (true_cfg_scale in Qwen-Image and FLUX): training "
-    "has put guidance into the weights, and more of it oversaturates at twice the cost. Pass guidance_scale=0.0 "
-    "(true_cfg_scale=1.0). This is said once."
+    "twinflow.attach: guidance must be off, got {0} > 1: training has put guidance into the weights, and more of it "
+    "oversaturates at twice the cost. Pass {0}={1}. This is said once."
 )
 
 
@@ -26,13 +25,14 @@ class SchedulerTimeHooks:
 
     Args:
         pipe: the pipeline; its scheduler is asked anew in every call.
-        conditioning: of the transformer; None: it is told no times.
+        model: around the pipeline's transformer; without conditioning it is told no times.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, conditioning: TimeConditioning | None) -> None:
+    def __init__(self, pipe: DiffusionPipeline, model: FlowModel) -> None:
         self._pipe = weakref.ref(pipe)  # the transformer must not keep text encoders and autoencoder in memory
         self._scheduler: Any = getattr(pipe, "scheduler", None)
-        self._conditioning = conditioning
+        self._conditioning = model.conditioning
+        self._no_guidance = _GUIDED.format(model.guidance_argument, model.guidance_off)
         self._bound: AbstractContextManager[None] | None = None
         self._call: tuple[torch.Tensor, int | None] | None = None
         self._warned = False
@@ -59,7 +59,7 @@ class SchedulerTimeHooks:
             raise ValueError(f"twinflow.attach: pipe.scheduler must be a TwinFlowScheduler, got {name}")
         if not self._warned and self._guided(pipe):
             self._warned = True
-            warnings.warn(_GUIDED, stacklevel=2)
+            warnings.warn(self._no_guidance, stacklevel=2)
         if self._conditioning is None:
             return
         given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments

@@ -34,38 +34,38 @@ class Architecture:
 
     def blocks(self) -> list["Block"]:
         """Its repeated blocks in order of execution."""
-        defaults = _defaults(self.transformer)
+        defaults, family = _defaults(self.transformer), diffusers_families()[self.transformer]
+        special = self.config.get(family.special_blocks, ())
         found = []
-        for setting, place in block_lists(self.transformer):
-            dual = self.config.get("dual_attention_layers", ())
+        for setting, place in family.block_lists:
             count = self.config.get(setting, defaults[setting])
-            found += [Block(place, setting, i, i in dual) for i in range(count)]
+            found += [Block(place, setting, i, i in special) for i in range(count)]
         return found
 
     def with_blocks(self, kept: Sequence["Block"]) -> "Architecture":
         """The same with some of its blocks, each list's numbered anew."""
-        config = dict(self.config)
-        for setting, place in block_lists(self.transformer):
+        config, family = dict(self.config), diffusers_families()[self.transformer]
+        for setting, place in family.block_lists:
             mine = [block for block in kept if block.place == place]
             config[setting] = len(mine)
-            if "dual_attention_layers" in config:
-                config["dual_attention_layers"] = tuple(i for i, block in enumerate(mine) if block.dual)
+            if family.special_blocks in config:
+                config[family.special_blocks] = tuple(i for i, block in enumerate(mine) if block.special)
         return replace(self, config=config)
 
 
 @dataclass(frozen=True)
 class Block:
-    """A repeated block: the list that holds it, the setting that counts them, its number, SD3.5's dual attention."""
+    """A repeated block: the list that holds it, the setting that counts them, its number, whether it is special."""
 
     place: str
     setting: str
     number: int
-    dual: bool = False
+    special: bool = False
 
     @property
     def kind(self) -> tuple[str, bool]:
         """What blocks that are alike share."""
-        return self.place, self.dual
+        return self.place, self.special
 
 
 def architectures() -> dict[str, Architecture]:
@@ -77,12 +77,6 @@ def architectures() -> dict[str, Architecture]:
         )
         for family in diffusers_families().values() for entry in family.published
     }  # fmt: skip
-
-
-def block_lists(transformer: str) -> tuple[tuple[str, str], ...]:
-    """(setting that counts blocks, list that holds them) of diffusers' class; none: the planner does not know it."""
-    family = diffusers_families().get(transformer)
-    return () if family is None else family.block_lists
 
 
 def architecture_of(name: str) -> Architecture:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from twinflow.atomic_files import write_file
-from twinflow.train.data.encoders import Condition, at_size, collate
+from twinflow.models.registry import FAMILIES
+from twinflow.train.data.encoders import Condition, collate
 from twinflow.train.data.shards import Shards
 
 INDEX = "index.json"
@@ -97,11 +98,12 @@ class Cache:
 
     def condition(self, entries: Sequence[Entry]) -> Condition:
         """The condition of entries of one size, with `prompt_lengths` where prompts are of their own length."""
-        return at_size(collate([self._shards.read(e.condition) for e in entries]), entries[0].size)
+        collated = collate([self._shards.read(e.condition) for e in entries])
+        return FAMILIES[self.family].at_size(collated, entries[0].size)
 
     def uncond_at(self, size: tuple[int, int]) -> Condition:
-        """`uncond` for images of a size, px: the same, but for models that are told it (SDXL)."""
-        return at_size(self.uncond, size)
+        """`uncond` for images of a size, px: the same, but for models that are told it."""
+        return FAMILIES[self.family].at_size(self.uncond, size)
 
 
 def held_out(entries: Sequence[Entry], share: float) -> tuple[list[Entry], list[Entry]]:

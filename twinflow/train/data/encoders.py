@@ -167,14 +167,6 @@ def collate(rows: Sequence[Condition]) -> Condition:
         raise ValueError(f"together: rows must be of one model's prompts, got {error}") from None
 
 
-def at_size(cond: Condition, size: tuple[int, int]) -> Condition:
-    """The condition of images of a size, px, where the model is told it (SDXL's `time_ids`); else the same."""
-    if "time_ids" not in cond:
-        return cond
-    ids = torch.tensor([*size, 0, 0, *size]).to(cond["time_ids"])
-    return cond | {"time_ids": ids.expand_as(cond["time_ids"]).contiguous()}
-
-
 def identity(folder: Path) -> str:
     """A hash of weights and settings: of small files the whole, of large ones the size and seventeen samples.
 

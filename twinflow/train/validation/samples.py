@@ -80,9 +80,9 @@ class Sampler:
     ) -> None:
         self._settings, self._prompts, self._run, self._device = settings, prompts, run, device
         self._autocast, self._stop = autocast, stop
-        self._shift = pipeline_shift(folder, prompts.latent_shape[1:])
-        half = device.type != "cpu" and settings.mixed_precision == "bf16"
         self._family = FAMILIES[prompts.family]
+        self._shift = pipeline_shift(folder, prompts.latent_shape[1:], self._family.shift_patch)
+        half = device.type != "cpu" and settings.mixed_precision == "bf16"
         self._decoder = Decoder(
             folder, self._family.autoencoder, device=device, dtype=torch.bfloat16 if half else torch.float32
         )
