@@ -6,19 +6,10 @@ from pathlib import Path
 
 import pytest
 
-<<<<<<< HEAD
 from twinflow import TwinFlowConfig, conditioning
-from twinflow.teachers.from_options import teacher_from_options
+from twinflow.teachers.teachers import teacher_from_options
 from twinflow.train import TrainSettings, read_config
 from twinflow.train.config.settings import MODES, OPTIONS
-=======
-from twinflow import TwinFlowConfig
-from twinflow.teachers.teachers import teacher_from_options
-from twinflow.train import TrainSettings, add_options, read_config, require_known, settings_from
-from twinflow.train.config.command_line import given_options
-from twinflow.train.config.options import ALIASES, OPTIONS
-from twinflow.train.config.simpletuner import HARMLESS, UNSUPPORTED
->>>>>>> 3e4aefc (Teachers in three files by noun: teachers, where their weights live, sharded weights; refusals with parts; the tests' common cases among the helpers)
 
 FILE = """{"model_family": "sd3", "model_type": "lora",
 "pretrained_model_name_or_path": "stabilityai/stable-diffusion-3.5-large", "output_dir": "output/sd3-twinflow",

@@ -11,14 +11,8 @@ from twinflow.interface import Student, Teacher
 from twinflow.lora import add_lora
 from twinflow.models import FlowModel, load
 from twinflow.models.registry import REGISTRATIONS, diffusers_families
-<<<<<<< HEAD
-from twinflow.teachers.from_options import teacher_from_options
-from twinflow.teachers.teachers import EMATeacher
-from twinflow.train.config.resolve import no_bridge
-=======
 from twinflow.teachers.teachers import EMATeacher, teacher_from_options
-from twinflow.train.config.resolve import NO_BRIDGE
->>>>>>> 3e4aefc (Teachers in three files by noun: teachers, where their weights live, sharded weights; refusals with parts; the tests' common cases among the helpers)
+from twinflow.train.config.resolve import no_bridge
 from twinflow.train.config.settings import TrainSettings
 
 COMPONENTS = ("transformer", "unet")  # folders of a pipeline that may hold what is trained
