@@ -61,7 +61,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": package_version("triton"),
-        "python": platform.pythonpackage_version(),
+        "python": platform.python_version(),
         "twinflow": package_version("twinflow"),
         "commit": _commit(),
     }
