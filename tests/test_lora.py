@@ -111,11 +111,11 @@ def test_the_default_conditioning_and_one_that_is_there():
     (dict(base_lora="style", conditioning="both"), "conditioning must be None or one of dual, midpoint"),
     (dict(base_lora="style", adapter="base"), "add_lora: adapter 'base' must be free for base_lora, got it taken"),
     (dict(base_lora="truncated"), "must be a whole safetensors file, got"),
-    (dict(base_lora="no prefix"), "base_lora must have diffusers' names, transformer.<layer>.lora_A.weight, of SD3Tr"),
-    (dict(base_lora="a UNet's"), r"base_lora must have diffusers' names, .*, got unet\..* in "),
-    (dict(base_lora="another model's"), r"base_lora must have diffusers' names, .*, got transformer\..*to_elsewhere"),
+    (dict(base_lora="no prefix"), "base_lora must name layers of SD3Transf.*, as transformer.<layer>.lora_A.weight"),
+    (dict(base_lora="a UNet's"), r"base_lora must name layers of .*, got unet\."),
+    (dict(base_lora="another model's"), r"base_lora must name layers of .*, got transformer\..*to_elsewhere"),
     (dict(base_lora="another width"), r"attn.to_q.lora_A.weight must be of width 32 as its layer, got \(3, 31\)"),
-    (dict(base_lora="empty"), "add_lora: base_lora must hold weights, got none in"),
+    (dict(base_lora="empty"), "add_lora: base_lora must hold LoRA weights, got none"),
 ])  # fmt: skip
 def test_refused_and_nothing_changed(options, message, styled, tmp_path):
     """A style LoRA that stock loading would pass over in silence is refused too."""

@@ -9,12 +9,15 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 import twinflow_kernels  # noqa: F401 - its operations
+from twinflow.errors import ArgumentError, require
+
+Owner = TypeVar("Owner")
 
 MODES = ("dual", "midpoint", "sign", "dual+sign", "midpoint+sign")
 LORA_MODE = "dual"  # the best of benchmarks/conditioning.py
@@ -76,20 +79,17 @@ class TimeConditioning:
     """
 
     def __init__(self, transformer: nn.Module, embedder: TimeEmbedder, mode: str) -> None:
-        if mode not in MODES:
-            raise ValueError(f"TimeConditioning: mode must be one of {', '.join(MODES)}, got {mode!r}")
+        require(mode in MODES, "TimeConditioning", "mode", f"one of {', '.join(MODES)}", repr(mode))
         self.mode, self.embedder = mode, embedder
         self.names: tuple[str, ...] = ()
         self._times: tuple[torch.Tensor, torch.Tensor] | None = None
         self._second_features: torch.Tensor | None = None
         first = _submodule(transformer, embedder.path)
         taken = [n for n in (embedder.second.partition(".")[0], SIGN_TABLE) if hasattr(transformer, n)]
-        owners = [getattr(hook, "__self__", None) for hook in first._forward_pre_hooks.values()]
-        taken += [owner.mode for owner in owners if isinstance(owner, TimeConditioning)]
-        if taken:
-            raise ValueError(
-                f"TimeConditioning: transformer must be without conditioning, got one with {', '.join(taken)}"
-            )
+        before = hook_owner(first, TimeConditioning)
+        taken += [] if before is None else [before.mode]
+        got = f"one with {', '.join(taken)}"
+        require(not taken, "TimeConditioning", "transformer", "without conditioning", got)
         self.second = self._add_second(transformer, first) if "dual" in mode else None
         self.table = self._add_table(transformer, first) if "sign" in mode else None
         transformer._conditioning_names = self.names  # type: ignore[assignment]
@@ -159,10 +159,9 @@ class TimeConditioning:
         if self._times is None:
             if self.second is None:
                 return None  # positive times, asked for r = 0: what the stock transformer computes is right
-            raise ValueError(
-                f"TimeConditioning: a transformer conditioned by {self.mode} must be told both times, got only its "
-                "own; call it through the student, or twinflow.attach(pipe, ...) in a pipeline"
-            )
+            which = f"a transformer conditioned by {self.mode}"
+            hint = "call it through the student, or twinflow.attach(pipe, ...) in a pipeline"
+            raise ArgumentError("TimeConditioning", which, "told both times", "only its own", hint)
         given, *rest = args
         e = self.embedder
         t, r = self._asked(*self._times)
@@ -185,6 +184,12 @@ class TimeConditioning:
         return torch.ops.twinflow.combine_time_embeddings(embedding, second, t, None if second is None else r, table)
 
 
+def hook_owner(module: nn.Module, kind: type[Owner]) -> Owner | None:
+    """The object of a class whose method is a forward pre-hook of a module; None: there is none."""
+    owners = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, kind)), None)
+
+
 def conditioning_names(transformer: nn.Module) -> tuple[str, ...]:
     """The submodules that conditioning added to a transformer, or to one that it is a copy of; none: it has none."""
     return getattr(transformer, "_conditioning_names", ())
@@ -200,10 +205,8 @@ def _submodule(transformer: nn.Module, path: str) -> nn.Module:
     try:
         return transformer.get_submodule(path)
     except AttributeError:
-        raise ValueError(
-            f"TimeConditioning: transformer must have a time embedder at {path}, got a {type(transformer).__name__} "
-            "without one"
-        ) from None
+        wanted, got = f"a time embedder at {path}", f"a {type(transformer).__name__} without one"
+        raise ArgumentError("TimeConditioning", "transformer", wanted, got, verb="have") from None
 
 
 def _plain_copy(first: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from twinflow.conditioning import SIGN_TABLE, conditioning_tensors
 from twinflow.distributed import unwrap
-from twinflow.errors import ArgumentError
+from twinflow.errors import ArgumentError, ArgumentTypeError, require, require_type
 from twinflow.formats import comfyui
 from twinflow.formats.export_folder import check_folder, new_export
 from twinflow.formats.generation_config import GenerationConfig
@@ -27,7 +27,7 @@ from twinflow.formats.manifest import (
     write_conditioning,
 )
 from twinflow.interface import Student
-from twinflow.lora import BASE
+from twinflow.lora import BASE, adapter_names
 from twinflow.memory.quantised_base import quantised_form
 from twinflow.models.base import FlowModel, without_peft
 from twinflow.models.registry import FAMILIES
@@ -70,8 +70,7 @@ def export(
     """
     model, teacher_model = _checked(student, teacher)
     kind = "lora" if adapter_layers(model) else "full"
-    if format not in LAYOUTS:
-        raise ValueError(f"export: format must be one of {', '.join(LAYOUTS)}, got {format!r}")
+    require(format in LAYOUTS, "export", "format", f"one of {', '.join(LAYOUTS)}", repr(format))
     if format == "comfyui" and not model.comfyui:
         known = ", ".join(name for name, family in FAMILIES.items() if family.comfyui)
         raise ArgumentError("export", "format 'comfyui'", f"a student of {known}", model.family, verb="have")
@@ -79,8 +78,8 @@ def export(
     manifest = Manifest(model.family, mode, kind, "student" if teacher is None else "ema", format, usage=usage)
     path = Path(folder)
     check_folder(path, manifest)
-    if merge_base and (kind == "full" or BASE not in _network(model).peft_config):
-        raise ValueError("export: merge_base must be False for a student without a base_lora, got True")
+    mergeable = not merge_base or BASE in adapter_names(_network(model))
+    require(mergeable, "export", "merge_base", "False for a student without a base_lora", True)
     weights = _lora(model, teacher, merge_base) if kind == "lora" else None
     with new_export(path, manifest) as partial:
         if weights is not None:
@@ -94,22 +93,19 @@ def _checked(student: Student, teacher: EMATeacher | None) -> tuple[FlowModel, F
     """The student's model, and the teacher's where it is a copy of its own."""
     model = unwrap(student)
     if not isinstance(model, FlowModel):
-        raise TypeError(f"export: student must be made by twinflow.models.load, got {type(model).__name__}")
+        raise ArgumentTypeError("export", "student", "made by twinflow.models.load", type(model).__name__)
     if model.pipeline_class is None:
         known = ", ".join(name for name, family in FAMILIES.items() if family.pipeline_class)
         raise ArgumentError("export", "student", f"of one of {known}", repr(model.family), "save its state_dict()")
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        raise ValueError("export: student must hold whole weights, got sharded ones; gather them first")
+    whole = not any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    require(whole, "export", "student", "whole weights", "sharded ones", "gather them first", "hold")
     form = None if adapter_layers(model) else quantised_form(model)
-    if form is not None:
-        raise ValueError(
-            f"export: student must hold whole weights, got a base in {form}; train a LoRA, which is exported alone, or "
-            "load in bf16"
-        )
+    hint = "train a LoRA, which is exported alone, or load in bf16"
+    require(form is None, "export", "student", "whole weights", f"a base in {form}", hint, "hold")
     if teacher is None:
         return model, None
-    if not isinstance(teacher, EMATeacher):
-        raise TypeError(f"export: teacher must be an EMATeacher or None, got {type(teacher).__name__}")
+    averaged = isinstance(teacher, EMATeacher)
+    require_type(averaged, "export", "teacher", "an EMATeacher or None", type(teacher).__name__)
     teacher.check(student)
     return model, getattr(teacher, "module", None)
 
@@ -157,8 +153,7 @@ def _adapter(
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """An adapter's weights without its name in theirs, and its factor in each layer."""
     config = network.peft_config[adapter]
-    if config.peft_type != "LORA":
-        raise ValueError(f"export: adapter {adapter!r} must be a LoRA, got {config.peft_type}")
+    require(config.peft_type == "LORA", "export", f"adapter {adapter!r}", "a LoRA", config.peft_type)
     found = get_peft_model_state_dict(network, state_dict=named, adapter_name=adapter)
     tensors = {_plain(name): value.detach().cpu().contiguous() for name, value in found.items()}
     layers: dict[str, Any] = {_plain(name): layer for name, layer in adapter_layers(network).items()}
@@ -184,8 +179,8 @@ def merged(
     for tensors, scalings in adapters:
         for name, value in tensors.items():
             layer, _, place = name.rpartition(".lora_")
-            if place not in ("A.weight", "B.weight"):
-                raise ValueError(f"export: merge_base must be False for an adapter with {name}, got True")
+            plain = place in ("A.weight", "B.weight")
+            require(plain, "export", "merge_base", f"False for an adapter with {name}", True)
             parts.setdefault(name, []).append(value.float() * (scalings[layer] if place == "B.weight" else 1.0))
     joined = {name: torch.cat(values, int(name.endswith("B.weight"))) for name, values in parts.items()}
     rank = max(value.shape[0] for name, value in joined.items() if name.endswith("A.weight"))

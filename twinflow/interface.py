@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from twinflow.distributed import unwrap
-from twinflow.errors import ArgumentError
+from twinflow.errors import ArgumentError, require
 
 Student = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any], torch.Tensor]
 
@@ -21,6 +21,28 @@ def guidance_times(student: Student, t: torch.Tensor, r: torch.Tensor) -> tuple[
     """The times that a guidance query at (t, r = t) asks the network with; a student may say (`guidance_times`)."""
     at = getattr(unwrap(student), "guidance_times", None)
     return (t, r) if at is None else at(t, r)
+
+
+def check_tensors(
+    function: str, argument: str, tensors: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]
+) -> None:
+    """Raises ArgumentError unless saved tensors have the names and shapes of some others."""
+    wanted = f"{len(tensors)} tensors ({', '.join([*tensors][:3]) or 'none'} ...)"
+    difference = f"a difference in {sorted(tensors.keys() ^ saved.keys())[:3]}"
+    require(tensors.keys() == saved.keys(), function, argument, wanted, difference, verb="have")
+    for name, value in tensors.items():
+        shape, got = tuple(value.shape), tuple(saved[name].shape)
+        require(shape == got, function, name, f"of shape {shape}", got)
+
+
+@torch.no_grad()
+def copy_tensors(
+    function: str, argument: str, tensors: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]
+) -> None:
+    """Copies saved tensors in place; ArgumentError, and nothing copied, where names or shapes differ."""
+    check_tensors(function, argument, tensors, saved)
+    for name, value in tensors.items():
+        value.copy_(saved[name])
 
 
 class Teacher:

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from twinflow.conditioning import LORA_MODE, conditioning_names, conditioning_tensors
+from twinflow.errors import ArgumentError, require
 from twinflow.formats.manifest import (
     LORA,
     REFUSAL,
@@ -19,6 +19,7 @@ from twinflow.formats.manifest import (
     read_tensors,
     saved_conditioning,
 )
+from twinflow.sampling.grid import is_number
 from twinflow.teachers.adapter_slot import adapter_layers, adapter_parameters, as_float32, on_meta
 
 if TYPE_CHECKING:
@@ -77,14 +78,11 @@ def add_lora(
 
 
 def _check_new(network: nn.Module, adapter: str, rank: int, alpha: float) -> None:
-    if not isinstance(adapter, str) or not adapter or "." in adapter:
-        raise ValueError(f"add_lora: adapter must be a name without dots, got {adapter!r}")
-    if adapter in (getattr(network, "peft_config", None) or {}):
-        raise ValueError(f"add_lora: adapter must be a name that is not taken, got {adapter!r}")
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"add_lora: rank must be an integer >= 1, got {rank!r}")
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not alpha > 0:
-        raise ValueError(f"add_lora: alpha must be a number > 0, got {alpha!r}")
+    named = isinstance(adapter, str) and adapter and "." not in adapter
+    require(named, "add_lora", "adapter", "a name without dots", repr(adapter))
+    require(adapter not in adapter_names(network), "add_lora", "adapter", "a name that is not taken", repr(adapter))
+    require(type(rank) is int and rank >= 1, "add_lora", "rank", "an integer >= 1", repr(rank))
+    require(is_number(alpha) and alpha > 0, "add_lora", "alpha", "a number > 0", repr(alpha))
 
 
 def _targeted(network: nn.Module, targets: tuple[str, ...]) -> list[str]:
@@ -95,8 +93,7 @@ def _targeted(network: nn.Module, targets: tuple[str, ...]) -> list[str]:
         if isinstance(layer, (nn.Linear, nn.Conv2d)) and name.partition(".")[0] not in conditioning_names(network)
         and any(f".{name.removesuffix('.base_layer')}".endswith(f".{target}") for target in targets)
     ]  # fmt: skip
-    if not found:
-        raise ValueError(f"add_lora: targets must name layers of {type(network).__name__}, got {targets}")
+    require(found, "add_lora", "targets", f"layers of {type(network).__name__}", targets, verb="name")
     return found
 
 
@@ -105,28 +102,32 @@ def _readable_base(student: "FlowModel", path: Path, adapter: str) -> dict[str, 
 
     diffusers passes over the names that it does not know, so that a style would be missing without a word.
     """
-    if adapter == BASE or BASE in (getattr(student.network, "peft_config", None) or {}):
-        raise ValueError(f"add_lora: adapter {BASE!r} must be free for base_lora, got it taken")
+    free = adapter != BASE and BASE not in adapter_names(student.network)
+    require(free, "add_lora", f"adapter {BASE!r}", "free for base_lora", "it taken")
     file = path / LORA if path.is_dir() else path
-    tensors, layers = read_tensors(file), dict(student.network.named_modules())
+    tensors = read_tensors(file)
+    check_layers("add_lora", "base_lora", student, tensors)
+    settings = read_settings(file)
+    alone = REFUSAL not in (settings or {}).values()
+    require(alone, "add_lora", "base_lora", "a LoRA on its own", f"{file}, which needs a second embedder")
+    return {"pretrained_model_name_or_path_or_dict": tensors, "metadata": settings}
+
+
+def check_layers(function: str, argument: str, student: "FlowModel", tensors: dict[str, torch.Tensor]) -> None:
+    """Raises ArgumentError unless every weight of a LoRA file belongs to a layer of the network and has its width."""
+    require(tensors, function, argument, "LoRA weights", "none", verb="hold")
+    layers: dict[str, Any] = dict(student.network.named_modules())
     for name, value in tensors.items():
         inside = name.removeprefix(f"{student.component}.")
-        owner, found, place = inside.rpartition(".lora_")
-        layer: Any = layers.get(owner)
-        if inside == name or not found or not isinstance(layer, (nn.Linear, nn.Conv2d, BaseTunerLayer)):
-            wanted = f"diffusers' names, {student.component}.<layer>.lora_A.weight, of {type(student.network).__name__}"
-            raise ValueError(f"add_lora: base_lora must have {wanted}, got {name} in {file}")
-        axis = int(place[:1] == "A")  # lora_A is (rank, in), lora_B (out, rank)
+        owner, _, place = inside.rpartition(".lora_")
+        axis = int(place.startswith("A"))  # lora_A is (rank, in), lora_B (out, rank)
         widths = ("in_features", "in_channels") if axis else ("out_features", "out_channels")
-        width = next((getattr(layer, w) for w in widths if hasattr(layer, w)), None)
+        width = next((getattr(layers[owner], w) for w in widths if hasattr(layers.get(owner), w)), None)
+        if inside == name or width is None:
+            wanted = f"layers of {type(student.network).__name__}, as {student.component}.<layer>.lora_A.weight"
+            raise ArgumentError(function, argument, wanted, name, verb="name")
         if place in ("A.weight", "B.weight") and (value.dim() < 2 or value.shape[axis] != width):
-            raise ValueError(f"add_lora: {name} must be of width {width} as its layer, got {tuple(value.shape)}")
-    if not tensors:
-        raise ValueError(f"add_lora: base_lora must hold weights, got none in {file}")
-    settings = read_settings(file)
-    if REFUSAL in (settings or {}).values():
-        raise ValueError(f"add_lora: base_lora must be a LoRA on its own, got {file}, which needs a second embedder")
-    return {"pretrained_model_name_or_path_or_dict": tensors, "metadata": settings}
+            raise ArgumentError(function, name, f"of width {width} as its layer", tuple(value.shape))
 
 
 def load_lora(student: "FlowModel", path: str | Path, adapter: str = "default") -> None:
@@ -144,19 +145,17 @@ def load_lora(student: "FlowModel", path: str | Path, adapter: str = "default") 
     file = Path(path)
     file = file / LORA if file.is_dir() else file
     mine = lora_tensors(student.network, adapter)
-    if not mine:
-        raise ValueError(f"load_lora: adapter must be one that the student has, got {adapter!r}")
+    require(mine, "load_lora", "adapter", "one that the student has", repr(adapter))
     saved = {n.removeprefix(f"{student.component}."): value for n, value in read_tensors(file).items()}
-    if mine.keys() != saved.keys():
-        difference = sorted(mine.keys() ^ saved.keys())
-        raise ValueError(f"load_lora: {file} must have the adapter's layers, got a difference in {difference[:3]}")
+    difference = f"a difference in {sorted(mine.keys() ^ saved.keys())[:3]}"
+    require(mine.keys() == saved.keys(), "load_lora", f"{file}", "the adapter's layers", difference, verb="have")
     for name, value in mine.items():
         if value.shape != saved[name].shape:
             rank, got = (min(tensor.shape[:2]) for tensor in (value, saved[name]))
-            raise ValueError(f"load_lora: {file} must be of rank {rank}, got rank {got} in {name}")
-    alpha, scale = (read_settings(file) or {}).get(f"{student.component}.lora_alpha"), _alpha(student.network, adapter)
-    if alpha not in (None, scale):
-        raise ValueError(f"load_lora: {file} must be of alpha {scale}, got alpha {alpha}")
+            raise ArgumentError("load_lora", f"{file}", f"of rank {rank}", f"rank {got} in {name}")
+    alpha = (read_settings(file) or {}).get(f"{student.component}.lora_alpha")
+    scale = student.network.peft_config[adapter].lora_alpha  # type: ignore[index, union-attr]
+    require(alpha in (None, scale), "load_lora", f"{file}", f"of alpha {scale}", f"alpha {alpha}")
     _load_conditioning(student, file.parent)
     with torch.no_grad():
         for name, value in mine.items():
@@ -168,20 +167,20 @@ def _load_conditioning(student: "FlowModel", folder: Path) -> None:
     if manifest is None:
         return
     mode = None if student.conditioning is None else student.conditioning.mode
-    if manifest.conditioning != mode:
-        wanted = f"conditioning {manifest.conditioning!r}, with which {folder} was trained"
-        raise ValueError(f"load_lora: student must have {wanted}, got {mode!r}")
+    wanted = f"conditioning {manifest.conditioning!r}, with which {folder} was trained"
+    require(manifest.conditioning == mode, "load_lora", "student", wanted, repr(mode), verb="have")
     if conditioning_tensors(student.network):
         put_conditioning(student.network, saved_conditioning(folder, student.conditioning_roots()), "load_lora")
 
 
-def _alpha(network: nn.Module, adapter: str) -> float:
-    return network.peft_config[adapter].lora_alpha  # type: ignore[index, union-attr]
+def adapter_names(network: nn.Module) -> set[str]:
+    """The names of a network's peft adapters."""
+    return set(getattr(network, "peft_config", None) or {})
 
 
 def lora_tensors(network: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
     """Name without the adapter's -> weight; the adapter's own tensors."""
-    if adapter not in (getattr(network, "peft_config", None) or {}):
+    if adapter not in adapter_names(network):
         return {}
     named = dict(network.named_parameters())
     return get_peft_model_state_dict(network, state_dict=named, adapter_name=adapter)

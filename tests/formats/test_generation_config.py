@@ -42,9 +42,9 @@ def test_what_a_later_version_adds_is_passed_over(tmp_path):
 @pytest.mark.parametrize(
     "saved, message",
     [
-        (None, "saved must have model and steps, got None"),
-        ([], "saved must have model and steps"),
-        ({"model": "a/b"}, "saved must have model and steps"),
+        (None, "usage must have model and steps, got None"),
+        ([], "usage must have model and steps"),
+        ({"model": "a/b"}, "usage must have model and steps"),
         ({"model": "", "steps": 2}, "model must be a pipeline's folder or hub name, got ''"),
         ({"model": ["a"], "steps": 2}, "model must be a pipeline's folder"),
         ({"model": "a/b", "steps": 0}, "steps must be an integer from 1 to 1000, got 0"),

@@ -44,7 +44,7 @@ def test_a_saved_model_comes_back_with_its_conditioning(family, mode, tmp_path):
 def test_what_names_alone_do_not_tell(tmp_path):
     """A sign table belongs to two modes; a second embedder to no midpoint."""
     saved(make_student("sd3", "sign"), tmp_path / "sign")
-    with pytest.raises(ValueError, match=r"must be given for .*, whose sign table was trained as 'sign' or 'midpoint"):
+    with pytest.raises(ValueError, match=r"given for .*, got None; its sign table was trained as 'sign' or 'midpoint"):
         load(tmp_path / "sign")
     saved(make_student("sd3", "dual"), tmp_path / "dual")
     for other in ("sign", "midpoint", "midpoint+sign", "dual+sign"):

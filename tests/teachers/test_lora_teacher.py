@@ -9,13 +9,14 @@ from helpers.batches import gradients
 from helpers.family_batches import FAMILIES, make_batch, relative
 from helpers.teacher_cases import TEACHERS, R, T, answer, move
 from helpers.tiny_pipelines import tiny_transformer
-from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from twinflow import EMATeacher, FrozenTeacher, TwinFlowConfig, TwinFlowLoss
+from twinflow.lora import add_lora
 from twinflow.models import load
 from twinflow.teachers.adapter_slot import adapter_layers
 
@@ -194,6 +195,50 @@ def test_a_whole_step_allocates_nothing_like_the_base(how, make):
         assert torch.equal(parameter, value) and parameter.grad is None
 
 
+def test_an_exception_inside_a_call_leaves_the_student_as_it_was():
+    student = add_lora(load(tiny_transformer("sd3")), 4, conditioning="dual+sign")
+    teacher, batch = EMATeacher(student, 0.9), make_batch("sd3", student, 4)
+    before, second = state_of(student), student.conditioning.second.linear_1.weight
+    handle = student.network.transformer_blocks[1].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        answer(teacher, batch)
+    handle.remove()
+    assert state_of(student) == before and student.conditioning.second.linear_1.weight is second
+    assert student.conditioning._times is None
+    assert torch.isfinite(TwinFlowLoss()(move(student), *batch, teacher=teacher).loss)
+
+
+@pytest.mark.parametrize("autocast", [True, False, None], ids=["peft", "peft without autocast", "diffusers"])
+def test_both_slots_are_float32_on_a_bf16_base(autocast):
+    network = tiny_transformer("sd3").to(torch.bfloat16)
+    config = LoraConfig(r=4, target_modules=["to_q", "to_k", "timestep_embedder.linear_1"])
+    if autocast is None:
+        network.add_adapter(config)
+    else:
+        network = get_peft_model(network, config, autocast_adapter_dtype=autocast)
+    student = load(network, conditioning="dual")
+    teacher = EMATeacher(student, 0.9)
+    dtypes = {p.dtype for name, p in student.named_parameters() if "lora_" in name}
+    assert dtypes == {torch.float32} and {v.dtype for v in teacher.parameters().values()} == {torch.float32}
+    assert student.network.time_text_embed.timestep_embedder.linear_2.weight.dtype == torch.bfloat16
+    exported = get_peft_model_state_dict(student.network, adapter_name="default")
+    assert exported and not any("ema" in name for name in exported)
+
+
+def test_a_state_continues_bit_for_bit():
+    student = add_lora(load(tiny_transformer("sd3")), 4, conditioning="dual+sign")
+    teacher = EMATeacher(student, 0.9)
+    for _ in range(2):
+        move(student)
+        teacher.update()
+    other = EMATeacher(student, 0.9, adapter="again")
+    other.load_state_dict(teacher.state_dict())
+    move(student)
+    teacher.update(), other.update()
+    for name, value in teacher.parameters().items():
+        assert torch.equal(value, other.parameters()[name])
+
+
 def test_a_refused_adapter_name_leaves_the_student_as_it_is():
     student = adapted(LoraConfig(r=2, target_modules=["to_q"]), "diffusers", "sd3", dtype=torch.bfloat16)
     student.network.get_submodule("transformer_blocks.0.attn.to_q").to(torch.bfloat16)
@@ -201,5 +246,7 @@ def test_a_refused_adapter_name_leaves_the_student_as_it_is():
     with pytest.raises(ValueError, match="EMATeacher: adapter must be a name that is not taken, got 'default'"):
         EMATeacher(student, 0.9, adapter="default")
     assert {name: p.dtype for name, p in student.named_parameters()} == before
+    with pytest.raises(ValueError, match="adapter must be None where the student trains no adapter, got 'ema'"):
+        EMATeacher(load(tiny_transformer("sd3"), conditioning="dual"), 0.9, adapter="ema")
     assert EMATeacher(student, 0.9, adapter="slow").adapter == "slow"
     assert all("slow" in layer.lora_A for layer in adapter_layers(student).values())

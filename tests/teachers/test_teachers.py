@@ -196,11 +196,11 @@ def test_wrong_students():
 def test_a_state_that_does_not_match(make):
     teacher, other = make(ToyNet(5)), make(ToyNet(6))
     before = answers(teacher, "cfg")
-    with pytest.raises(ValueError, match=r"first.weight must be of shape \(16, 10\), got \(16, 11\) in the state"):
+    with pytest.raises(ValueError, match=r"first.weight must be of shape \(16, 10\), got \(16, 11\)"):
         teacher.load_state_dict(other.state_dict())
     fewer = teacher.state_dict()
     fewer["shadow" if "shadow" in fewer else "weights"].popitem()
-    with pytest.raises(ValueError, match=r"parameters must be the teacher's, got a difference in \['second.bias'\]"):
+    with pytest.raises(ValueError, match=r"state must have 4 tensors .* got a difference in \['second.bias'\]"):
         teacher.load_state_dict(fewer)
     assert torch.equal(answers(teacher, "cfg"), before)
 

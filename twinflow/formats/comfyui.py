@@ -6,6 +6,8 @@ two-time models look for. Names of whole models are the families' (`FlowModel.co
 
 import torch
 
+from twinflow.errors import ArgumentError
+
 _PREFIX = "diffusion_model."
 _PLACES = {".lora_A.weight": ".lora_down.weight", ".lora_B.weight": ".lora_up.weight"}
 
@@ -27,7 +29,7 @@ def lora_tensors(tensors: dict[str, torch.Tensor], scalings: dict[str, float]) -
     for name, value in tensors.items():
         place = next((place for place in _PLACES if name.endswith(place)), None)
         if place is None:
-            raise ValueError(f"export: format must be 'diffusers' for an adapter with {name}, got 'comfyui'")
+            raise ArgumentError("export", "format", f"'diffusers' for an adapter with {name}", "'comfyui'")
         layer = name.removesuffix(place)
         found[f"{_PREFIX}{layer}{_PLACES[place]}"] = value
         if place == ".lora_A.weight":

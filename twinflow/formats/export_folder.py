@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from twinflow.errors import require
 from twinflow.formats.manifest import (
     COMFYUI_LORA,
     COMFYUI_MODEL,
@@ -29,12 +30,11 @@ _FILES = {
 
 def check_folder(folder: Path, manifest: Manifest) -> None:
     """Raises ValueError where a path is a file, or a folder has files of another origin that would be replaced."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"export: folder must be a folder, got the file {folder}")
+    require(folder.is_dir() or not folder.exists(), "export", "folder", "a folder", f"the file {folder}")
     mine = _files(folder, read_manifest(folder))
     foreign = sorted(path.name for path in _files(folder, manifest) - mine)
-    if foreign:
-        raise ValueError(f"export: folder must be new or an earlier export, got {folder} with {foreign[0]}")
+    got = f"{folder} with {', '.join(foreign)}"
+    require(not foreign, "export", "folder", "new or an earlier export", got)
 
 
 def _files(folder: Path, manifest: Manifest | None) -> set[Path]:

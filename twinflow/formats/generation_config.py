@@ -1,11 +1,14 @@
 """`GenerationConfig`: default generation settings stored with an export: base pipeline, steps, size, guidance."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from twinflow.errors import require
+from twinflow.sampling.grid import is_number
+
+_NAME = "GenerationConfig"
 _MOST_PIXELS = 16384  # of an edge
 _MOST_STEPS = 1000
 
@@ -30,15 +33,14 @@ class GenerationConfig:
     guidance: float = 0.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.model, str) or not self.model.strip() or "\0" in self.model:
-            raise ValueError(f"Usage: model must be a pipeline's folder or hub name, got {self.model!r}")
-        if type(self.steps) is not int or not 1 <= self.steps <= _MOST_STEPS:
-            raise ValueError(f"Usage: steps must be an integer from 1 to {_MOST_STEPS}, got {self.steps!r}")
-        if self.size is not None and not _is_size(self.size):
-            raise ValueError(f"Usage: size must be width and height of 1 to {_MOST_PIXELS} pixels, got {self.size!r}")
-        number = isinstance(self.guidance, (int, float)) and not isinstance(self.guidance, bool)
-        if not number or not (math.isfinite(self.guidance) and self.guidance >= 0):
-            raise ValueError(f"Usage: guidance must be a number >= 0, got {self.guidance!r}")
+        model, steps, size, guidance = self.model, self.steps, self.size, self.guidance
+        named = isinstance(model, str) and model.strip() and "\0" not in model
+        require(named, _NAME, "model", "a pipeline's folder or hub name", repr(model))
+        counted = type(steps) is int and 1 <= steps <= _MOST_STEPS
+        require(counted, _NAME, "steps", f"an integer from 1 to {_MOST_STEPS}", repr(steps))
+        wanted = f"width and height of 1 to {_MOST_PIXELS} pixels"
+        require(size is None or _is_size(size), _NAME, "size", wanted, repr(size))
+        require(is_number(guidance) and guidance >= 0, _NAME, "guidance", "a number >= 0", repr(guidance))
 
     def to_dict(self) -> dict[str, Any]:
         """What JSON holds; a model that is a folder here becomes an absolute path."""
@@ -52,8 +54,8 @@ class GenerationConfig:
         Raises:
             ValueError: something else.
         """
-        if not isinstance(saved, Mapping) or not {"model", "steps"} <= saved.keys():
-            raise ValueError(f"Usage: saved must have model and steps, got {str(saved)[:80]}")
+        complete = isinstance(saved, Mapping) and {"model", "steps"} <= saved.keys()
+        require(complete, _NAME, "usage", "model and steps", str(saved)[:80], verb="have")
         size = saved.get("size")
         return cls(
             model=saved["model"],

@@ -16,7 +16,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from twinflow.conditioning import MODES, SIGN_TABLE, conditioning_tensors
+from twinflow.errors import ArgumentError, require
 from twinflow.formats.generation_config import GenerationConfig
+from twinflow.interface import copy_tensors
 
 MANIFEST = "twinflow.json"
 LORA = "pytorch_lora_weights.safetensors"  # diffusers' default
@@ -81,27 +83,23 @@ def read_manifest(folder: Path) -> Manifest | None:
     try:
         saved = json.loads(path.read_text())
     except (ValueError, OSError) as error:
-        raise ValueError(f"{path} must be a file that export wrote, got one that cannot be read: {error}") from None
-    if not isinstance(saved, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {saved!r}")
-    if saved.get("format") != FORMAT:
-        raise ValueError(f"{path} must be of format {FORMAT}, got {saved.get('format')!r}")
+        raise ArgumentError("", f"{path}", "a file that export wrote", f"one that cannot be read: {error}") from None
+    require(isinstance(saved, dict), "", f"{path}", "a JSON object", repr(saved), verb="hold")
+    version = saved.get("format")
+    require(version == FORMAT, "", f"{path}", f"of format {FORMAT}", repr(version))
     names = [field.name for field in fields(Manifest) if field.name != "usage"]
-    if saved.keys() - {"usage"} != set(names):
-        raise ValueError(f"{path} must hold {', '.join(names)}, got {', '.join(saved)}")
+    require(saved.keys() - {"usage"} == set(names), "", f"{path}", ", ".join(names), ", ".join(saved), verb="hold")
     known = {
         "conditioning": (None, *MODES), "kind": ("lora", "full"), "weights": ("student", "ema"), "layout": LAYOUTS,
     }  # fmt: skip
     for name, choices in known.items():
-        if saved[name] not in choices:
-            raise ValueError(f"{path}: {name} must be one of {', '.join(map(str, choices))}, got {saved[name]!r}")
-    if not isinstance(saved["family"], str):
-        raise ValueError(f"{path}: family must be a name, got {saved['family']!r}")
+        require(saved[name] in choices, f"{path}", name, f"one of {', '.join(map(str, choices))}", repr(saved[name]))
+    require(isinstance(saved["family"], str), f"{path}", "family", "a name", repr(saved["family"]))
     if "usage" in saved:
         try:
             saved["usage"] = GenerationConfig.from_dict(saved["usage"])
-        except ValueError as error:
-            raise ValueError(f"{path}: {str(error).removeprefix('Usage: ')}") from None
+        except ArgumentError as error:
+            raise error.renamed(function=f"{path}") from None
     return Manifest(**saved)
 
 
@@ -157,7 +155,8 @@ def read_settings(path: Path) -> dict[str, Any] | None:
     try:
         return None if written is None else dict(json.loads(written))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} must hold an adapter's configuration, got a damaged one: {error}") from None
+        got = f"a damaged one: {error}"
+        raise ArgumentError("", f"{path}", "an adapter's configuration", got, verb="hold") from None
 
 
 @contextmanager
@@ -166,7 +165,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} must be a whole safetensors file, got {error}") from None
+        raise ArgumentError("", f"{path}", "a whole safetensors file", error) from None
 
 
 def inferred_mode(tensors: dict[str, torch.Tensor], folder: Path) -> str | None:
@@ -177,33 +176,15 @@ def inferred_mode(tensors: dict[str, torch.Tensor], folder: Path) -> str | None:
     """
     dual = any(name.partition(".")[0] != SIGN_TABLE for name in tensors)
     sign = any(name.partition(".")[0] == SIGN_TABLE for name in tensors)
-    if sign and not dual:
-        raise ValueError(
-            f"load: conditioning must be given for {folder}, whose sign table was trained as 'sign' or 'midpoint+sign'"
-        )
+    hint = "its sign table was trained as 'sign' or 'midpoint+sign'"
+    require(dual or not sign, "load", "conditioning", f"given for {folder}", None, hint)
     return ("dual+sign" if sign else "dual") if dual else None
 
 
-def check_conditioning(mine: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], where: str) -> None:
-    """Raises ValueError unless saved tensors have the names and shapes of a conditioned transformer's own."""
-    if mine.keys() != tensors.keys():
-        difference = sorted(mine.keys() ^ tensors.keys())
-        wanted = f"{len(mine)} tensors ({', '.join([*mine][:3]) or 'none'} ...)"
-        raise ValueError(f"{where}: conditioning must have {wanted}, got a difference in {difference[:3]}")
-    for name, value in mine.items():
-        if value.shape != tensors[name].shape:
-            wanted, got = str(tuple(value.shape)), tuple(tensors[name].shape)
-            raise ValueError(f"{where}: {name} must be of shape {wanted}, got {got}")
-
-
-@torch.no_grad()
 def put_conditioning(network: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> None:
     """Copies saved tensors into a conditioned transformer.
 
     Raises:
-        ValueError: names or shapes differ; nothing is then copied.
+        ArgumentError: names or shapes differ; nothing is then copied.
     """
-    mine = conditioning_tensors(network)
-    check_conditioning(mine, tensors, where)
-    for name, value in mine.items():
-        value.copy_(tensors[name])
+    copy_tensors(where, "conditioning", conditioning_tensors(network), tensors)

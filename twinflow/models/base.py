@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from twinflow.conditioning import MODES, SIGN_TABLE, TimeConditioning, TimeEmbedder
+from twinflow.errors import ArgumentError, ArgumentTypeError, require
 from twinflow.models.autoencoders import Autoencoder
 from twinflow.models.modulation import Deferral, Modulation
 from twinflow.models.prompts import prompt_groups, prompt_lengths, row_index, trim
@@ -84,8 +85,7 @@ class FlowModel(nn.Module):
 
     def __init__(self, transformer: nn.Module, *, conditioning: str | None = None, cfg_time: str = "published") -> None:
         super().__init__()
-        if cfg_time not in CFG_TIMES:
-            raise ValueError(f"load: cfg_time must be one of {', '.join(CFG_TIMES)}, got {cfg_time!r}")
+        require(cfg_time in CFG_TIMES, "load", "cfg_time", f"one of {', '.join(CFG_TIMES)}", repr(cfg_time))
         self.transformer = transformer
         self.cfg_time = cfg_time
         self.conditioning: TimeConditioning | None = None
@@ -117,10 +117,10 @@ class FlowModel(nn.Module):
         Raises:
             ValueError: an unknown mode, a model that is conditioned already, or one that takes no conditioning.
         """
-        if mode not in MODES:
-            raise ValueError(f"load: conditioning must be None or one of {', '.join(MODES)}, got {mode!r}")
-        if self.conditioning is not None:
-            raise ValueError(f"load: conditioning must be set once, got {mode!r} after {self.conditioning.mode!r}")
+        require(mode in MODES, "load", "conditioning", f"None or one of {', '.join(MODES)}", repr(mode))
+        before = self.conditioning
+        if before is not None:
+            raise ArgumentError("load", "conditioning", "set once", f"{mode!r} after {before.mode!r}")
         self.conditioning = TimeConditioning(self.network, self.time_embedder(), mode)
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, r: torch.Tensor, cond: dict[str, Any]) -> torch.Tensor:
@@ -144,10 +144,8 @@ class FlowModel(nn.Module):
         if len(groups) == 1:
             return self._call(x_t, t, r, trim(cond, *groups[0]), lengths)
         if any(isinstance(parameter, DTensor) for parameter in self.parameters()):
-            raise ValueError(
-                f"{type(self).__name__}: prompts of a batch must be of one length where the model is sharded, as ranks "
-                f"call it equally often, got lengths {lengths}"
-            )
+            wanted = "of one length where the model is sharded, as ranks call it equally often"
+            raise ArgumentError(type(self).__name__, "prompts of a batch", wanted, f"lengths {lengths}")
         velocity = torch.zeros_like(x_t)
         for rows, tokens in groups:
             index = row_index(rows, x_t.device)
@@ -178,24 +176,19 @@ class FlowModel(nn.Module):
         Raises:
             ValueError: no conditioning where the plan asks for r != t or t < 0, or conditioning that is not trained.
         """
-        self._check_conditioned(plan)
-        if self.deferral is not None:
-            self.deferral.begin_step(plan)
-
-    def _check_conditioned(self, plan: Plan) -> None:
         if self.conditioning is None:
             if any(t != r or t < 0 for call in plan.calls for t, r in zip(call.t, call.r, strict=True)):
-                raise ValueError(
-                    f"TwinFlowLoss: student must be told target time and sign, got a {self.family} model without "
-                    f"conditioning; load it with conditioning= one of {', '.join(MODES)}"
-                )
-            return
-        frozen = not all(parameter.requires_grad for parameter in self.conditioning.parameters())
-        if frozen and any(parameter.requires_grad for parameter in self.parameters()):
-            raise ValueError(
-                f"TwinFlowLoss: the conditioning ({', '.join(self.conditioning.names)}) must require grad, got it "
-                "frozen (peft freezes it when an adapter is added); call student.conditioning.requires_grad_()"
-            )
+                got = f"a {self.family} model without conditioning"
+                hint = f"load it with conditioning= one of {', '.join(MODES)}"
+                raise ArgumentError("TwinFlowLoss", "student", "told target time and sign", got, hint)
+        elif any(p.requires_grad for p in self.parameters()):
+            trained = all(p.requires_grad for p in self.conditioning.parameters())
+            which = f"the conditioning ({', '.join(self.conditioning.names)})"
+            got = "it frozen (peft freezes it when an adapter is added)"
+            hint = "call student.conditioning.requires_grad_()"
+            require(trained, "TwinFlowLoss", which, "grad", got, hint, "require")
+        if self.deferral is not None:
+            self.deferral.begin_step(plan)
 
     def rehearsal(self, by_micro_batch: bool) -> AbstractContextManager[Callable[[NetworkCall], None]] | None:
         """Lets a step's calls be rehearsed where the model computes something of all of them in advance.
@@ -295,25 +288,21 @@ class FlowModel(nn.Module):
     def _check(self, x_t: torch.Tensor, cond: dict[str, Any]) -> None:
         where, channels, multiple = type(self).__name__, self.latent_channels(), self.latent_multiple()
         if x_t.dim() != 4 or x_t.shape[1] != channels:
-            raise ValueError(f"{where}: x_t must be latents (B, {channels}, H, W), got shape {tuple(x_t.shape)}")
+            raise ArgumentError(where, "x_t", f"latents (B, {channels}, H, W)", f"shape {tuple(x_t.shape)}")
         if x_t.shape[2] % multiple or x_t.shape[3] % multiple:
-            wanted = f"of height and width divisible by {multiple}"
-            raise ValueError(f"{where}: x_t must be {wanted}, got {tuple(x_t.shape[2:])}")
+            raise ArgumentError(where, "x_t", f"of height and width divisible by {multiple}", tuple(x_t.shape[2:]))
+        widths = self.condition_widths()
         if not isinstance(cond, dict):
-            wanted = f"a dict with {', '.join(self.condition_widths())}"
-            raise TypeError(f"{where}: cond must be {wanted}, got {type(cond).__name__}")
-        for name, width in self.condition_widths().items():
+            raise ArgumentTypeError(where, "cond", f"a dict with {', '.join(widths)}", type(cond).__name__)
+        for name, width in widths.items():
             if name not in cond:
-                raise ValueError(f"{where}: cond must have {name!r}, got {', '.join(cond) or 'nothing'}")
-            dims = 3 if name == "prompt_embeds" else 2
-            got = tuple(cond[name].shape)
+                raise ArgumentError(where, "cond", repr(name), ", ".join(cond) or "nothing", verb="have")
+            dims, got = 3 if name == "prompt_embeds" else 2, tuple(cond[name].shape)
             if len(got) != dims or got[-1] != width:
                 wanted = f"(B, L, {width})" if dims == 3 else f"(B, {width})"
-                raise ValueError(
-                    f"{where}: cond[{name!r}] must be {wanted}, got {got}; is it another family's embedding?"
-                )
+                raise ArgumentError(where, f"cond[{name!r}]", wanted, got, "is it another family's embedding?")
             if got[0] != len(x_t):
-                raise ValueError(f"{where}: cond[{name!r}] must be of {len(x_t)} rows, as x_t, got {got[0]}")
+                raise ArgumentError(where, f"cond[{name!r}]", f"of {len(x_t)} rows, as x_t", got[0])
 
 
 def without_peft(module: Any) -> Any:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from twinflow.conditioning import TimeEmbedder
+from twinflow.errors import ArgumentError
 from twinflow.models.base import FlowModel
 
 
@@ -43,7 +44,7 @@ class GenericModel(FlowModel):
 
     def time_embedder(self) -> TimeEmbedder:
         if self._embedder is None or not isinstance(self.transformer, nn.Module):
-            raise ValueError("load: embedder must say where a generic module's time goes in, got None")
+            raise ArgumentError("load", "embedder", "where a generic module's time goes in", None, verb="say")
         return self._embedder
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, r: torch.Tensor, cond: Any) -> torch.Tensor:

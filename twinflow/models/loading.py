@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from twinflow.conditioning import SIGN_TABLE
-from twinflow.errors import ArgumentError
+from twinflow.errors import ArgumentError, require
 from twinflow.formats.export_folder import without_refusal
 from twinflow.formats.manifest import inferred_mode, put_conditioning, read_manifest, saved_conditioning
 from twinflow.models.base import FlowModel, without_peft
@@ -45,8 +45,8 @@ def load(
         ValueError: an unknown family or class, an unsupported mode, another mode than a saved model's, or a bad file.
     """
     given = name_or_path_or_module
-    if family is not None and family not in FAMILIES:
-        raise ValueError(f"load: family must be one of {', '.join(FAMILIES)}, got {family!r}")
+    known = family is None or family in FAMILIES
+    require(known, "load", "family", f"one of {', '.join(FAMILIES)}", repr(family))
     folder = None
     module: Any = given
     if isinstance(given, (str, Path)):
@@ -79,8 +79,8 @@ def _saved_mode(folder: Path, saved: dict[str, Any], asked: str | None) -> str |
     else:
         table_alone = all(name.partition(".")[0] == SIGN_TABLE for name in saved) and bool(saved)
         mode = asked if table_alone and asked in ("sign", "midpoint+sign") else inferred_mode(saved, folder)
-    if mode is not None and asked not in (None, mode):
-        raise ValueError(f"load: conditioning must be {mode!r}, with which {folder} was trained, got {asked!r}")
+    wanted = f"{mode!r}, with which {folder} was trained"
+    require(mode is None or asked in (None, mode), "load", "conditioning", wanted, repr(asked))
     return mode or asked
 
 
@@ -91,8 +91,8 @@ def _from_pretrained(name: str | Path, torch_dtype: Any) -> tuple[nn.Module, Pat
     path = Path(name)
     if path.is_dir():
         folder = next((path / sub for sub in _SUBFOLDERS if (path / sub / "config.json").exists()), path)
-        if not (folder / "config.json").exists():
-            raise ValueError(f"load: name_or_path must hold a model or a pipeline, got {path} without config.json")
+        described, got = (folder / "config.json").exists(), f"{path} without config.json"
+        require(described, "load", "name_or_path", "a model or a pipeline", got, verb="hold")
         where: tuple[str, dict[str, str]] = (str(folder), {})
     else:
         folder = None
@@ -101,7 +101,8 @@ def _from_pretrained(name: str | Path, torch_dtype: Any) -> tuple[nn.Module, Pat
     class_name = config.get("_class_name") if isinstance(config, dict) else None
     cls = getattr(diffusers, class_name, None) if isinstance(class_name, str) else None
     if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
-        raise ValueError(f"load: name_or_path must hold a model of diffusers {diffusers.__version__}, got {class_name}")
+        wanted = f"a model of diffusers {diffusers.__version__}"
+        raise ArgumentError("load", "name_or_path", wanted, class_name, verb="hold")
     # An export of a dual mode tells stock loaders that it needs its second embedder, which follows here.
     with nullcontext(where[0]) if folder is None else without_refusal(folder) as place:
         return cls.from_pretrained(place, torch_dtype=torch_dtype, **where[1]), folder

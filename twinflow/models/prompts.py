@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from twinflow.errors import ArgumentError
+
 Groups = list[tuple[list[int], int]]
 
 
@@ -37,7 +39,7 @@ def host_lengths(mask: torch.Tensor) -> torch.Tensor:
     lengths = mask.sum(1)
     if not torch.equal(mask, torch.arange(mask.shape[1])[None] < lengths[:, None]):
         bad = [row for row, n in enumerate(lengths.tolist()) if not mask[row, :n].all()]
-        raise ValueError(f"prompt_mask: valid tokens must come first, got gaps in rows {bad}")
+        raise ArgumentError("prompt_mask", "valid tokens", "first", f"gaps in rows {bad}", verb="come")
     return lengths
 
 
@@ -58,14 +60,15 @@ def prompt_lengths(cond: dict[str, torch.Tensor]) -> list[int]:
         if mask is None:
             return [longest] * batch
         if mask.shape != (batch, longest):
-            raise ValueError(f"prompt_mask must be of shape {(batch, longest)}, got {tuple(mask.shape)}")
+            raise ArgumentError("", "prompt_mask", f"of shape {(batch, longest)}", tuple(mask.shape))
         given = host_lengths(mask)
     if given.shape != (batch,) or given.is_floating_point() or given.dtype == torch.bool:
-        raise ValueError(f"prompt_lengths must be {batch} integers, got {given.dtype} of shape {tuple(given.shape)}")
+        got = f"{given.dtype} of shape {tuple(given.shape)}"
+        raise ArgumentError("", "prompt_lengths", f"{batch} integers", got)
     lengths: list[int] = given.tolist()
     bad = [n for n in lengths if not 1 <= n <= longest]
     if bad:
-        raise ValueError(f"prompt_lengths must be in 1 .. {longest}, got {bad[0]}")
+        raise ArgumentError("", "prompt_lengths", f"in 1 .. {longest}", bad[0])
     return lengths
 
 

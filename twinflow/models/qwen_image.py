@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 import torch
 
 from twinflow.conditioning import TimeEmbedder
+from twinflow.errors import require
 from twinflow.models.autoencoders import FrameAutoencoder
 from twinflow.models.base import FlowModel, Published
 from twinflow.models.modulation import Modulation
@@ -48,8 +49,8 @@ class QwenImageModel(FlowModel):
     )
 
     def time_embedder(self) -> TimeEmbedder:
-        if self.config.zero_cond_t:
-            raise ValueError("load: conditioning must be None for an edit model that embeds time 0 too, got a mode")
+        wanted = "None for an edit model that embeds time 0 too"
+        require(not self.config.zero_cond_t, "load", "conditioning", wanted, "a mode")
         return TimeEmbedder("time_text_embed.timestep_embedder", self.second_embedder)
 
     def condition_widths(self) -> dict[str, int]:

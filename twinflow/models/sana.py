@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from twinflow.conditioning import TimeEmbedder
+from twinflow.errors import require
 from twinflow.models.autoencoders import DeepCompressionAutoencoder
 from twinflow.models.base import FlowModel, Published, without_peft
 from twinflow.models.prompts import host_lengths
@@ -51,11 +52,9 @@ class SanaModel(FlowModel):
     )  # fmt: skip
 
     def __init__(self, transformer: nn.Module, **options: Any) -> None:
-        if without_peft(transformer).config.guidance_embeds:
-            raise ValueError(
-                "load: transformer must be a flow-matching model, got SANA-Sprint (guidance_embeds=True), which is "
-                "trained on another path; start from SANA itself"
-            )
+        sprint = without_peft(transformer).config.guidance_embeds
+        got = "SANA-Sprint (guidance_embeds=True), which is trained on another path"
+        require(not sprint, "load", "transformer", "a flow-matching model", got, "start from SANA itself")
         super().__init__(transformer, **options)
 
     def time_embedder(self) -> TimeEmbedder:

@@ -7,6 +7,7 @@ from torch import nn
 
 from twinflow.bridge import DiffusionToFlowBridge, prediction_name
 from twinflow.conditioning import TimeEmbedder
+from twinflow.errors import require
 from twinflow.models.base import FlowModel, without_peft
 
 _TIMESTEPS = ("fractional", "nearest")
@@ -71,11 +72,10 @@ class UNetModel(FlowModel):
                 "TwinFlow is only supported for flow-matching models. Enable diff2flow bridging explicitly to run with "
                 "epsilon/v_prediction targets."
             )
-        if timesteps not in _TIMESTEPS:
-            raise ValueError(f"load: timesteps must be one of {', '.join(_TIMESTEPS)}, got {timesteps!r}")
+        require(timesteps in _TIMESTEPS, "load", "timesteps", f"one of {', '.join(_TIMESTEPS)}", repr(timesteps))
         if scheduler is not None:
-            if alphas_cumprod is not None or prediction_type is not None:
-                raise ValueError("load: alphas_cumprod and prediction_type must be None beside a scheduler, got both")
+            alone = alphas_cumprod is None and prediction_type is None
+            require(alone, "load", "alphas_cumprod and prediction_type", "None beside a scheduler", "both")
             alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
             prediction_type = scheduler.config.get("prediction_type")
             if alphas_cumprod is None:
@@ -89,9 +89,9 @@ class UNetModel(FlowModel):
 
     def time_embedder(self) -> TimeEmbedder:
         config = self.config
-        if config.time_embedding_type != "positional":
-            features = config.time_embedding_type
-            raise ValueError(f"load: conditioning must be None for a UNet with {features} time features, got a mode")
+        features = config.time_embedding_type
+        wanted = f"None for a UNet with {features} time features"
+        require(features == "positional", "load", "conditioning", wanted, "a mode")
         return TimeEmbedder(
             "time_embedding", self.second_embedder, float(self.bridge.num_timesteps),
             num_channels=config.block_out_channels[0], flip_sin_to_cos=config.flip_sin_to_cos,
@@ -175,6 +175,5 @@ def _require_text_to_image(transformer: nn.Module) -> None:
         "encoder_hid_dim_type": (config.encoder_hid_dim_type, (None, "text_proj")),
     }
     for name, (value, allowed) in found.items():
-        if value not in allowed:
-            wanted = " or ".join(map(repr, allowed))
-            raise ValueError(f"load: transformer must be a text-to-image UNet with {name} {wanted}, got {value!r}")
+        wanted = f"a text-to-image UNet with {name} {' or '.join(map(repr, allowed))}"
+        require(value in allowed, "load", "transformer", wanted, repr(value))

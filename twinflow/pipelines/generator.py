@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from twinflow.errors import ArgumentError
+from twinflow.errors import ArgumentError, require
 from twinflow.formats.manifest import Manifest, read_manifest
 from twinflow.models.registry import FAMILIES
 from twinflow.pipelines.attach import attach
@@ -47,9 +47,8 @@ class ImageGenerator:
             raise
         except Exception as error:  # whatever diffusers and transformers find in a folder that anyone may have written
             brief = " ".join(str(error).split())[:300]
-            raise ValueError(
-                f"ImageGenerator: model must be a diffusers pipeline that loads, got {model}: {brief}"
-            ) from error
+            wanted = "a diffusers pipeline that loads"
+            raise ArgumentError("ImageGenerator", "model", wanted, f"{model}: {brief}") from error
         own = pipe.scheduler
         attach(pipe, export, style=style or "few")
         if style is None and self.manifest.conditioning is None:
@@ -116,14 +115,11 @@ def drawable(export: Path) -> Manifest:
     """
     manifest = read_manifest(export)
     if manifest is None:
-        raise ValueError(f"ImageGenerator: export must be a folder with a twinflow.json, got {export} without one")
-    if manifest.layout != "diffusers":
-        raise ValueError(f"ImageGenerator: export must be of format 'diffusers', got {manifest.layout!r} in {export}")
-    if manifest.family not in FAMILIES:
-        raise ArgumentError("ImageGenerator", "export", f"of one of {', '.join(FAMILIES)}", repr(manifest.family))
-    if not FAMILIES[manifest.family].samples_in_pipelines:
-        raise ValueError(
-            "ImageGenerator: export must be a transformer's; stock pipelines cannot sample a UNet export in few steps; "
-            "use twinflow.sampling.sample(twinflow.train.restore.restore_run(RUN).student, ...)"
-        )
+        raise ArgumentError("ImageGenerator", "export", "a folder with a twinflow.json", f"{export} without one")
+    layout, family = manifest.layout, manifest.family
+    require(layout == "diffusers", "ImageGenerator", "export", "of format 'diffusers'", f"{layout!r} in {export}")
+    require(family in FAMILIES, "ImageGenerator", "export", f"of one of {', '.join(FAMILIES)}", repr(family))
+    got = "a UNet's, which stock pipelines cannot sample in few steps"
+    hint = "use twinflow.sampling.sample(twinflow.train.restore.restore_run(RUN).student, ...)"
+    require(FAMILIES[family].samples_in_pipelines, "ImageGenerator", "export", "a transformer's", got, hint)
     return manifest

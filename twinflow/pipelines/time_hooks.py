@@ -10,6 +10,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from twinflow.conditioning import hook_owner
+from twinflow.errors import ArgumentError
 from twinflow.models.base import FlowModel
 from twinflow.scheduler import TwinFlowScheduler
 
@@ -40,8 +42,7 @@ class SchedulerTimeHooks:
     @staticmethod
     def of(transformer: nn.Module) -> "SchedulerTimeHooks | None":
         """The binding that a transformer has."""
-        owners = [getattr(hook, "__self__", None) for hook in transformer._forward_pre_hooks.values()]
-        return next((owner for owner in owners if isinstance(owner, SchedulerTimeHooks)), None)
+        return hook_owner(transformer, SchedulerTimeHooks)
 
     def register(self, transformer: nn.Module) -> None:
         """Puts the hooks around a transformer."""
@@ -56,7 +57,7 @@ class SchedulerTimeHooks:
             if self._conditioning is None:
                 return
             name = type(self._scheduler).__name__
-            raise ValueError(f"twinflow.attach: pipe.scheduler must be a TwinFlowScheduler, got {name}")
+            raise ArgumentError("twinflow.attach", "pipe.scheduler", "a TwinFlowScheduler", name)
         if not self._warned and self._guided(pipe):
             self._warned = True
             warnings.warn(self._no_guidance, stacklevel=2)

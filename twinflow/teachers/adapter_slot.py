@@ -20,6 +20,7 @@ from torch import nn
 
 from twinflow.adapters import compute_in_input_dtype
 from twinflow.distributed import unwrap, without_collectives
+from twinflow.errors import require
 from twinflow.interface import Student
 from twinflow.teachers.sharded_weights import ShardedWeights, is_sharded
 
@@ -55,8 +56,7 @@ def trained_adapter(layers: dict[str, BaseTunerLayer], where: str) -> str:
         for adapter in layer.active_adapters
         if any(p.requires_grad for p in adapter_parameters(layer, adapter).values())
     }
-    if len(names) != 1:
-        raise ValueError(f"{where}: student must train one adapter, got {', '.join(sorted(names)) or 'none'}")
+    require(len(names) == 1, where, "student", "one adapter", ", ".join(sorted(names)) or "none", verb="train")
     return names.pop()
 
 
@@ -82,8 +82,8 @@ class AdapterSlot:
         layers = adapter_layers(original)
         trained = trained_adapter(layers, "EMATeacher" if adapter else "FrozenTeacher")
         active = {id(layer): list(layer.active_adapters) for layer in layers.values()}
-        if adapter is not None and any(adapter in x._all_available_adapter_names() for x in layers.values()):
-            raise ValueError(f"EMATeacher: adapter must be a name that is not taken, got {adapter!r}")
+        free = adapter is None or all(adapter not in x._all_available_adapter_names() for x in layers.values())
+        require(free, "EMATeacher", "adapter", "a name that is not taken", repr(adapter))
         adapters = {id(p) for layer in layers.values() for p in adapter_parameters(layer, trained).values()}
         self._shards = ShardedWeights(student, adapters) if is_sharded(student) else None
         if self._shards is None:

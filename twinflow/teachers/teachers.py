@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from twinflow.distributed import unwrap, without_collectives
-from twinflow.errors import ArgumentError, ArgumentTypeError, require
-from twinflow.interface import Student, Teacher, check_same_student, trained_parameters
+from twinflow.errors import ArgumentError, ArgumentTypeError
+from twinflow.interface import Student, Teacher, check_same_student, copy_tensors, trained_parameters
 from twinflow.objective.flags import parse_flags
 from twinflow.teachers.sharded_weights import local_shard
 from twinflow.teachers.weights import TeacherWeights, ema_weights, frozen_weights, require_trainable
@@ -170,7 +170,7 @@ class EMATeacher(_WeightsTeacher):
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         decay, current_decay, updates = float(state["decay"]), float(state["current_decay"]), int(state["updates"])
-        _load_tensors(type(self).__name__, self._shadow, state["shadow"])
+        copy_tensors(type(self).__name__, "the state", self._shadow, state["shadow"])
         for name, value in self._shadow.items():
             self._weights.targets[name].copy_(value)
         self.decay, self.current_decay, self.updates = decay, current_decay, updates
@@ -202,9 +202,8 @@ class FrozenTeacher(_WeightsTeacher):
     def state_dict(self) -> dict[str, Any]:
         return {"weights": {name: value.detach().clone() for name, value in self._fixed().items()}}
 
-    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        _load_tensors(type(self).__name__, self._fixed(), state["weights"])
+        copy_tensors(type(self).__name__, "the state", self._fixed(), state["weights"])
 
     def _fixed(self) -> dict[str, torch.Tensor]:
         """The tensors of its own: copied parameters, and saved buffers, which an EMA takes from the student anew."""
@@ -234,19 +233,6 @@ def _flat(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if x.stride() != like.stride():
         x = torch.empty_like(like, dtype=x.dtype).copy_(x)
     return x.as_strided((x.numel(),), (1,))
-
-
-def _load_tensors(teacher: str, tensors: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]) -> None:
-    """Copies saved tensors in place; ArgumentError, and nothing copied, where names or shapes differ."""
-    changed = sorted(set(tensors) ^ set(saved))
-    if changed:
-        difference = f"a difference in {changed[:3]}"
-        raise ArgumentError(teacher, "the state's parameters", "the teacher's", difference)
-    for name, value in tensors.items():
-        shape, saved_shape = tuple(value.shape), tuple(saved[name].shape)
-        require(shape == saved_shape, teacher, name, f"of shape {shape}", f"{saved_shape} in the state")
-    for name, value in tensors.items():
-        value.copy_(saved[name])
 
 
 def teacher_from_options(
