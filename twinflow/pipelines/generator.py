@@ -119,7 +119,9 @@ def drawable(export: Path) -> Manifest:
     layout, family = manifest.layout, manifest.family
     require(layout == "diffusers", "ImageGenerator", "export", "of format 'diffusers'", f"{layout!r} in {export}")
     require(family in FAMILIES, "ImageGenerator", "export", f"of one of {', '.join(FAMILIES)}", repr(family))
-    got = "a UNet's, which stock pipelines cannot sample in few steps"
-    hint = "use twinflow.sampling.sample(twinflow.train.restore.restore_run(RUN).student, ...)"
-    require(FAMILIES[family].samples_in_pipelines, "ImageGenerator", "export", "a transformer's", got, hint)
+    hint = (
+        "stock pipelines cannot sample a UNet export in few steps; "
+        "use twinflow.sampling.sample(twinflow.train.restore.restore_run(RUN).student, ...)"
+    )
+    require(FAMILIES[family].samples_in_pipelines, "ImageGenerator", "export", "a transformer's", "a UNet's", hint)
     return manifest
