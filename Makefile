@@ -6,6 +6,7 @@ INSTALL = $(PY) -m pip --disable-pip-version-check install -q --no-compile
 CONSTRAINTS ?= constraints.txt
 LIMIT ?= 0
 TORCH ?= 2.14.1
+unexport PYTHONDONTWRITEBYTECODE  # the tests start many processes: each would compile 5 s of imports anew
 # $(call stage,WHAT,COMMAND): one line; what the command printed only where it failed.
 stage = @echo "$(1)"; mkdir -p build; { $(2); } >build/setup.log 2>&1 || { cat build/setup.log; exit 1; }
 
