@@ -18,7 +18,7 @@ from PIL import Image
 from twinflow.models import FlowModel
 from twinflow.train import TrainSettings, read_config
 from twinflow.train.config.run_folder import RunFolder
-from twinflow.train.data.build_cache import Cache
+from twinflow.train.data.cache import Cache
 from twinflow.train.data.prepare import encoders_of, prepare_data
 from twinflow.train.model.student import build_student
 from twinflow.train.validation.prompts import ValidationPrompts, validation_prompts

@@ -181,13 +181,12 @@ def _disable_progress_bars() -> None:
 
 
 def _check_size(folder: Path, size: tuple[int, int] | None) -> None:
+    from twinflow.train.data.buckets import require_multiples
     from twinflow.train.data.encoders import Encoders
 
     multiple = Encoders(folder).multiple
     for name, edge in zip(("width", "height"), size or (), strict=False):
-        near = max(multiple, round(edge / multiple) * multiple)
-        wanted = f"a multiple of {multiple} pixels (such as {near})"
-        require(edge % multiple == 0, "sample", name, wanted, edge)
+        require_multiples("sample", name, (edge,), multiple)
 
 
 def _dtype_and_device(options: argparse.Namespace) -> tuple[Any, Any]:

@@ -7,8 +7,7 @@ from typing import Any
 
 from twinflow.train.config.run_folder import RunFolder
 from twinflow.train.config.settings import TrainSettings
-from twinflow.train.data.build_cache import Cache
-from twinflow.train.data.cache import Entry
+from twinflow.train.data.cache import Cache, Entry
 from twinflow.train.logging.console import Display
 from twinflow.train.logging.run_logger import RunLogger
 from twinflow.train.setup import Assembled, autocast

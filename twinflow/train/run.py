@@ -24,8 +24,7 @@ from twinflow.train.checkpoint.folder_lock import lock_folder, unlock_folder
 from twinflow.train.checkpoint.resume import checkpoint_to_resume
 from twinflow.train.config.run_folder import RunFolder
 from twinflow.train.config.settings import TrainSettings
-from twinflow.train.data.build_cache import Cache
-from twinflow.train.data.cache import Entry, held_out
+from twinflow.train.data.cache import Cache, Entry, held_out
 from twinflow.train.data.prepare import encoders_of, prepare_data, unread
 from twinflow.train.logging.console import Display, plural_steps, redirect_stdout_to
 from twinflow.train.logging.quiet import without_loading_bars

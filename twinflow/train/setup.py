@@ -18,8 +18,7 @@ from twinflow.objective.loss import TwinFlowLoss
 from twinflow.train.checkpoint.run_state import RunState
 from twinflow.train.config.settings import TrainSettings
 from twinflow.train.data.batches import Batches
-from twinflow.train.data.build_cache import Cache
-from twinflow.train.data.cache import Entry, longest_prompt
+from twinflow.train.data.cache import Cache, Entry, longest_prompt
 from twinflow.train.loop import Loop
 from twinflow.train.model.memory import put_memory
 from twinflow.train.model.optimizer import build_optimizer, warm_up
@@ -87,7 +86,7 @@ def assemble(
     criterion = TwinFlowLoss(settings.objective)
     rank, ranks = world()
     generator = torch.Generator(device).manual_seed(settings.seed + rank * _RANK_SEEDS)
-    batches = Batches(cache, entries, batch=settings.train_batch_size, seed=settings.seed, rank=rank, world=ranks)
+    batches = Batches(entries, batch=settings.train_batch_size, seed=settings.seed, rank=rank, world=ranks)
     state = RunState(
         student, teacher, criterion, optimizer, scheduler, {"steps": generator}, batches, {"step": 0, "seconds": 0.0}
     )

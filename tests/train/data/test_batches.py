@@ -12,8 +12,9 @@ from sklearn.datasets import load_digits
 
 from twinflow.train.data.batches import Batches
 from twinflow.train.data.buckets import buckets
-from twinflow.train.data.build_cache import CacheOptions, build_cache, open_cache
-from twinflow.train.data.encoders import Encoders, collate
+from twinflow.train.data.build_cache import CacheOptions, build_cache
+from twinflow.train.data.cache import open_cache
+from twinflow.train.data.encoders import Encoders
 from twinflow.train.data.images import read_folder
 
 COUNTS = {(32, 32): 9, (48, 24): 5, (24, 48): 2}  # the last has fewer than a batch
@@ -38,33 +39,22 @@ def cache(tmp_path_factory):
     return built
 
 
-def epoch_of(batches) -> list:
-    """Names of the batches of the epoch that begins."""
-    found, start = [], None
-    while True:
-        state = batches.state_dict()
-        names = next(batches)[2]
-        if start is None:
-            start = batches.epoch
-        if batches.epoch != start:
-            batches.load_state_dict(state)
-            return found
-        found.append(names)
+def names(batches) -> list[str]:
+    return [entry.name for entry in batches.take()]
 
 
 @pytest.mark.parametrize("batch, world", [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (3, 3)])
 def test_each_entry_once_an_epoch(cache, batch, world):
-    ranks = [Batches(cache, batch=batch, rank=rank, world=world, names=True, seed=5) for rank in range(world)]
+    ranks = [Batches(cache.entries, batch=batch, rank=rank, world=world, seed=5) for rank in range(world)]
     sizes = {e.name: e.size for e in cache.entries}
     drawn, length, epochs = Counter(), batch * world, 12
     while True:
-        steps = [next(rank) for rank in ranks]
-        if ranks[0].epoch == epochs:
+        found = [name for rank in ranks for name in names(rank)]
+        if ranks[0].state_dict()["epoch"] == epochs:
             break
-        names = [name for _, _, found in steps for name in found]
-        assert len(names) == length and len({sizes[name] for name in names}) == 1
-        assert len({*names}) == min(length, COUNTS[sizes[names[0]]]) or length > COUNTS[sizes[names[0]]]
-        drawn.update(names)
+        assert len(found) == length and len({sizes[name] for name in found}) == 1
+        assert len({*found}) == min(length, COUNTS[sizes[found[0]]]) or length > COUNTS[sizes[found[0]]]
+        drawn.update(found)
     for size, count in COUNTS.items():
         of_size = [drawn[name] for name, at in sizes.items() if at == size]
         assert 0 <= epochs * count - sum(of_size) < length, "only what waits for a whole group is not drawn yet"
@@ -72,56 +62,47 @@ def test_each_entry_once_an_epoch(cache, batch, world):
 
 
 def test_whole_batches_draw_each_entry_exactly_once(cache):
-    batches = Batches(cache, batch=1, names=True)
-    orders = []
-    for _ in range(3):
-        names = [name for found in epoch_of(batches) for name in found]
-        assert sorted(names) == sorted(e.name for e in cache.entries)
-        orders.append(names)
+    batches = Batches(cache.entries, batch=1)
+    orders = [[names(batches)[0] for _ in cache.entries] for _ in range(3)]
+    assert all(sorted(order) == sorted(e.name for e in cache.entries) for order in orders)
     assert orders[0] != orders[1] != orders[2]
 
 
 def test_the_order_is_the_seeds(cache):
     def order(**options):
-        batches = Batches(cache, batch=2, names=True, **options)
-        return [next(batches)[2] for _ in range(30)]
+        batches = Batches(cache.entries, batch=2, **options)
+        return [names(batches) for _ in range(30)]
 
     assert order(seed=3) == order(seed=3) != order(seed=4)
-    again = Batches(open_cache(cache.folder), cache.entries[::-1], batch=2, names=True, seed=3)
-    assert [next(again)[2] for _ in range(30)] == order(seed=3), "whatever the order of the entries"
+    again = Batches(open_cache(cache.folder).entries[::-1], batch=2, seed=3)
+    assert [names(again) for _ in range(30)] == order(seed=3), "whatever the order of the entries"
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_loaded_state_goes_on_with_the_next_batch(cache, world):
-    options = dict(batch=2, seed=7, names=True, rank=world - 1, world=world)
-    batches = Batches(cache, **options)
+    options = dict(batch=2, seed=7, rank=world - 1, world=world)
+    batches = Batches(cache.entries, **options)
     states, drawn = [], []
     for _ in range(40):
         states.append(json.loads(json.dumps(batches.state_dict())))
-        drawn.append(next(batches))
-    assert batches.epoch >= 3
+        drawn.append(names(batches))
+    assert batches.state_dict()["epoch"] >= 3
     for at in (0, 1, 17, 5, 39):  # back and forth
-        for other in (batches, Batches(cache, **options)):
+        for other in (batches, Batches(cache.entries, **options)):
             other.load_state_dict(states[at])
-            for expected in drawn[at : at + 5]:
-                latents, cond, names = next(other)
-                assert names == expected[2] and torch.equal(latents, expected[0])
-                assert all(torch.equal(cond[name], leaf) for name, leaf in expected[1].items())
+            assert [names(other) for _ in drawn[at : at + 5]] == drawn[at : at + 5]
 
 
-def test_batches_are_the_caches_rows(cache):
-    entries = {e.name: e for e in cache.entries}
-    encoders = Encoders(saved_pipeline("qwen_image"))
-    batches = Batches(cache, batch=2, names=True)
+def test_a_batch_is_its_entries_rows(cache):
+    batches = Batches(cache.entries, batch=2)
     for _ in range(8):
-        latents, cond, names = next(batches)
-        rows = [entries[name] for name in names]
-        assert latents.shape == (2, *encoders.latent_shape(rows[0].size))
-        expected = collate(encoders.prompts([row.caption for row in rows]))
-        assert torch.equal(cond["prompt_lengths"], expected["prompt_lengths"])
-        torch.testing.assert_close(cond["prompt_embeds"], expected["prompt_embeds"], rtol=1e-4, atol=1e-4)
-        for row, found in zip(rows, latents, strict=True):
-            assert torch.equal(cache.latents([row])[0], found)
+        rows = batches.take()
+        latents, cond = cache.latents(rows), cache.condition(rows)
+        for number, row in enumerate(rows):
+            own, length = cache.condition([row]), int(cond["prompt_lengths"][number])
+            assert torch.equal(cache.latents([row])[0], latents[number])
+            assert int(own["prompt_lengths"]) == length
+            assert torch.equal(own["prompt_embeds"][0], cond["prompt_embeds"][number, :length])
 
 
 def test_bad_input(cache):
@@ -132,9 +113,9 @@ def test_bad_input(cache):
         (dict(batch=1, entries=[]), "entries must hold something to draw, got none"),
     ):
         with pytest.raises(ValueError, match=f"^Batches: {match}"):
-            Batches(cache, **options)
-    batches = Batches(cache, batch=2)
-    next(batches)
+            Batches(**{"entries": cache.entries, **options})
+    batches = Batches(cache.entries, batch=2)
+    batches.take()
     state = batches.state_dict()
     for change, match in (
         (dict(seed=1), "seed=0, got 1"),

@@ -33,7 +33,7 @@ def test_buckets(resolution, multiple):
 
 def test_buckets_refuse():
     for arguments, match in (
-        ((1000, 64), r"a multiple of 64 \(such as 1024\), got 1000"),
+        ((1000, 64), r"a multiple of 64 pixels \(such as 1024\), got 1000"),
         ((0, 8), "resolution must be an integer >= 1"),
         ((64, True), "multiple must be"),
     ):

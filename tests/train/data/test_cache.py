@@ -18,7 +18,8 @@ from sklearn.datasets import load_sample_images
 
 from twinflow.train.checkpoint.folder_lock import acquire
 from twinflow.train.data.buckets import buckets
-from twinflow.train.data.build_cache import LOCK, CacheOptions, build_cache, held_out, open_cache
+from twinflow.train.data.build_cache import LOCK, CacheOptions, build_cache
+from twinflow.train.data.cache import held_out, open_cache
 from twinflow.train.data.encoders import Encoders, collate
 from twinflow.train.data.images import read_folder
 from twinflow.train.data.shards import Shards

@@ -33,7 +33,7 @@ def test_conditions_are_the_encoders_own(tmp_path):
     settings = settings_for(tmp_path, validation_prompts=[*PROMPTS, PROMPTS[0]], validation_negative_prompt="blurred")
     prompts = prompts_of(settings)
     encoders = encoders_of(settings, Path(settings.pretrained_model_name_or_path), CPU)
-    assert prompts.texts == (*PROMPTS, PROMPTS[0]) and prompts.given
+    assert prompts.texts == (*PROMPTS, PROMPTS[0])
     assert prompts.size == (32, 48) and prompts.latent_shape == (16, 16, 24)
     for words, cond in zip((*prompts.texts, "blurred"), (*prompts.conditions, prompts.negative), strict=True):
         (expected,) = encoders.prompts([words])
@@ -55,7 +55,7 @@ def test_encoders_are_loaded_once_for_data_and_prompts(tmp_path):
         prompts = validation_prompts(fresh, cache, encoders)
         assert encoders._pipe is not None
     assert len(loaded) == 1 and encoders._pipe is None
-    assert list(prompts.texts) == captions(cache) and not prompts.given and len(prompts.texts) == 4
+    assert list(prompts.texts) == captions(cache) and len(prompts.texts) == 4
     again = Counted("sd3", load=unloadable)
     assert validation_prompts(fresh, cache, again).texts == prompts.texts and not again.encoded["prompts"]
 
@@ -63,7 +63,7 @@ def test_encoders_are_loaded_once_for_data_and_prompts(tmp_path):
 def test_a_size_that_the_model_does_not_take(tmp_path):
     settings = settings_for(tmp_path, "sana", validation_resolution="101x64")
     encoders = encoders_of(settings, Path(settings.pretrained_model_name_or_path), CPU)
-    message = r"train: validation_resolution must be multiples of \d+ px \(such as 104x64\), got 101x64"
+    message = r"train: validation_resolution must be a multiple of \d+ pixels \(such as 104x64\), got 101x64"
     with pytest.raises(ValueError, match=message):
         require_resolution(settings, encoders)
     with pytest.raises(ValueError, match=message):

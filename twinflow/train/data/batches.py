@@ -1,20 +1,18 @@
 """`Batches`: an endless, reproducible order of a cache's entries, dealt to ranks."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-
+from twinflow.errors import require
 from twinflow.train.data.buckets import Size
-from twinflow.train.data.cache import Cache, Entry
-from twinflow.train.data.encoders import Condition
+from twinflow.train.data.cache import Entry
 
 Group = list[Entry]  # a batch of every rank, in rank order
 
 
 class Batches:
-    """Batches (latents, condition) without an end; all rows of a batch, and of a step on all ranks, have one size.
+    """Batches of entries without an end; all rows of a batch, and of a step on all ranks, have one size.
 
     Each size's entries are shuffled anew in each epoch and follow each other epoch by epoch: such a stream is cut into
     groups of batch x world entries, and an epoch's groups of all sizes are shuffled. What is left of an epoch begins
@@ -23,57 +21,27 @@ class Batches:
     are fewer of its size than a group takes: then they repeat in turn, when the epochs have gathered enough for one.
 
     Args:
-        cache: of `build_cache`.
-        entries: of the cache; None: all.
+        entries: of a cache.
         batch: rows of a batch, on one rank.
         seed: of the order, the same on every rank.
         rank, world: this process, of how many.
-        names: yield (latents, condition, names of the entries).
 
     Raises:
         ValueError: nothing to draw, or numbers that do not fit.
     """
 
-    def __init__(
-        self,
-        cache: Cache,
-        entries: Sequence[Entry] | None = None,
-        *,
-        batch: int,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        names: bool = False,
-    ) -> None:
+    def __init__(self, entries: Sequence[Entry], *, batch: int, seed: int = 0, rank: int = 0, world: int = 1) -> None:
         for name, value, least in (("batch", batch, 1), ("world", world, 1), ("rank", rank, 0), ("seed", seed, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"Batches: {name} must be an integer >= {least}, got {value!r}")
-        if rank >= world:
-            raise ValueError(f"Batches: rank must be below world={world}, got {rank}")
-        entries = cache.entries if entries is None else entries
-        if not entries:
-            raise ValueError("Batches: entries must hold something to draw, got none")
-        self._cache, self._seed, self._batch, self._rank, self._world = cache, seed, batch, rank, world
-        self._with_names = names
+            require(type(value) is int and value >= least, "Batches", name, f"an integer >= {least}", repr(value))
+        require(rank < world, "Batches", "rank", f"below world={world}", rank)
+        require(entries, "Batches", "entries", "something to draw", "none", verb="hold")
+        self._seed, self._batch, self._rank, self._world = seed, batch, rank, world
         self._by_size: dict[Size, Group] = {}
         for entry in sorted(entries, key=lambda e: (e.size, e.name)):
             self._by_size.setdefault(entry.size, []).append(entry)
         told = "\n".join(f"{e.name} {e.size} {e.latents} {e.condition}" for of in self._by_size.values() for e in of)
         self._data = hashlib.sha256(told.encode()).hexdigest()
         self._begin()
-
-    @property
-    def epoch(self) -> int:
-        """The epoch that the next batch belongs to, unless it is at an end."""
-        return self._epoch
-
-    def __iter__(self) -> Iterator[tuple]:
-        return self
-
-    def __next__(self) -> tuple[torch.Tensor, Condition] | tuple[torch.Tensor, Condition, list[str]]:
-        mine = self.take()
-        found = self._cache.latents(mine), self._cache.condition(mine)
-        return (*found, [e.name for e in mine]) if self._with_names else found
 
     def take(self) -> Group:
         """The entries of this rank's next batch, which are not read; all of one size, the same on every rank."""
@@ -94,15 +62,13 @@ class Batches:
             ValueError: a state of other data, another seed, batch or number of ranks; nothing is then changed.
         """
         for name, mine in self._order().items():
-            if state.get(name) != mine:
-                what = "the same images, captions and sizes" if name == "data" else f"{name}={mine}"
-                raise ValueError(
-                    f"Batches: state must be of {what}, got {state.get(name)!r}; begin a new order instead"
-                )
+            what = "of the same images, captions and sizes" if name == "data" else f"of {name}={mine}"
+            got = repr(state.get(name))
+            require(state.get(name) == mine, "Batches", "state", what, got, "begin a new order instead")
         for name in ("epoch", "position"):
             value = state.get(name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"Batches: state must have {name} as an integer >= 0, got {value!r}")
+            whole = type(value) is int and value >= 0
+            require(whole, "Batches", "state", f"{name} as an integer >= 0", repr(value), verb="have")
         if state["epoch"] < self._epoch:
             self._begin()
         while self._epoch < state["epoch"]:

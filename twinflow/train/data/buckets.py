@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from twinflow.errors import require
+
 Size = tuple[int, int]  # height, width
 RESIZE = "centre box, Lanczos, on white, 1"  # another rule, another name: cached latents are kept by it
 MAX_UPSCALE = 1.25
@@ -45,13 +47,9 @@ def buckets(resolution: int, multiple: int, *, aspect: bool = True, longest: flo
         ValueError: no such square.
     """
     for name, value in (("resolution", resolution), ("multiple", multiple)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"buckets: {name} must be an integer >= 1, got {value!r}")
-    if resolution % multiple:
-        near = max(multiple, round(resolution / multiple) * multiple)
-        raise ValueError(f"buckets: resolution must be a multiple of {multiple} (such as {near}), got {resolution}")
-    if not (isinstance(longest, (int, float)) and math.isfinite(longest) and longest >= 1):
-        raise ValueError(f"buckets: longest must be a ratio >= 1, got {longest!r}")
+        require(type(value) is int and value >= 1, "buckets", name, "an integer >= 1", repr(value))
+    require_multiples("buckets", "resolution", (resolution,), multiple)
+    require(1 <= longest < math.inf, "buckets", "longest", "a ratio >= 1", repr(longest))
     sizes = {(resolution, resolution)}
     area = resolution**2
     for short in range(multiple, resolution, multiple) if aspect else ():
@@ -61,10 +59,16 @@ def buckets(resolution: int, multiple: int, *, aspect: bool = True, longest: flo
     return sorted(sizes, key=lambda size: (size[0] / size[1], size))
 
 
+def require_multiples(function: str, argument: str, edges: Sequence[int], multiple: int) -> None:
+    """Raises ArgumentError, with the nearest that would do, unless edges in pixels are multiples of a number."""
+    near = "x".join(str(max(multiple, round(edge / multiple) * multiple)) for edge in edges)
+    wanted, got = f"a multiple of {multiple} pixels (such as {near})", "x".join(map(str, edges))
+    require(not any(edge % multiple for edge in edges), function, argument, wanted, got)
+
+
 def nearest_bucket(sizes: Sequence[Size], size: Size) -> Size:
     """The bucket whose aspect ratio is most like an image's."""
-    if min(size) < 1:
-        raise ValueError(f"nearest: size must be positive, got {size}")
+    require(min(size) >= 1, "nearest_bucket", "size", "positive", size)
     wanted = math.log(size[0] / size[1])
     return min(sizes, key=lambda at: (abs(math.log(at[0] / at[1]) - wanted), -at[0] * at[1], at))
 

@@ -1,15 +1,17 @@
 """`build_cache()`: encodes what is not encoded yet, so that training needs neither encoders nor images."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from twinflow.atomic_files import remove_partials
+from twinflow.atomic_files import remove_partials, write_file
+from twinflow.errors import ArgumentError, require, require_type
 from twinflow.train.checkpoint.folder_lock import acquire
 from twinflow.train.data.buckets import (
     MAX_UPSCALE,
@@ -22,13 +24,11 @@ from twinflow.train.data.buckets import (
     read_pixels,
     upscale,
 )
-from twinflow.train.data.cache import Cache, Entry, Index, held_out, open_cache, write_index
-from twinflow.train.data.cache_keys import check_request, entry_name, hashed, request_of, text_key
+from twinflow.train.data.cache import INDEX, Cache, Entry, Index, open_cache
 from twinflow.train.data.encoders import Encoders
 from twinflow.train.data.images import Item
 from twinflow.train.data.shards import Shards, ShardWriter
 
-__all__ = ["Cache", "CacheOptions", "Entry", "build_cache", "held_out", "open_cache"]
 Progress = Callable[[str, int, int], None]  # what, done, of
 Part = TypeVar("Part")
 LOCK = "lock"
@@ -57,10 +57,9 @@ class CacheOptions:
     def __post_init__(self) -> None:
         for name in ("vae_batch", "text_batch", "shard_bytes"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"CacheOptions: {name} must be an integer >= 1, got {value!r}")
-        if not isinstance(self.uncond, str):
-            raise TypeError(f"CacheOptions: uncond must be a prompt, got {type(self.uncond).__name__}")
+            require(type(value) is int and value >= 1, "CacheOptions", name, "an integer >= 1", repr(value))
+        kind = type(self.uncond)
+        require_type(issubclass(kind, str), "CacheOptions", "uncond", "a prompt", kind.__name__)
 
 
 @dataclass
@@ -114,8 +113,8 @@ def build_cache(
     if not main_process:
         wait()
         cache = open_cache(folder)
-        if cache.request != request:
-            raise ValueError(f"build_cache: {folder} must have been built by the main process, got one for other data")
+        wanted = "been built by the main process"
+        require(cache.request == request, "build_cache", str(folder), wanted, "one for other data", verb="have")
         return cache
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -154,8 +153,8 @@ def _build(
     entries = [e for e in work.entries if e.name not in work.bad]
     if work.bad and not (options.skip_bad and entries):
         listed = "; ".join(f"{name}: {why}" for name, why in sorted(work.bad.items()))
-        hint = "" if options.skip_bad else " (skip_bad leaves them out)"
-        raise ValueError(f"build_cache: images must be readable{hint}, got {len(work.bad)} that are not: {listed}")
+        wanted = "readable" if options.skip_bad else "readable (skip_bad leaves them out)"
+        raise ArgumentError("build_cache", "images", wanted, f"{len(work.bad)} that are not: {listed}")
     large = {name: times for name, times in work.enlarged.items() if times > options.max_upscale}
     if large:
         most = max(large, key=lambda name: large[name])
@@ -165,7 +164,7 @@ def _build(
         )
     shapes = {f"{height} {width}": list(encoders.latent_shape((height, width))) for height, width in sizes}
     index = Index(request, encoders.family, uncond, shapes, entries, work.bad, work.warnings)
-    write_index(folder, index)
+    write_file(folder / INDEX, json.dumps(asdict(index)).encode())
     return Cache(folder, index, shards)
 
 
@@ -237,3 +236,39 @@ def _pixels(entry: Entry, path: Path) -> torch.Tensor | str:
 def _parts(of: list[Part], length: int) -> Iterator[tuple[int, list[Part]]]:
     for first in range(0, len(of), length):
         yield min(first + length, len(of)), of[first : first + length]
+
+
+def entry_name(item: Item) -> str:
+    """The name that an item is known by."""
+    return item.name or str(item.path)
+
+
+def hashed(*parts: object) -> str:
+    """A hash of numbers and texts."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def text_key(words: str, encoders: Encoders) -> str:
+    """What the condition of a prompt is kept by."""
+    return hashed(words, encoders.text_identity, encoders.family)
+
+
+def request_of(items: Iterable[Item | str], encoders: Encoders, sizes: Sequence[Size], *how: object) -> str:
+    """What a cache is built for, from what every rank knows without reading an image."""
+    told = [item if isinstance(item, str) else [entry_name(item), item.caption] for item in items]
+    return hashed(told, list(sizes), encoders.family, encoders.vae_identity, encoders.text_identity, how)
+
+
+def check_request(items: Sequence[Item] | Sequence[str], encoders: Encoders, sizes: Sequence[Size]) -> None:
+    """Raises ArgumentError unless there are items of one kind, with different names, and sizes that the model takes."""
+    kinds = {isinstance(item, str) for item in items}
+    require(len(kinds) == 1, "build_cache", "items", "images or prompts", "both" if kinds else "none")
+    names = [entry_name(item) for item in items if isinstance(item, Item)]
+    if len({*names}) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ArgumentError("build_cache", "items", "different names", f"{twice!r} twice", verb="have")
+    multiple = encoders.multiple
+    require(sizes, "build_cache", "sizes", f"multiples of {multiple} px", "none")
+    for size in sizes:
+        fits = min(size) >= 1 and not any(edge % multiple for edge in size)
+        require(fits, "build_cache", "sizes", f"multiples of {multiple} px", size)

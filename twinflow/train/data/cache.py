@@ -2,18 +2,19 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from twinflow.atomic_files import write_file
+from twinflow.errors import ArgumentError, require
 from twinflow.models.registry import FAMILIES
 from twinflow.train.data.encoders import Condition, collate
 from twinflow.train.data.shards import Shards
 
 INDEX = "index.json"
+_LOOKED_AT = 256  # prompts whose length is read
 FORMAT = 1
 
 
@@ -71,11 +72,8 @@ class Cache:
         self._shapes = {tuple(map(int, size.split())): tuple(shape) for size, shape in index.shapes.items()}
         self._shards = shards
         keys = {index.uncond} | {e.condition for e in self.entries} | {e.latents for e in self.entries if e.latents}
-        lost = sum(key not in shards for key in keys)
-        if lost:
-            raise ValueError(
-                f"open_cache: {folder} must hold all that its index names, got {lost} missing; cache again"
-            )
+        lost, wanted = sum(key not in shards for key in keys), "all that its index names"
+        require(not lost, "open_cache", str(folder), wanted, f"{lost} missing", "cache again", "hold")
         self.uncond: Condition = collate([shards.read(index.uncond)])
 
     def __len__(self) -> int:
@@ -87,13 +85,13 @@ class Cache:
         Raises:
             ValueError: entries of several sizes, or latents of another shape than the cache says.
         """
-        shapes = {self._shapes[e.size] for e in entries}
-        if len(shapes) != 1:
-            raise ValueError(f"Cache: entries must be of one size, got {sorted({e.size for e in entries})}")
-        shape = shapes.pop()
+        sizes = {e.size for e in entries}
+        require(len(sizes) == 1, "Cache", "entries", "of one size", sorted(sizes))
+        shape = self._shapes[sizes.pop()]
         found = [torch.zeros(shape) if e.latents is None else self._shards.read(e.latents)["latents"] for e in entries]
-        if any(tuple(x.shape) != shape for x in found):
-            raise ValueError(f"Cache: latents must be of shape {shape}, got {tuple(found[0].shape)} in {self.folder}")
+        for x in found:
+            got = f"{tuple(x.shape)} in {self.folder}"
+            require(tuple(x.shape) == shape, "Cache", "latents", f"of shape {shape}", got)
         return torch.stack(found)
 
     def condition(self, entries: Sequence[Entry]) -> Condition:
@@ -118,13 +116,13 @@ def held_out(entries: Sequence[Entry], share: float) -> tuple[list[Entry], list[
     Raises:
         ValueError: another share, or nothing left to train on.
     """
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
-        raise ValueError(f"held_out: share must be a number in 0 .. 1, below 1, got {share!r}")
+    require(0 <= share < 1, "held_out", "share", "a number in 0 .. 1, below 1", repr(share))
     out = [int(e.content[:13], 16) / 16**13 < share for e in entries]
-    if entries and all(out):
-        raise ValueError(f"held_out: share must leave something to train on, got {share} of {len(entries)} entries")
-    kept = [e for e, held in zip(entries, out, strict=True) if not held]
-    return kept, [e for e, held in zip(entries, out, strict=True) if held]
+    got = f"{share} of {len(entries)} entries"
+    require(not entries or not all(out), "held_out", "share", "something to train on", got, verb="leave")
+    return [e for e, held in zip(entries, out, strict=True) if not held], [
+        e for e, held in zip(entries, out, strict=True) if held
+    ]
 
 
 def on_device(cond: Condition, device: torch.device) -> Condition:
@@ -148,27 +146,18 @@ def open_cache(folder: str | Path) -> Cache:
         saved = json.loads(path.read_text(encoding="utf-8"))
         index = _index(saved)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"open_cache: folder must hold a cache, got {path}: {error}") from None
+        raise ArgumentError("open_cache", "folder", "a cache", f"{path}: {error}", verb="hold") from None
     return Cache(Path(folder), index, Shards(Path(folder)))
 
 
-def write_index(folder: Path, index: Index) -> None:
-    """Writes the index in one move."""
-    write_file(folder / INDEX, json.dumps(asdict(index)).encode())
-
-
 def _index(saved: dict[str, Any]) -> Index:
-    if saved.get("format") != FORMAT:
-        raise ValueError(f"its format must be {FORMAT}, got {saved.get('format')!r}")
+    require(saved.get("format") == FORMAT, "", "its format", str(FORMAT), repr(saved.get("format")))
     entries = [Entry(**entry | {"size": tuple(map(int, entry["size"]))}) for entry in saved["entries"]]
     for entry in entries:
         int(entry.content[:13], 16)
         if f"{entry.size[0]} {entry.size[1]}" not in saved["shapes"]:
             raise ValueError(f"no shape for the size of {entry.name!r}")
     return Index(**saved | {"entries": entries})
-
-
-_LOOKED_AT = 256  # prompts whose length is read
 
 
 def longest_prompt(cache: Cache) -> int | None:

@@ -3,10 +3,12 @@
 import csv
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-_SUFFIXES = (".jsonl", ".csv", ".parquet")
+from twinflow.errors import ArgumentError, require
+
 Row = tuple[str, dict[str, Any]]  # where it stands, and column -> value
 
 
@@ -29,42 +31,41 @@ def metadata_captions(
     """
     captions: dict[Path, str] = {}
     for table in tables:
-        rows = list(_rows(table))
-        for where, row in rows:
+        for where, row in _rows(table):
             name = _value(where, row, image_column)
             column = caption_column
             if column == "text" and column not in row and "caption" in row:
                 column = "caption"
             path = _inside(root, (table.parent if base is None else base), name, where)
-            if path in captions:
-                raise ValueError(f"read_folder: metadata must name an image once, got {name!r} again in {where}")
+            _check(path not in captions, "an image once", f"{name!r} again in {where}", "name")
             captions[path] = _value(where, row, column).strip()
     return captions
 
 
-def read_text(path: Path, argument: str) -> str:
+def read_text(path: Path, function: str, argument: str) -> str:
     """A file's UTF-8 text, with a byte-order mark or without, its line ends as \\n.
 
     Raises:
-        ValueError: no such file, none that can be read, or another encoding.
+        ArgumentError: no such file, none that can be read, or another encoding.
     """
     try:
         return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
-        raise ValueError(f"{argument} must be a file that can be read, got {path}: {error.strerror}") from None
+        raise ArgumentError(function, argument, "a file that can be read", f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{argument} must be in UTF-8, got {path} with byte {error.start} of another encoding"
-        ) from None
+        got = f"{path} with byte {error.start} of another encoding"
+        raise ArgumentError(function, argument, "in UTF-8", got) from None
+
+
+def _check(condition: object, wanted: str, got: str, verb: str = "be") -> None:
+    require(condition, "read_folder", "metadata", wanted, got, verb=verb)
 
 
 def _value(where: str, row: dict[str, Any], column: str) -> str:
-    if column not in row:
-        there = ", ".join(map(str, row)) or "nothing"
-        raise ValueError(f"read_folder: metadata must have the column {column!r}, got {there} in {where}")
+    there = ", ".join(map(str, row)) or "nothing"
+    _check(column in row, f"the column {column!r}", f"{there} in {where}", "have")
     value = row[column]
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"read_folder: metadata must have text in {column!r}, got {value!r} in {where}")
+    _check(isinstance(value, str) and value.strip(), f"text in {column!r}", f"{value!r} in {where}", "have")
     return value
 
 
@@ -72,50 +73,40 @@ def _inside(root: Path, base: Path, name: str, where: str) -> Path:
     """The file of a name, which must be there and under the root."""
     parts = Path(name.replace("\\", "/")).parts
     path = base.joinpath(*parts)
-    if ".." in parts or Path(name).is_absolute() or not path.is_relative_to(root):
-        raise ValueError(f"read_folder: metadata must name files inside {root}, got {name!r} in {where}")
-    if "\0" in name or not path.is_file():
-        raise ValueError(f"read_folder: metadata must name files that exist, got {name!r} in {where}")
+    outside = ".." in parts or Path(name).is_absolute() or not path.is_relative_to(root)
+    _check(not outside, f"files inside {root}", f"{name!r} in {where}", "name")
+    _check("\0" not in name and path.is_file(), "files that exist", f"{name!r} in {where}", "name")
     return path
 
 
-def _rows(table: Path) -> Iterator[Row]:
-    suffix = table.suffix.lower()
-    if suffix not in _SUFFIXES:
-        raise ValueError(f"read_folder: metadata must be one of {', '.join(_SUFFIXES)}, got {str(table)!r}")
-    found = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[suffix](table)
-    some = False
-    for row in found:
-        some = True
-        yield row
-    if not some:
-        raise ValueError(f"read_folder: metadata must have rows, got none in {table}")
+def _rows(table: Path) -> list[Row]:
+    suffix, readers = table.suffix.lower(), {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
+    _check(suffix in readers, f"one of {', '.join(readers)}", repr(str(table)))
+    rows = list(readers[suffix](table))
+    _check(rows, "rows", f"none in {table}", "have")
+    return rows
 
 
 def _jsonl(table: Path) -> Iterator[Row]:
-    for number, line in enumerate(read_text(table, "read_folder: metadata").split("\n"), 1):
+    for number, line in enumerate(read_text(table, "read_folder", "metadata").split("\n"), 1):
         if not line.strip():
             continue
+        row: Any = None
         where = f"{table} line {number}"
-        try:
+        with suppress(ValueError, RecursionError):
             row = json.loads(line)
-        except (ValueError, RecursionError):
-            raise ValueError(
-                f"read_folder: metadata must be a JSON object a line, got {where}: {line[:60]!r}"
-            ) from None
-        if not isinstance(row, dict):
-            raise ValueError(f"read_folder: metadata must be a JSON object a line, got {where}: {line[:60]!r}")
+        _check(isinstance(row, dict), "a JSON object a line", f"{where}: {line[:60]!r}")
         yield where, row
 
 
 def _csv(table: Path) -> Iterator[Row]:
-    text = read_text(table, "read_folder: metadata")
+    text = read_text(table, "read_folder", "metadata")
     reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
     try:
         for row in reader:
             yield f"{table} line {reader.line_num}", {name: value for name, value in row.items() if name is not None}
     except csv.Error as error:
-        raise ValueError(f"read_folder: metadata must be CSV, got {table} line {reader.line_num}: {error}") from None
+        _check(False, "CSV", f"{table} line {reader.line_num}: {error}")
 
 
 def _parquet(table: Path) -> Iterator[Row]:
@@ -126,6 +117,6 @@ def _parquet(table: Path) -> Iterator[Row]:
     try:
         rows = parquet.read_table(table).to_pylist()
     except Exception as error:  # whatever pyarrow finds in a file that anyone may have written
-        raise ValueError(f"read_folder: metadata must be a Parquet table, got {table}: {error}") from None
+        raise ArgumentError("read_folder", "metadata", "a Parquet table", f"{table}: {error}") from None
     for number, row in enumerate(rows, 1):
         yield f"{table} row {number}", row

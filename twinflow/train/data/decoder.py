@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from twinflow.errors import ArgumentError
 from twinflow.models.autoencoders import Autoencoder
 
 
@@ -76,8 +77,7 @@ class Decoder:
                 kind = json.loads((path / "config.json").read_text(encoding="utf-8"))["_class_name"]
                 cls = getattr(diffusers, kind)
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(
-                    f"Decoder: folder must have an autoencoder of diffusers, got {path}: {error}"
-                ) from None
+                wanted = "an autoencoder of diffusers"
+                raise ArgumentError("Decoder", "folder", wanted, f"{path}: {error}", verb="have") from None
             self._vae = cls.from_pretrained(path, torch_dtype=self.dtype).to(self.device)
         return self._vae

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from twinflow.errors import ArgumentError, require
 from twinflow.models import FlowModel
 from twinflow.models import load as load_student
 from twinflow.models.autoencoders import Autoencoder
@@ -154,7 +155,7 @@ def collate(rows: Sequence[Condition]) -> Condition:
     """
     names = list(rows[0])
     if any(list(row) != names for row in rows):
-        raise ValueError(f"together: rows must have the same entries, got {sorted({*map(tuple, rows)})}")
+        raise ArgumentError("collate", "rows", "the same entries", sorted({*map(tuple, rows)}), verb="have")
     trimmed = "prompt_lengths" in names
     try:
         return {
@@ -164,7 +165,7 @@ def collate(rows: Sequence[Condition]) -> Condition:
             for name in names
         }
     except RuntimeError as error:
-        raise ValueError(f"together: rows must be of one model's prompts, got {error}") from None
+        raise ArgumentError("collate", "rows", "of one model's prompts", error) from None
 
 
 def identity(folder: Path) -> str:
@@ -173,8 +174,7 @@ def identity(folder: Path) -> str:
     Raises:
         ValueError: no such folder.
     """
-    if not folder.is_dir():
-        raise ValueError(f"Encoders: folder must have {folder.name}, got none in {folder.parent}")
+    require(folder.is_dir(), "Encoders", "folder", folder.name, f"none in {folder.parent}", verb="have")
     found = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")):
         size = path.stat().st_size
@@ -190,12 +190,12 @@ def identity(folder: Path) -> str:
 
 
 def _config(path: Path) -> dict[str, Any]:
+    wanted = "a diffusers pipeline"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"Encoders: folder must hold a diffusers pipeline, got {path}: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"Encoders: folder must hold a diffusers pipeline, got {path} without an object")
+        raise ArgumentError("Encoders", "folder", wanted, f"{path}: {error}", verb="hold") from None
+    require(isinstance(found, dict), "Encoders", "folder", wanted, f"{path} without an object", verb="hold")
     return found
 
 
@@ -204,8 +204,9 @@ def _without_weights(folder: Path) -> FlowModel:
     import diffusers
 
     config = _config(folder / "transformer" / "config.json")
-    cls = getattr(diffusers, str(config.get("_class_name")), None)
-    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
-        raise ValueError(f"Encoders: folder must have a transformer of diffusers, got {config.get('_class_name')!r}")
+    name = config.get("_class_name")
+    cls: Any = getattr(diffusers, str(name), None)
+    known = isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)
+    require(known, "Encoders", "folder", "a transformer of diffusers", repr(name), verb="have")
     with torch.device("meta"):
         return load_student(cls.from_config(config))

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from twinflow.errors import ArgumentError, require
 from twinflow.train.data.captions import metadata_captions, read_text
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -53,29 +54,23 @@ def read_folder(
         ImportError: .parquet without pyarrow.
     """
     root = Path(folder)
-    if strategy not in STRATEGIES:
-        raise ValueError(f"read_folder: strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
-    if not root.is_dir():
-        raise ValueError(f"read_folder: folder must be a folder that exists, got {str(root)!r}")
+    require(strategy in STRATEGIES, "read_folder", "strategy", f"one of {', '.join(STRATEGIES)}", repr(strategy))
+    require(root.is_dir(), "read_folder", "folder", "a folder that exists", repr(str(root)))
     files = _files(root)
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-    if not images:
-        raise ValueError(f"read_folder: folder must hold images ({' '.join(IMAGE_SUFFIXES)}), got none in {root}")
+    wanted = f"images ({' '.join(IMAGE_SUFFIXES)})"
+    require(images, "read_folder", "folder", wanted, f"none in {root}", verb="hold")
     metadata = [path for path in files if path.name.lower() in _METADATA]
     if metadata_file is not None:
         metadata = [Path(metadata_file)]
     texts = {_stem(path): path for path in files if path.suffix.lower() == ".txt"}
-    beside = any(_stem(path) in texts for path in images)
+    beside = next((texts[_stem(path)] for path in images if _stem(path) in texts), None)
     if strategy == "auto" and metadata and beside and metadata_file is None:
-        raise ValueError(
-            f"read_folder: strategy must be textfile or metadata where both exist, got auto with {metadata[0]} and "
-            f"{next(texts[_stem(path)] for path in images if _stem(path) in texts)}"
-        )
+        wanted, got = "textfile or metadata where both exist", f"auto with {metadata[0]} and {beside}"
+        raise ArgumentError("read_folder", "strategy", wanted, got)
     if strategy == "metadata" or (strategy == "auto" and metadata):
-        if not metadata:
-            raise ValueError(
-                f"read_folder: folder must hold {', '.join(_METADATA[:-1])} or .parquet, got none in {root}"
-            )
+        wanted = f"{', '.join(_METADATA[:-1])} or .parquet"
+        require(metadata, "read_folder", "folder", wanted, f"none in {root}", verb="hold")
         base = root if metadata_file is not None else None
         captions = metadata_captions(metadata, image_column, caption_column, root, base)
     else:
@@ -96,34 +91,28 @@ def read_prompts(path: str | Path) -> list[str]:
         ValueError: no such file, another kind of file, or nothing in it.
     """
     path = Path(path)
-    if path.suffix.lower() not in (".txt", ".jsonl"):
-        raise ValueError(f"read_prompts: path must be a .txt or .jsonl file, got {str(path)!r}")
-    lines = read_text(path, "read_prompts: path").split("\n")
+    known = path.suffix.lower() in (".txt", ".jsonl")
+    require(known, "read_prompts", "path", "a .txt or .jsonl file", repr(str(path)))
+    lines = read_text(path, "read_prompts", "path").split("\n")
     found = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-    if path.suffix.lower() == ".jsonl":
-        prompts = [_prompt(line, f"{path} line {number}") for number, line in found]
-    else:
-        prompts = [line for _, line in found]
-    if not prompts:
-        raise ValueError(f"read_prompts: path must hold a prompt a line, got the empty {path}")
-    return prompts
+    require(found, "read_prompts", "path", "a prompt a line", f"the empty {path}", verb="hold")
+    if path.suffix.lower() == ".txt":
+        return [line for _, line in found]
+    return [_prompt(line, f"{path} line {number}") for number, line in found]
 
 
 def _prompt(line: str, where: str) -> str:
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):
-        raise ValueError(f"read_prompts: each line must be JSON, got {where}: {line[:60]!r}") from None
+        raise ArgumentError("read_prompts", "each line", "JSON", f"{where}: {line[:60]!r}") from None
     if isinstance(found, dict):
-        key = next((key for key in _PROMPT_KEYS if key in found), None)
-        if key is None:
-            raise ValueError(
-                f"read_prompts: {where} must have one of {', '.join(_PROMPT_KEYS)}, got {', '.join(found)}"
-            )
+        key = next((key for key in _PROMPT_KEYS if key in found), "")
+        require(key, "read_prompts", where, f"one of {', '.join(_PROMPT_KEYS)}", ", ".join(found), verb="have")
         found = found[key]
-    if not isinstance(found, str) or not found.strip():
-        raise ValueError(f"read_prompts: {where} must hold a prompt, got {found!r}")
-    return found.strip()
+    words = isinstance(found, str) and found.strip()
+    require(words, "read_prompts", where, "a prompt", repr(found), verb="hold")
+    return str(words)
 
 
 def _files(root: Path) -> list[Path]:
@@ -152,23 +141,17 @@ def _text_captions(images: list[Path], texts: dict[Path, Path]) -> dict[Path, st
         text = texts.get(_stem(path))
         if text is None:
             continue
-        if text in of:
-            raise ValueError(
-                f"read_folder: a caption must be of one image, got {text} for {of[text].name} and {path.name}"
-            )
-        of[text] = path
-        captions[path] = read_text(text, "read_folder: captions").strip()
-        if not captions[path]:
-            raise ValueError(f"read_folder: captions must hold text, got the empty {text}")
+        first = of.setdefault(text, path)
+        got = f"{text} for {first.name} and {path.name}"
+        require(first is path, "read_folder", "a caption", "of one image", got)
+        captions[path] = read_text(text, "read_folder", "captions").strip()
+        require(captions[path], "read_folder", "captions", "text", f"the empty {text}", verb="hold")
     return captions
 
 
 def _captioned(images: Iterable[Path], captions: dict[Path, str], root: Path) -> list[Item]:
     bare = [str(path.relative_to(root)) for path in images if path not in captions]
-    if bare:
-        more = f" and {len(bare) - 5} more" if len(bare) > 5 else ""
-        raise ValueError(
-            "read_folder: each image must have a caption (a .txt file of its name, or a row of metadata), got none for "
-            f"{', '.join(bare[:5])}{more}"
-        )
+    got = f"none for {', '.join(bare[:5])}" + (f" and {len(bare) - 5} more" if len(bare) > 5 else "")
+    wanted = "a caption (a .txt file of its name, or a row of metadata)"
+    require(not bare, "read_folder", "each image", wanted, got, verb="have")
     return [Item(path, captions[path], path.relative_to(root).as_posix()) for path in images]

@@ -1,21 +1,21 @@
 """`prepare_data()`: what a run trains on, encoded."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from twinflow.errors import ArgumentError
 from twinflow.train.config.settings import TrainSettings
-from twinflow.train.data.buckets import buckets
-from twinflow.train.data.build_cache import Cache, CacheOptions, Progress, build_cache
+from twinflow.train.data.buckets import buckets, require_multiples
+from twinflow.train.data.build_cache import CacheOptions, build_cache
+from twinflow.train.data.cache import Cache
 from twinflow.train.data.encoders import Encoders
 from twinflow.train.data.images import IMAGE_SUFFIXES, Item, read_folder, read_prompts, unread_images
 from twinflow.train.model.student import build_student
 
 _OPTION_OF = {
-    "read_folder: folder": "instance_data_dir", "read_folder: strategy": "caption_strategy",
-    "read_folder: metadata": "metadata_file", "read_prompts: path": "prompts_file",
+    "folder": "instance_data_dir", "strategy": "caption_strategy", "metadata": "metadata_file", "path": "prompts_file",
 }  # fmt: skip
 
 
@@ -37,11 +37,8 @@ def items_of(settings: TrainSettings) -> list[Item] | list[str]:
             strategy=settings.caption_strategy,
             metadata_file=settings.metadata_file,
         )
-    except ValueError as error:
-        said = str(error)
-        for argument, option in _OPTION_OF.items():
-            said = said.replace(argument, f"train: {option}", 1) if said.startswith(argument) else said
-        raise ValueError(said) from None
+    except ArgumentError as error:
+        raise error.renamed("train", _OPTION_OF.get(error.argument)) from None
 
 
 def unread(settings: TrainSettings) -> list[str]:
@@ -61,55 +58,24 @@ def encoders_of(settings: TrainSettings, folder: Path, device: torch.device) -> 
     return Encoders(folder, dtype=torch.bfloat16 if half else torch.float32, device=device, student=student)
 
 
-def prepare_data(
-    settings: TrainSettings,
-    encoders: Encoders,
-    *,
-    progress: Progress,
-    main_process: bool = True,
-    wait: Callable[[], None] = lambda: None,
-    **more: Any,
-) -> Cache:
+def prepare_data(settings: TrainSettings, encoders: Encoders, **how: Any) -> Cache:
     """The cache of a run's data; what is not in it yet is encoded.
 
     Args:
         settings: of the run.
         encoders: of its pipeline.
-        progress: see `build_cache`.
-        main_process, wait: whether this one encodes, and how the others wait.
-        more: for `build_cache`.
+        how: `progress`, `main_process` and `wait`, see `build_cache`.
 
     Raises:
         ValueError: no data, a resolution that the model does not take, or images that cannot be read.
     """
     multiple = encoders.multiple
-    if settings.resolution % multiple:
-        near = max(multiple, round(settings.resolution / multiple) * multiple)
-        raise ValueError(
-            f"train: resolution must be a multiple of {multiple} (such as {near}), got {settings.resolution}"
-        )
-    aligned = _aligned(settings.aspect_bucket_alignment, multiple)
+    require_multiples("train", "resolution", (settings.resolution,), multiple)
+    aligned = -(-settings.aspect_bucket_alignment // multiple) * multiple  # what the model takes, not below the option
     coarse = settings.resolution % aligned == 0
     sizes = buckets(settings.resolution, aligned if coarse else multiple, aspect=settings.aspect_buckets)
     options = CacheOptions(
-        uncond=settings.unconditional_prompt,
-        vae_batch=settings.vae_batch_size,
-        text_batch=settings.text_batch_size,
+        uncond=settings.unconditional_prompt, vae_batch=settings.vae_batch_size, text_batch=settings.text_batch_size,
         skip_bad=settings.skip_bad,
-    )
-    return build_cache(
-        settings.cache_dir,
-        items_of(settings),
-        encoders,
-        sizes,
-        options=options,
-        progress=progress,
-        main_process=main_process,
-        wait=wait,
-        **more,
-    )
-
-
-def _aligned(alignment: int, multiple: int) -> int:
-    """The smallest multiple of both an alignment and of what the model takes that is not below either."""
-    return alignment if alignment % multiple == 0 else -(-alignment // multiple) * multiple
+    )  # fmt: skip
+    return build_cache(settings.cache_dir, items_of(settings), encoders, sizes, options=options, **how)

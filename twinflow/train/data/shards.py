@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from twinflow.atomic_files import write_file
+from twinflow.errors import ArgumentError
 
 Tensors = dict[str, torch.Tensor]
 _PREFIX = "shard-"
@@ -58,16 +59,24 @@ class Shards:
                 self._opened.popitem(last=False)
             return {name: file.get_tensor(f"{key}/{name}") for name in _names(file)[key]}
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"Shards: {path} must be as it was written, got {error}; cache again") from None
+            raise ArgumentError("Shards", str(path), "as it was written", error, "cache again") from None
 
     def add(self, entries: dict[str, Tensors]) -> None:
-        """Writes entries as a shard, in one move.
+        """Writes entries, key -> name -> tensor, as a shard, in one move.
 
         Raises:
             OSError: no room for it; the folder is as before.
         """
-        if entries:
-            self._where |= dict.fromkeys(entries, write_shard(self.folder, entries))
+        if not entries:
+            return
+        named = {f"{key}/{name}": leaf for key, leaves in entries.items() for name, leaf in leaves.items()}
+        names = {key: sorted(leaves) for key, leaves in entries.items()}
+        sums = {key: _checksum(leaves) for key, leaves in entries.items()}
+        data = save(named, metadata={"names": json.dumps(names), "checksums": json.dumps(sums)})
+        digest = hashlib.sha256(" ".join(sorted(entries)).encode()).hexdigest()
+        path = self.folder / f"{_PREFIX}{digest[:32]}.safetensors"
+        write_file(path, data)
+        self._where |= dict.fromkeys(entries, path)
 
 
 class ShardWriter:
@@ -93,22 +102,6 @@ class ShardWriter:
     def _flush(self) -> None:
         self._shards.add(self._pending)
         self._pending, self._size = {}, 0
-
-
-def write_shard(folder: Path, entries: dict[str, Tensors]) -> Path:
-    """Writes key -> name -> tensor as one file, which appears whole; returns its path.
-
-    Raises:
-        OSError: no room for it.
-    """
-    tensors = {f"{key}/{name}": leaf.contiguous() for key, leaves in entries.items() for name, leaf in leaves.items()}
-    names = {key: sorted(leaves) for key, leaves in entries.items()}
-    sums = {key: _checksum(leaves) for key, leaves in entries.items()}
-    data = save(tensors, metadata={"names": json.dumps(names), "checksums": json.dumps(sums)})
-    digest = hashlib.sha256(" ".join(sorted(entries)).encode()).hexdigest()
-    path = folder / f"{_PREFIX}{digest[:32]}.safetensors"
-    write_file(path, data)
-    return path
 
 
 def _keys(path: Path, verify: bool) -> list[str]:

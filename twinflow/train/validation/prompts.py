@@ -1,13 +1,13 @@
 """`validation_prompts()`: what the samples of a run are drawn for, encoded."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from twinflow.train.config.settings import TrainSettings
-from twinflow.train.data.buckets import Size
-from twinflow.train.data.build_cache import Cache, CacheOptions, Progress, build_cache
-from twinflow.train.data.cache_keys import hashed
+from twinflow.train.data.buckets import Size, require_multiples
+from twinflow.train.data.build_cache import CacheOptions, build_cache, hashed
+from twinflow.train.data.cache import Cache
 from twinflow.train.data.encoders import Condition, Encoders
 
 FOLDER = "validation"  # in the cache's folder
@@ -25,7 +25,6 @@ class ValidationPrompts:
         size: height and width, px.
         latent_shape: (C, H, W) of an image's latents.
         family: whose encoders they come from.
-        given: False: they are captions of the data.
     """
 
     texts: tuple[str, ...]
@@ -34,35 +33,21 @@ class ValidationPrompts:
     size: Size
     latent_shape: tuple[int, int, int]
     family: str
-    given: bool
 
 
 def require_resolution(settings: TrainSettings, encoders: Encoders) -> None:
     """Raises ValueError unless the model takes images of `validation_resolution`."""
-    multiple, (width, height) = encoders.multiple, settings.validation_resolution
-    if width % multiple or height % multiple:
-        near = "x".join(str(max(multiple, round(edge / multiple) * multiple)) for edge in (width, height))
-        raise ValueError(
-            f"train: validation_resolution must be multiples of {multiple} px (such as {near}), got {width}x{height}"
-        )
+    require_multiples("train", "validation_resolution", settings.validation_resolution, encoders.multiple)
 
 
-def validation_prompts(
-    settings: TrainSettings,
-    cache: Cache,
-    encoders: Encoders,
-    *,
-    progress: Progress = lambda what, done, of: None,
-    main_process: bool = True,
-    wait: Callable[[], None] = lambda: None,
-) -> ValidationPrompts:
+def validation_prompts(settings: TrainSettings, cache: Cache, encoders: Encoders, **how: Any) -> ValidationPrompts:
     """The prompts of a run's samples, or captions of its data where it has none, from a cache of their own.
 
     Args:
         settings: of the run.
         cache: of its data.
         encoders: loaded only if something is missing, and let go at the end unless `kept`.
-        progress, main_process, wait: as for `build_cache`.
+        how: `progress`, `main_process` and `wait`, see `build_cache`.
 
     Raises:
         ValueError: a resolution that the model does not take.
@@ -71,17 +56,11 @@ def validation_prompts(
     size = settings.validation_resolution[::-1]
     texts = settings.validation_prompts or captions(cache)
     options = CacheOptions(uncond=settings.validation_negative_prompt, text_batch=settings.text_batch_size)
-    how: dict[str, Any] = {"options": options, "progress": progress, "main_process": main_process, "wait": wait}
-    encoded = build_cache(settings.cache_dir / FOLDER, texts, encoders, [size], **how)
+    encoded = build_cache(settings.cache_dir / FOLDER, texts, encoders, [size], options=options, **how)
     return ValidationPrompts(
-        texts=tuple(texts),
-        conditions=tuple(encoded.condition([entry]) for entry in encoded.entries),
-        negative=encoded.uncond_at(size),
-        size=size,
-        latent_shape=encoders.latent_shape(size),
-        family=encoders.family,
-        given=bool(settings.validation_prompts),
-    )
+        tuple(texts), tuple(encoded.condition([entry]) for entry in encoded.entries), encoded.uncond_at(size), size,
+        encoders.latent_shape(size), encoders.family,
+    )  # fmt: skip
 
 
 def captions(cache: Cache) -> Sequence[str]:
