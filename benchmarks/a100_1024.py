@@ -9,7 +9,6 @@ a markdown table and pictures. A run of one section, or at a depth or a cap, has
 """
 
 import argparse
-import gc
 import json
 import time
 from collections.abc import Callable
@@ -17,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import environment
+import harness
 import memory_section
 import networks
 import torch
 from inference import measure_inference
-from kernels_section import measure_kernels
 from memory_run import cap
 from report import markdown, memory_picture, picture
 from training_step import RECIPES, measure_training
@@ -58,6 +57,14 @@ def options() -> argparse.Namespace:
     return asked
 
 
+def measure_kernels(device: torch.device, seconds: float = 1.0) -> list[dict[str, Any]]:
+    """Checks and times the first case of each operation."""
+    return [
+        {"op": op, **harness.measure(next(iter(cases(device))), device, seconds)}
+        for op, cases in harness.bench_cases().items()
+    ]
+
+
 def measure_memory(asked: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """The memory section; without a CUDA device the real models' plans, unless models are given."""
     on_cuda = device.type == "cuda"
@@ -80,9 +87,7 @@ def by_model(
             lines += measure(model)
         except torch.OutOfMemoryError:
             left_out.append(model)
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        environment.free_memory(device)
     return lines
 
 

@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel
-from digits_runs import ROOT, digits, digits_metrics, markdown, save
+from digits_runs import QUERIES, ROOT, by_query, digits, digits_metrics, mean_and_spread, save
+from report import table as markdown
 from torch import nn
 
 from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss
@@ -43,7 +44,6 @@ OBJECTIVES: dict[str, tuple[str, float, int]] = {
 }
 RATES = (1e-3, 3e-3, 1e-2)
 TUNING_SEED = 1000  # never reported
-QUERIES = [("few", 1), ("few", 2), ("few", 4), ("any", 2), ("any", 4)]
 NULL = digits.CLASSES  # the label of the unconditional query
 NULL_SHARE = 0.1  # of the base model's rows
 SIZES = {
@@ -142,8 +142,7 @@ def run(base: nn.Module, data: digits.Data, sizes: dict[str, Any], cell: Cell) -
     """A cell's training and its scores."""
     started = time.process_time()
     model = train_lora(base, data, cell, sizes)
-    found = {f"{style} {n}": scores(model, data, n, style, sizes["generated"]) for style, n in QUERIES}
-    measured = {name: {query: f[name] for query, f in found.items()} for name in ("frechet", "accuracy")}
+    measured = by_query(lambda n, style: scores(model, data, n, style, sizes["generated"]))
     return cell | measured | {"cpu_seconds": time.process_time() - started}
 
 
@@ -199,14 +198,11 @@ def table(cells: list[Cell], settings: dict[str, Any]) -> str:
 
 
 def _row(cells: list[Cell]) -> list[str]:
-    def shown(values: list[float]) -> str:
-        return f"{statistics.mean(values):.2f} ({(max(values) - min(values)) / 2:.2f})"
-
     names = list(cells[0]["frechet"])
     lowest = min(statistics.mean(cell["accuracy"][name] for cell in cells) for name in names)
-    distances = [shown([cell["frechet"][name] for cell in cells]) for name in names]
+    distances = [mean_and_spread([cell["frechet"][name] for cell in cells], 2) for name in names]
     cfg = cells[0]["cfg_time"] if cells[0]["enhanced_ratio"] and "midpoint" in cells[0]["mode"] else ""
-    overall = shown([score(cell) for cell in cells])
+    overall = mean_and_spread([score(cell) for cell in cells], 2)
     return [cells[0]["mode"], cfg, f"{cells[0]['lr']:g}", *distances, overall, f"{lowest:.3f}"]
 
 

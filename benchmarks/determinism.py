@@ -5,7 +5,6 @@ python benchmarks/determinism.py [--device cpu] --out hashes.json
 
 import argparse
 import hashlib
-import importlib
 import json
 from pathlib import Path
 
@@ -29,12 +28,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     hashes = {}
-    for path in sorted(Path(__file__).parent.glob("bench_*.py")):
-        for case in importlib.import_module(path.stem).cases(torch.device(options.device)):
+    for op, cases in harness.bench_cases().items():
+        for case in cases(torch.device(options.device)):
             first, again = (bits(case.run(harness.inputs_of(case, 0))) for _ in range(2))
             if first != again:
-                raise SystemExit(f"{path.stem}: {case.name}: two calls in one process differ")
-            hashes[f"{path.stem}: {case.name}"] = first
+                raise SystemExit(f"{op}: {case.name}: two calls in one process differ")
+            hashes[f"{op}: {case.name}"] = first
     options.out.write_text(json.dumps(hashes, indent=1) + "\n")
     print(f"{len(hashes)} cases: two calls gave the same bits")
 

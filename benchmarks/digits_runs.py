@@ -2,8 +2,10 @@
 
 import copy
 import json
+import statistics
 import sys
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,9 @@ NETWORKS = {
     "residual 256": lambda data: digits.DigitsNet(data, 256),
     "residual 512": lambda data: digits.DigitsNet(data, 512),
 }
+
+
+QUERIES = [("few", 1), ("few", 2), ("few", 4), ("any", 2), ("any", 4)]
 
 
 def make_base(network: str, data: digits.Data, steps: int, seed: int) -> nn.Module:
@@ -114,10 +119,15 @@ def distance(value: float) -> str:
     return f"{value:.2f}" if value < 1000 else f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A markdown table."""
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+def by_query(scores_of: Callable[[int, str], dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Score -> query -> value, of what (steps, style) gives."""
+    found = {f"{style} {steps}": scores_of(steps, style) for style, steps in QUERIES}
+    return {name: {query: f[name] for query, f in found.items()} for name in ("frechet", "accuracy")}
+
+
+def mean_and_spread(values: list[float], digits: int) -> str:
+    """The mean and, in brackets, half the range."""
+    return f"{statistics.mean(values):.{digits}f} ({(max(values) - min(values)) / 2:.{digits}f})"
 
 
 def save(name: str, settings: dict[str, Any], cells: list[dict[str, Any]], table: str) -> None:

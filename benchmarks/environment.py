@@ -1,17 +1,20 @@
 """What a measurement ran on: device, versions, commit, cache size; and the memory and launches of one call."""
 
+import gc
 import os
 import platform
 import re
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from twinflow.environment import cpu_name, device_name, package_version
 
+Result = TypeVar("Result")
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own start and stop messages
 DEFAULT_CACHE_BYTES = 64 << 20  # where the machine does not say
@@ -65,6 +68,24 @@ def describe(device: torch.device) -> dict[str, Any]:
         "twinflow": package_version("twinflow"),
         "commit": _commit(),
     }
+
+
+def timed(call: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
+    """Seconds of a call until the device has done it, and what it returned."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    result = call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start, result
+
+
+def free_memory(device: torch.device) -> None:
+    """Gives back what nothing holds any more, the allocator's cache included."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:

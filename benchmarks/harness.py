@@ -11,12 +11,13 @@ the peer's time over ours within the round. GPU times are CUDA events; CPU times
 
 import argparse
 import gc
+import importlib
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,12 @@ class Case:
     peers: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
     rtol: float | None = None
     atol: float | None = None
+
+
+def bench_cases() -> dict[str, Callable[[torch.device], Iterable[Case]]]:
+    """Operation -> `cases` of every bench_<op>.py beside this file."""
+    stems = sorted(path.stem for path in Path(__file__).parent.glob("bench_*.py"))
+    return {stem.removeprefix("bench_"): importlib.import_module(stem).cases for stem in stems}
 
 
 def inputs_of(case: Case, i: int) -> Any:

@@ -4,9 +4,9 @@ The transformer and the sampler are counted, text encoders and VAE are not.
 """
 
 import statistics
-import time
 from typing import Any
 
+import environment
 import networks
 import torch
 
@@ -15,17 +15,9 @@ from twinflow.sampling import sample
 
 def _seconds(student: Any, z: torch.Tensor, cond: dict, steps: int, repeats: int) -> float:
     """Median seconds of sampling, after a warm-up."""
-    times = []
-    for repeat in range(-1, repeats):
-        if z.device.type == "cuda":
-            torch.cuda.synchronize(z.device)
-        start = time.perf_counter()
-        sample(student, z, cond, steps=steps)
-        if z.device.type == "cuda":
-            torch.cuda.synchronize(z.device)
-        if repeat >= 0:
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    call = lambda: sample(student, z, cond, steps=steps)  # noqa: E731
+    times = [environment.timed(call, z.device)[0] for _ in range(repeats + 1)]
+    return statistics.median(times[1:])
 
 
 def measure_inference(

@@ -10,8 +10,6 @@ import argparse
 import gc
 import json
 import logging
-import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -171,16 +169,6 @@ def _peak_on_cpu(training: Training) -> int | None:
     return None if added is None else sum(storages.values()) + added
 
 
-def _seconds(run: Callable[[], torch.Tensor], device: torch.device) -> tuple[float, torch.Tensor]:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    loss = run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start, loss
-
-
 def measure(configuration: Configuration, device: torch.device, steps: int, warm_up: int = 3) -> dict[str, Any]:
     """Runs the steps: peak bytes allocated and reserved, quantiles of the seconds, and whether losses are finite.
 
@@ -194,7 +182,7 @@ def measure(configuration: Configuration, device: torch.device, steps: int, warm
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-    timed = [_seconds(lambda k=k: training.step(k), device) for k in range(warm_up, warm_up + steps)]
+    timed = [environment.timed(lambda k=k: training.step(k), device) for k in range(warm_up, warm_up + steps)]
     if device.type == "cuda":
         peak, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
     else:

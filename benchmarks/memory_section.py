@@ -1,6 +1,5 @@
 """Peak memory: what the planner says beside what a step takes, and its time, for every way to run it."""
 
-import gc
 import json
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import environment
 import torch
 from memory_run import MEASURED, PUBLISHED, Configuration
 
@@ -135,9 +135,7 @@ def measure_memory(asked: Asked, device: torch.device) -> list[dict[str, Any]]:
         asked: what to cover.
         device: where to measure.
     """
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()  # the processes need what this one has cached
+    environment.free_memory(device)  # the processes need what this one has cached
     lines = []
     for group in asked.groups():
         with ThreadPoolExecutor(1) as pool:

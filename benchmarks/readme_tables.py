@@ -21,8 +21,12 @@ DEMOS = {
 }
 
 
+def _read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text())
+
+
 def _load(pattern: str) -> list[tuple[str, dict[str, Any]]]:
-    return [(path.name, json.loads(path.read_text())) for path in sorted(RESULTS.glob(pattern))]
+    return [(path.name, _read(path.name)) for path in sorted(RESULTS.glob(pattern))]
 
 
 def _machine(machine: dict[str, Any]) -> str:
@@ -82,7 +86,7 @@ def schedule_claims() -> Iterator[str]:
 def quality_claim() -> str:
     """The demo's images of one network call, before and after TwinFlow."""
     name, command = next(iter(DEMOS.items()))
-    report = json.loads((RESULTS / name).read_text())
+    report = _read(name)
     scores = {row["model"]: f"{row['frechet']:.3f}" for row in report["rows"] if row["steps"] == 1}
     return (
         f"**Quality.** With one network call the base model's digits lie at a Fréchet distance of {scores['base']} "
@@ -110,7 +114,7 @@ def claims() -> str:
 
 def forecast_speed() -> str:
     """The planner's least time of a step of the largest model, by how it runs."""
-    group = json.loads((RESULTS / "will_it_fit.json").read_text())["beside_peers"][0]
+    group = _read("will_it_fit.json")["beside_peers"][0]
     seconds = {line["name"]: line["seconds"] for line in group["forecasts"]}
     published, planned, kept = (seconds[name] for name in ("published schedule", "checkpoint", "80gb"))
     model, trained, size = group["workload"].split(", ")[:3]
@@ -132,7 +136,7 @@ def digits() -> str:
     """The demo's tables: the default run, and what other runs of it gave."""
     parts = []
     for name, command in DEMOS.items():
-        report = json.loads((RESULTS / name).read_text())
+        report = _read(name)
         caption = (
             f"`{command}`, seed {report['seed']}: {report['base_steps']} steps of flow matching, then "
             f"{report['steps']} of TwinFlow, {report['seconds']:.0f} s in all on {report['threads']} CPU threads."
@@ -151,7 +155,7 @@ def digits() -> str:
 
 def fit_lora() -> str:
     """What a LoRA's step needs on which card."""
-    head, rows = fit_table(json.loads((RESULTS / "will_it_fit.json").read_text()), "partition")
+    head, rows = fit_table(_read("will_it_fit.json"), "partition")
     lora = [row for row in rows if row[1].startswith("LoRA")]
     caption = (
         f"Fastest preset that fits, and its peak in GB ({lora[0][1]}, 1024x1024, batch 4, N = 2; in brackets, what the "
@@ -162,7 +166,7 @@ def fit_lora() -> str:
 
 def fit() -> str:
     """The planner's tables: what fits on which card, and how little a larger batch adds."""
-    report = json.loads((RESULTS / "will_it_fit.json").read_text())
+    report = _read("will_it_fit.json")
     parts = [
         "Fastest preset that fits, and its peak in GB; `no:` the least that is needed. 1024x1024, batch 4, N = 2; "
         "in brackets what the card's allocator can hand out, GB. `python benchmarks/will_it_fit.py`; both recipes, and "
@@ -176,14 +180,14 @@ def fit() -> str:
 
 def deferral() -> str:
     """What deferring the modulation saves and costs, by model."""
-    report = json.loads((RESULTS / "will_it_fit.json").read_text())
+    report = _read("will_it_fit.json")
     caption = "Where it pays, by the planner (`python benchmarks/will_it_fit.py`); s/step at least, on an A100:"
     return f"{caption}\n\n{table(*deferral_table(report))}"
 
 
 def study(name: str) -> str:
     """A study's table as it was written beside its results, and what it ran on."""
-    machine = json.loads((RESULTS / f"{name}_cpu.json").read_text())["machine"]
+    machine = _read(f"{name}_cpu.json")["machine"]
     caption = _caption(machine, f"python benchmarks/{name}.py")
     return f"{caption} {(RESULTS / f'{name}_cpu.md').read_text().strip()}"
 

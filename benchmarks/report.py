@@ -124,12 +124,10 @@ def markdown(report: dict[str, Any]) -> str:
 
 def picture(report: dict[str, Any], path: Path) -> None:
     """Bars of step time and peak memory by schedule, and throughput by number of steps."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(16, 6), constrained_layout=True)
+    figure = Figure(figsize=(16, 6), layout="constrained")
+    axes = figure.subplots(1, 3)
     lines = report.get("training", [])
     groups = list(dict.fromkeys(_contest(x) for x in lines))
     schedules = list(dict.fromkeys(x["schedule"] for x in lines))
@@ -153,30 +151,24 @@ def picture(report: dict[str, Any], path: Path) -> None:
         axes[2].legend(fontsize=8)
     figure.suptitle(f"1024x1024 latent shapes, {report['dtype']}, {report['machine']['device']}")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def memory_picture(lines: list[dict[str, Any]], path: Path) -> None:
     """A panel per model, recipe and batch: planned peaks as bars, measured ones as marks, cards and cap as lines."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     groups: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
         groups.setdefault(f"{_whose(line)}, {line['recipe']}, batch {line['batch']}", []).append(line)
     heights = [0.35 * len(group) + 1.3 for group in groups.values()]
-    figure, axes = plt.subplots(
-        len(groups), 1, figsize=(10, sum(heights) + 0.4), height_ratios=heights, squeeze=False, constrained_layout=True
-    )
+    figure = Figure(figsize=(10, sum(heights) + 0.4), layout="constrained")
+    axes = figure.subplots(len(groups), 1, height_ratios=heights, squeeze=False)
     for axis, (title, group) in zip(axes[:, 0], groups.items(), strict=True):
         _memory_panel(axis, group)
         axis.set_title(f"{title}, {group[0]['trained']}", fontsize=10, loc="left", pad=16)
     axes[0, 0].legend(*_found_labels(axes[:, 0]), fontsize=8, loc="lower right")
     axes[-1, 0].set_xlabel("peak of a training step, GB (1e9 bytes)", fontsize=9)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def _memory_panel(axis: Any, group: list[dict[str, Any]]) -> None:

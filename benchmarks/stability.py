@@ -10,7 +10,8 @@ one-step samples (real images have 0.85).
 import argparse
 
 import torch
-from digits_runs import NETWORKS, digits, distance, make_base, markdown, run, save, scores
+from digits_runs import NETWORKS, digits, distance, make_base, run, save, scores
+from report import table as markdown
 
 from twinflow import TwinFlowConfig
 

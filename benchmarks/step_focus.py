@@ -4,15 +4,14 @@
 """
 
 import argparse
-import statistics
 
 import torch
-from digits_runs import digits, make_base, markdown, run, save, scores
+from digits_runs import QUERIES, by_query, digits, make_base, mean_and_spread, run, save, scores
+from report import table as markdown
 
 from twinflow import TwinFlowConfig
 
 COUNTS, SHARES = (1, 2, 4), (0.25, 0.5, 1.0)
-QUERIES = [("few", 1), ("few", 2), ("few", 4), ("any", 2), ("any", 4)]
 
 
 def table(cells: list[dict], recipe: str) -> str:
@@ -21,8 +20,7 @@ def table(cells: list[dict], recipe: str) -> str:
     for count, share in dict.fromkeys((c["target_step_count"], c["step_focus"]) for c in cells):
         found = [c for c in cells if (c["target_step_count"], c["step_focus"]) == (count, share)]
         values = [[c["frechet"][f"{style} {n}"] for c in found] for style, n in QUERIES]
-        shown = [f"{statistics.mean(v):.3f} ({(max(v) - min(v)) / 2:.3f})" for v in values]
-        rows.append([f"{share:g}", str(count) if share else "", *shown])
+        rows.append([f"{share:g}", str(count) if share else "", *(mean_and_spread(v, 3) for v in values)])
     heads = [f"{style}, {n} step{'s' * (n > 1)}" for style, n in QUERIES]
     seeds = len({c["seed"] for c in cells})
     settings = f"`{recipe}`, residual network, {cells[0]['steps']} steps from a short base"
@@ -49,8 +47,7 @@ def main() -> None:
         for count, share in grid[-1:] if args.quick else grid:
             config = TwinFlowConfig(recipe=args.recipe, enhanced_ratio=0.0, target_step_count=count, step_focus=share)
             model, cell = run(base, config, data, steps, args.lr, seed)
-            found = {f"{style} {n}": scores(model, data, n, style) for style, n in QUERIES}
-            cell |= {name: {query: f[name] for query, f in found.items()} for name in ("frechet", "accuracy")}
+            cell |= by_query(lambda n, style, model=model: scores(model, data, n, style))
             cells.append({"target_step_count": count, "step_focus": share, **cell})
             print(seed, count, share, {query: round(value, 3) for query, value in cell["frechet"].items()}, flush=True)
             if not args.quick:

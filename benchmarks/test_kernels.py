@@ -3,24 +3,21 @@
 pytest-benchmark's own table times the operation alone; the comparison with peers is the harness's.
 """
 
-import importlib
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 
 import harness
 import pytest
 import torch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-STEMS = sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))
-CASES = [(stem, case) for stem in STEMS for case in importlib.import_module(f"bench_{stem}").cases(DEVICE)]
+CASES = [(stem, case) for stem, cases in harness.bench_cases().items() for case in cases(DEVICE)]
 
 
 @pytest.fixture(scope="module")
 def results() -> Iterator[dict[str, list]]:
     """Results by stem; written when all cases of a stem have run."""
-    found: dict[str, list] = {stem: [] for stem in STEMS}
+    found: dict[str, list] = {stem: [] for stem, _ in CASES}
     yield found
     for stem, measured in found.items():
         if len(measured) == sum(name == stem for name, _ in CASES):

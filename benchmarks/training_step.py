@@ -1,8 +1,6 @@
 """The training step: the planned against the published schedule, on the same network and draws."""
 
-import gc
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -59,29 +57,16 @@ class Contest:
         return statistics.mean(plan.rows_without_gradient for plan in plans)
 
 
-def _timed(run: Callable[[int], torch.Tensor], k: int, device: torch.device) -> tuple[float, float]:
-    """(seconds, loss) of a step."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    loss = run(k)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start, float(loss)
-
-
 def _first_losses(contest: Contest, device: torch.device) -> dict[str, float | None]:
     """The loss of step 0 by contestant, after a warm-up; None where it does not fit in memory."""
     losses: dict[str, float | None] = {}
     for name, run in contest.contestants.items():
         try:
             run(0)
-            losses[name] = _timed(run, 0, device)[1]
+            losses[name] = float(run(0))
         except torch.OutOfMemoryError:
             losses[name] = None
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        environment.free_memory(device)
     return losses
 
 
@@ -98,7 +83,7 @@ def measure_contest(
     names = list(fitting)
     for k in range(len(contest.draws)):
         for name in names[k % len(names) :] + names[: k % len(names)]:
-            seconds[name].append(_timed(contest.contestants[name], k, device)[0])
+            seconds[name].append(environment.timed(lambda k=k, name=name: contest.contestants[name](k), device)[0])
     lines = []
     for name in contest.contestants:
         line = {"recipe": recipe, "batch": batch, "schedule": name, "rows_without_gradient": contest.rows(name)}
