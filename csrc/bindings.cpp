@@ -88,6 +88,19 @@ PYBIND11_MODULE(_C, m) {
     });
 #endif
 
+    // inputs: v_target, x_t, v_cond, v_uncond (0: absent), ratio, delta; outputs: v_star, x_m; dtypes: of the first four
+    // inputs and of the arithmetic.
+    m.def("rollout_start_cpu", [](std::array<Address, 6> in, std::array<Address, 2> out, std::array<int, 5> dtypes,
+                                  int64_t rows, int64_t row_size, int threads) {
+        const auto dtype = [&](int i) { return static_cast<DType>(dtypes[i]); };
+        const RolloutStart params{
+            at<const void>(in[0]), at<const void>(in[1]), at<const void>(in[2]), at<const void>(in[3]),
+            at<const void>(in[4]), at<const void>(in[5]), at<void>(out[0]), at<void>(out[1]),
+            dtype(0), dtype(1), dtype(2), dtype(3), dtype(4), rows, row_size, threads};
+        py::gil_scoped_release release;
+        TWINFLOW_CPU(rollout_start(params))
+    });
+
     m.def("rollout_step_cpu", [](Address x, Address v, Address dt, int64_t rows, int64_t row_size, int x_dtype,
                                  int v_dtype, int threads) {
         py::gil_scoped_release release;

@@ -19,6 +19,17 @@ struct EmaDecay {
     DType dtype = DType::f32;         // of on_device
 };
 
+// The first step of (rows, row_size) rollouts; v_cond and v_uncond are null where no row is enhanced.
+struct RolloutStart {
+    const void *v_target, *x_t, *v_cond, *v_uncond;
+    const void *ratio, *delta;  // (rows,)
+    void *v_star, *x_m;
+    DType v_target_dtype, x_t_dtype, v_cond_dtype, v_uncond_dtype;
+    DType dtype;  // of the arithmetic, ratio, delta and results: f32 or f64
+    int64_t rows, row_size;
+    int threads;
+};
+
 // The velocity loss of (row_count, row_size) tensors; null addresses for tensors that are absent.
 struct VelocityLoss {
     const void *v_pred, *v_target, *x_start, *x_end;
@@ -44,6 +55,8 @@ struct VelocityLossBackward {
 
 #define TWINFLOW_DECLARE_CPU(ISA)                                                                              \
     namespace ISA {                                                                                           \
+    /* v_star = v_target + ratio (v_cond - v_uncond), x_m = x_t - delta v_star. */                             \
+    void rollout_start(const RolloutStart& params);                                                           \
     /* x (rows, row_size) -= dt (rows,) * v (rows, row_size); v has its own dtype, dt has x's. */             \
     void rollout_step(void* x, const void* v, const void* dt, int64_t rows, int64_t row_size, DType x_dtype,  \
                       DType v_dtype, int threads);                                                            \

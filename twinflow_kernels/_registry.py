@@ -168,6 +168,16 @@ def require_floating(where: str, argument: str, value: object, dtypes: tuple[tor
         raise TypeError(f"{where}: {argument} must be {names}, got {str(value.dtype).removeprefix('torch.')}")
 
 
+def constants_fit(shape: tuple[int, ...], device: torch.device, *values: object) -> bool:
+    """Whether all are floating tensors of a shape on a device that need no gradient; no message is made."""
+    graded = torch.is_grad_enabled()
+    return all(
+        isinstance(x, torch.Tensor) and x.dtype in DTYPE_CODES and x.shape == shape and x.device == device
+        and not (graded and x.requires_grad)
+        for x in values
+    )  # fmt: skip
+
+
 def require_like(where: str, argument: str, value: torch.Tensor, other: str, like: torch.Tensor) -> None:
     """Raises ValueError unless `value` has the shape and device of `like`."""
     if value.shape == like.shape and value.device == like.device:

@@ -10,13 +10,22 @@ section 2.
 Bytes moved: 4 reads and 2 writes, 24 B/element in float32; rows with ratio = 0 read only v_target and x_t, 16 B.
 
 Ladder: v1 = eager, 5 launches and 4 temporaries; v2 = one Triton launch, the not enhanced rows decided per row without
-boolean indexing, hence without a host sync. The CPU keeps v1: it is 4 of about 40 passes over the latents of one step
-(8 rows of 16 x 128 x 128: 9.2 ms with its masks, 1.9 by torch.compile; benchmarks/results/).
+boolean indexing, hence without a host sync. LADDER_CPU
 """
 
 import torch
 
-from twinflow_kernels._registry import register, require, require_floating, require_like, require_rows
+from twinflow_kernels import _backend
+from twinflow_kernels._registry import (
+    constants_fit,
+    dtype_code,
+    native_threads,
+    register,
+    require,
+    require_floating,
+    require_like,
+    require_rows,
+)
 from twinflow_kernels._triton import tl, triton
 
 
@@ -105,6 +114,29 @@ def _rollout_start_triton(
     return v_star, x_m
 
 
+def _rollout_start_cpu(
+    v_target: torch.Tensor,
+    x_t: torch.Tensor,
+    v_cond: torch.Tensor | None,
+    v_uncond: torch.Tensor | None,
+    ratio: torch.Tensor,
+    delta: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = _dtype(v_target, x_t)
+    v_star, x_m = torch.empty(x_t.shape, dtype=dtype), torch.empty(x_t.shape, dtype=dtype)
+    if x_t.numel() == 0:
+        return v_star, x_m
+    inputs = [None if x is None else x.contiguous() for x in (v_target, x_t, v_cond, v_uncond)]
+    inputs += [ratio.to(dtype).contiguous(), delta.to(dtype).contiguous()]
+    _backend.native().rollout_start_cpu(  # type: ignore[union-attr]
+        [0 if x is None else x.data_ptr() for x in inputs],
+        [v_star.data_ptr(), x_m.data_ptr()],
+        [*(0 if x is None else dtype_code(x.dtype) for x in inputs[:4]), dtype_code(dtype)],
+        x_t.shape[0], x_t.numel() // x_t.shape[0], native_threads(),
+    )  # fmt: skip
+    return v_star, x_m
+
+
 def _fake(
     v_target: torch.Tensor,
     x_t: torch.Tensor,
@@ -121,6 +153,7 @@ _operation = register(
     "rollout_start(Tensor v_target, Tensor x_t, Tensor? v_cond, Tensor? v_uncond, Tensor ratio, Tensor delta)"
     " -> (Tensor, Tensor)",
     reference=rollout_start_ref,
+    cpu=_rollout_start_cpu,
     triton=_rollout_start_triton,
     fake=_fake,
 )
@@ -153,12 +186,27 @@ def rollout_start(
 
     Source: TwinFlow (arXiv 2512.05150), section 2; docs/method.md, equations 8 and 10.
     """
+    if not _fits(v_target, x_t, v_cond, v_uncond, ratio, delta):
+        _check(v_target, x_t, v_cond, v_uncond, ratio, delta)
+    return _operation.call(v_target, x_t, v_cond, v_uncond, ratio, delta)
+
+
+def _fits(v_target, x_t, v_cond, v_uncond, ratio, delta) -> bool:
+    """Whether the arguments pass every check of `_check`, before any message is made."""
+    if not isinstance(x_t, torch.Tensor) or x_t.dim() < 1 or (v_cond is None) != (v_uncond is None):
+        return False
+    cfg = () if v_cond is None else (v_cond, v_uncond)
+    device, shape = x_t.device, x_t.shape
+    return constants_fit(shape, device, x_t, v_target, *cfg) and constants_fit(shape[:1], device, ratio, delta)
+
+
+def _check(v_target, x_t, v_cond, v_uncond, ratio, delta) -> None:
     where = "rollout_start"
-    tensors = {"v_target": v_target, "x_t": x_t, "ratio": ratio, "delta": delta}
+    tensors: dict[str, torch.Tensor] = {"v_target": v_target, "x_t": x_t, "ratio": ratio, "delta": delta}
     if v_cond is not None or v_uncond is not None:
         require(v_cond is not None and v_uncond is not None, where, "v_cond and v_uncond",
                 "both given or both None", "one of them")  # fmt: skip
-        tensors |= {"v_cond": v_cond, "v_uncond": v_uncond}  # type: ignore[dict-item]
+        tensors |= {"v_cond": v_cond, "v_uncond": v_uncond}
     for name, value in tensors.items():
         require_floating(where, name, value)
     require(x_t.dim() >= 1, where, "x_t", "of shape (B, ...)", tuple(x_t.shape))
@@ -169,4 +217,3 @@ def rollout_start(
             require_like(where, name, value, "x_t", x_t)
         wanted = "a tensor without requires_grad, as targets are constants"
         require(not (torch.is_grad_enabled() and value.requires_grad), where, name, wanted, "requires_grad=True")
-    return _operation.call(v_target, x_t, v_cond, v_uncond, ratio, delta)

@@ -15,7 +15,14 @@ Ladder (CPU, 2 threads, (8, 16, 128, 128), float32 / bf16 velocity, benchmarks/r
 import torch
 
 from twinflow_kernels import _backend, _registry
-from twinflow_kernels._registry import register, require, require_floating, require_like, require_rows
+from twinflow_kernels._registry import (
+    constants_fit,
+    register,
+    require,
+    require_floating,
+    require_like,
+    require_rows,
+)
 from twinflow_kernels._triton import tl, triton
 
 
@@ -83,6 +90,7 @@ def _fake(x: torch.Tensor, v_pred: torch.Tensor, dt: torch.Tensor) -> None:
     return None
 
 
+_STATES = (torch.float32, torch.float64)
 _operation = register(
     "rollout_step_(Tensor(a!) x, Tensor v_pred, Tensor dt) -> ()",
     reference=_rollout_step_reference,
@@ -109,8 +117,21 @@ def rollout_step_(x: torch.Tensor, v_pred: torch.Tensor, dt: torch.Tensor) -> to
 
     Source: TwinFlow (arXiv 2512.05150), section 2; docs/method.md, equation 12.
     """
-    where = "rollout_step_"
-    require_floating(where, "x", x, (torch.float32, torch.float64))
+    where, fits = "rollout_step_", isinstance(x, torch.Tensor) and x.dim() >= 1 and x.dtype in _STATES
+    if not (
+        fits and x.is_contiguous() and not x.requires_grad
+        and constants_fit(x.shape, x.device, v_pred) and constants_fit(x.shape[:1], x.device, dt)
+    ):  # fmt: skip
+        _check(where, x, v_pred, dt)
+    if not torch.compiler.is_compiling():
+        for name, value in (("v_pred", v_pred), ("dt", dt)):
+            require(not _registry.overlaps(x, value), where, name, "memory of its own", "an overlap with x")
+    _operation.call(x, v_pred, dt)
+    return x
+
+
+def _check(where: str, x: torch.Tensor, v_pred: torch.Tensor, dt: torch.Tensor) -> None:
+    require_floating(where, "x", x, _STATES)
     require_floating(where, "v_pred", v_pred)
     require_floating(where, "dt", dt)
     require(x.dim() >= 1, where, "x", "of shape (B, ...)", tuple(x.shape))
@@ -118,8 +139,3 @@ def rollout_step_(x: torch.Tensor, v_pred: torch.Tensor, dt: torch.Tensor) -> to
     require_rows(where, "dt", dt, x)
     require(x.is_contiguous(), where, "x", "contiguous, as it is written in place", f"strides {x.stride()}")
     require(not x.requires_grad, where, "x", "a tensor without requires_grad", "requires_grad=True")
-    if not torch.compiler.is_compiling():
-        for name, value in (("v_pred", v_pred), ("dt", dt)):
-            require(not _registry.overlaps(x, value), where, name, "memory of its own", "an overlap with x")
-    _operation.call(x, v_pred, dt)
-    return x

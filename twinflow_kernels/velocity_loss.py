@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from twinflow_kernels import _backend, _registry
-from twinflow_kernels._registry import dtype_code, register, require, require_floating, require_like
+from twinflow_kernels._registry import constants_fit, dtype_code, register, require, require_floating, require_like
 from twinflow_kernels._triton import tl, triton
 
 WHERE = "velocity_loss"
@@ -289,17 +289,13 @@ def _fits(v_pred, v_target, x_start, x_end, rows, loss, alpha, c) -> bool:
     """Whether the arguments pass every check of `_check`."""
     if not isinstance(v_pred, Tensor) or not isinstance(rows, Tensor) or v_pred.dtype not in _registry.DTYPE_CODES:
         return False
-    shape, device, graded = v_pred.shape, v_pred.device, torch.is_grad_enabled()
-    for x in (v_target, x_start, x_end):
-        if x is not None and not (
-            isinstance(x, Tensor) and x.shape == shape and x.device == device and x.dtype in _registry.DTYPE_CODES
-            and not (graded and x.requires_grad)
-        ):  # fmt: skip
-            return False
+    shape, device = v_pred.shape, v_pred.device
+    if not constants_fit(shape, device, *(x for x in (v_target, x_start, x_end) if x is not None)):
+        return False
     return (
         len(shape) >= 1 and 0 not in shape[1:] and (x_start is None) == (x_end is None)
-        and rows.dtype in (torch.float32, torch.float64) and rows.shape == (shape[0], 4) and rows.device == device
-        and not (graded and rows.requires_grad) and loss in ("barron", "l2")
+        and rows.dtype in (torch.float32, torch.float64) and constants_fit((shape[0], 4), device, rows)
+        and loss in ("barron", "l2")
         and -math.inf < alpha < math.inf and 0 < c < math.inf
     )  # fmt: skip
 

@@ -1,7 +1,6 @@
 """`rollout_start`: every backend against the reference in float64, contracts, errors."""
 
 import importlib
-import warnings
 
 import pytest
 import torch
@@ -128,11 +127,14 @@ def test_results_are_memory_of_their_own(backend, device):
     assert torch.equal(arguments[0], before)
 
 
-def test_plain_pytorch_serves_the_cpu_without_a_warning():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert kernel._operation.choice("cpu").backend == "reference"
-        rollout_start(*inputs())
+@pytest.mark.parametrize("rows, row_size", [(3, 4096 * 3 + 5), (70_000, 1)])
+def test_chunks_and_threads(rows, row_size):
+    """Rows of several chunks, and more rows than chunks: the bits of the reference, which rounds in the same places."""
+    arguments = inputs((rows, row_size))
+    with _backend.override("cpu"):
+        result = rollout_start(*arguments)
+    for actual, wanted in zip(result, kernel.rollout_start_ref(*arguments), strict=True):
+        assert torch.equal(actual, wanted)
 
 
 def test_launch_config_covers_the_row():
