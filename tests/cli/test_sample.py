@@ -20,7 +20,7 @@ from twinflow.cli import main
 from twinflow.formats.manifest import MANIFEST
 from twinflow.models import FAMILIES
 from twinflow.pipelines.generator import ImageGenerator
-from twinflow.train.checkpoint.files import TENSORS
+from twinflow.train.checkpoint.checkpoint import TENSORS
 
 ROOT = Path(__file__).resolve().parents[2]
 

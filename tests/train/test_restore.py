@@ -9,8 +9,7 @@ from helpers.finished_runs import finished_run, kept_run
 from helpers.tiny_pipelines import saved_pipeline
 
 from twinflow.interface import trained_parameters
-from twinflow.train.checkpoint.checkpoint import latest_checkpoint, read_checkpoint
-from twinflow.train.checkpoint.files import TENSORS
+from twinflow.train.checkpoint.checkpoint import TENSORS, latest_checkpoint, read_checkpoint
 from twinflow.train.restore import restore_run
 
 

@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 
+from twinflow.errors import ArgumentError, require
 from twinflow.export import export
 from twinflow.formats.generation_config import GenerationConfig
 from twinflow.interface import trained_parameters
 from twinflow.models import FlowModel
 from twinflow.teachers.teachers import EMATeacher
-from twinflow.train.checkpoint.checkpoint import latest_checkpoint, read_checkpoint
-from twinflow.train.checkpoint.files import read_files, read_summary
-from twinflow.train.checkpoint.optimizer_state import kind_of
-from twinflow.train.checkpoint.state_checks import check_form, check_names, check_tensor
+from twinflow.train.checkpoint.checkpoint import latest_checkpoint, read_checkpoint, read_files, read_summary
+from twinflow.train.checkpoint.run_state import check_part
+from twinflow.train.checkpoint.state_checks import check_names, check_tensor
 from twinflow.train.config.resolve import read_config
 from twinflow.train.config.run_folder import RunFolder
 from twinflow.train.config.settings import TrainSettings
@@ -81,8 +81,8 @@ def restore_run(
     """
     root = Path(run)
     settings = _settings(root, model)
-    if ema and not settings.use_ema:
-        raise ValueError(f"restored: ema must be False for a run without an average (use_ema is false), got {root}")
+    wanted = "False for a run without an average (use_ema is false)"
+    require(settings.use_ema or not ema, "restore_run", "ema", wanted, root)
     complaints: list[str] = []
     place, tree = _checkpoint(root, checkpoint, complaints)
     check_names(tree, {"shared": 0, "ranks": 0}, "state")
@@ -97,10 +97,10 @@ def restore_run(
 
 def _settings(root: Path, model: str | None) -> TrainSettings:
     config = RunFolder(root).config
-    if not root.is_dir():
-        raise ValueError(f"restored: run must be the folder of a run, got {str(root)!r}, which does not exist")
-    if not config.is_file():
-        raise ValueError(f"restored: run must be what `twinflow train` wrote, got {root} without {config.name}")
+    got = f"{str(root)!r}, which does not exist"
+    require(root.is_dir(), "restore_run", "run", "the folder of a run", got)
+    got = f"{root} without {config.name}"
+    require(config.is_file(), "restore_run", "run", "what `twinflow train` wrote", got)
     settings = read_config(config, {})
     return settings if model is None else replace(settings, pretrained_model_name_or_path=model)
 
@@ -110,12 +110,13 @@ def _checkpoint(root: Path, asked: str | Path, complaints: list[str]) -> tuple[P
     if str(asked) != "latest":
         place = next((path for path in (root / asked, Path(asked)) if path.is_dir()), None)
         if place is None:
-            raise ValueError(f"restored: checkpoint must be latest, one of {root} or a folder, got {str(asked)!r}")
+            wanted = f"latest, one of {root} or a folder"
+            raise ArgumentError("restore_run", "checkpoint", wanted, repr(str(asked)))
         return place, read_checkpoint(place)
     latest = latest_checkpoint(root, complaints)
     if latest is None:
-        found = "; ".join(complaints) or "none"
-        raise ValueError(f"restored: run must have a whole checkpoint, got {found} in {root}")
+        got = f"{'; '.join(complaints) or 'none'} in {root}"
+        raise ArgumentError("restore_run", "run", "a whole checkpoint", got, verb="have")
     return latest, read_files(latest)  # whose bytes have just been compared
 
 
@@ -132,9 +133,6 @@ def _put(student: FlowModel, saved: Any) -> None:
 def _teacher(settings: TrainSettings, student: FlowModel, saved: Any) -> EMATeacher:
     teacher = build_teacher(settings, student)
     assert isinstance(teacher, EMATeacher)  # as `use_ema` is on
-    check_names(saved, {"kind": "", "state": {}}, "teacher")
-    if saved["kind"] != kind_of(teacher):
-        raise ValueError(f"restore: teacher must be {kind_of(teacher)}, got {str(saved['kind'])[:80]}")
-    check_form(saved["state"], teacher.state_dict(), "teacher")
+    check_part(saved, teacher, "teacher")
     teacher.load_state_dict(saved["state"])
     return teacher

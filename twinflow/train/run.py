@@ -16,12 +16,12 @@ from rich.console import Console
 from twinflow.atomic_files import remove_partials, write_file
 from twinflow.distributed import any_rank, on_rank_zero, world
 from twinflow.environment import describe_environment
-from twinflow.errors import ArgumentError
+from twinflow.errors import ArgumentError, require
 from twinflow.train.callbacks import Callbacks, build_callbacks
-from twinflow.train.checkpoint.checkpoint import read_checkpoint, write_checkpoint
-from twinflow.train.checkpoint.files import read_summary
+from twinflow.train.checkpoint.checkpoint import latest_checkpoint, read_checkpoint, read_summary, write_checkpoint
 from twinflow.train.checkpoint.folder_lock import lock_folder, unlock_folder
-from twinflow.train.checkpoint.resume import checkpoint_to_resume
+from twinflow.train.config.describe import changed
+from twinflow.train.config.resolve import read_config
 from twinflow.train.config.run_folder import RunFolder
 from twinflow.train.config.settings import TrainSettings
 from twinflow.train.data.cache import Cache, Entry, held_out
@@ -159,8 +159,8 @@ def _begin(settings: TrainSettings, run: RunFolder, display: Display) -> Path | 
     """Takes the folder, finds the checkpoint to go on from, and writes the config down."""
 
     def take() -> str:
-        if run.root.exists() and not run.root.is_dir():
-            raise ValueError(f"train: output_dir must be a folder, got the file {run.root}")
+        folder = run.root.is_dir() or not run.root.exists()
+        require(folder, "train", "output_dir", "a folder", f"the file {run.root}")
         try:
             lock_folder(run.root)
         except ArgumentError as error:
@@ -180,6 +180,34 @@ def _begin(settings: TrainSettings, run: RunFolder, display: Display) -> Path | 
         display.say(f"warning: {complaint}", style="yellow")
     on_rank_zero("train", write)
     return checkpoint
+
+
+def checkpoint_to_resume(settings: TrainSettings, complaints: list[str]) -> Path | None:
+    """The checkpoint that a run goes on from; None: it begins.
+
+    Args:
+        settings: of the run, as it is asked for now.
+        complaints: gets a line for each newer checkpoint that is damaged.
+
+    Raises:
+        ArgumentError: settings that would make it another run, checkpoints where it is to begin, or no such folder.
+    """
+    run, asked = RunFolder(settings.output_dir), settings.resume_from_checkpoint
+    if asked in ("latest", "no"):
+        found = latest_checkpoint(run.root, complaints if asked == "latest" else None)
+    else:
+        found = Path(asked).expanduser()
+        require(found.is_dir(), "train", "resume_from_checkpoint", "latest, no or a folder", repr(asked))
+        run = RunFolder(found.absolute().parent)
+    if found is not None and asked == "no":
+        wanted, hint = "no checkpoints where resume_from_checkpoint is no", "choose another folder or remove them"
+        raise ArgumentError("train", "output_dir", wanted, found, hint, verb="have")
+    if found is not None and run.config.is_file():
+        differences = changed(read_config(run.config, {}), settings)
+        wanted, got = f"with what it began with in {run.root}", f"other settings: {'; '.join(differences)}"
+        hint = "set them back, or choose another output_dir"
+        require(not differences, "train", "a run", wanted, got, hint, verb="go on")
+    return found
 
 
 def _pipeline(settings: TrainSettings) -> Path:

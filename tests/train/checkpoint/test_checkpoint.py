@@ -14,9 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from twinflow.train.checkpoint import checkpoint
-from twinflow.train.checkpoint import files as checkpoint_files
-from twinflow.train.checkpoint.checkpoint import latest_checkpoint, read_checkpoint, write_checkpoint
-from twinflow.train.checkpoint.files import read_summary
+from twinflow.train.checkpoint.checkpoint import latest_checkpoint, read_checkpoint, read_summary, write_checkpoint
 from twinflow.train.checkpoint.folder_lock import unlock_folder
 
 FILES = ("state.safetensors", "state.json", "checkpoint.json")
@@ -125,7 +123,7 @@ def test_a_strangers_bytes_are_refused_or_read(whole, tmp_path, data, name):
     raw = raw[: data.draw(st.just(len(raw)) | st.integers(0, len(raw)))]
     (copy / name).write_bytes(raw)
     if name != FILES[2]:
-        size, digest = len(raw), checkpoint_files._digest(copy / name)
+        size, digest = len(raw), checkpoint._digest(copy / name)
         summary = json.loads((copy / FILES[2]).read_text())
         summary["files"][name] = {"bytes": size, "sha256": digest}
         (copy / FILES[2]).write_text(json.dumps(summary))
@@ -150,7 +148,7 @@ def full(*args: object, **kwargs: object) -> None:
 
 @pytest.mark.parametrize(
     ("module", "function"),
-    [(checkpoint_files, "save_file"), (Path, "write_text"), (os, "fsync"), (os, "rename"), (Path, "mkdir")],
+    [(checkpoint, "save_file"), (Path, "write_text"), (os, "fsync"), (os, "rename"), (Path, "mkdir")],
 )  # fmt: skip
 def test_a_full_disk_leaves_the_last_one_and_nothing_else(tmp_path, monkeypatch, module, function):
     write_checkpoint(tmp_path, 1, tree_of(1), keep=1)

@@ -77,7 +77,7 @@ def test_a_run_of_few_parts():
     other = torch.nn.Linear(2, 3)
     RunState(other).restore(tree)
     assert torch.equal(student.weight, other.weight)
-    with pytest.raises(ValueError, match="restore: optimizer must be there where one was saved, and only there"):
+    with pytest.raises(ValueError, match="restore: optimizer must be there where it was saved, and only there"):
         RunState(other, optimizer=torch.optim.AdamW(other.parameters())).restore(tree)
     foreign = RunState(other, optimizer=torch.optim.AdamW(student.parameters()))
     with pytest.raises(ValueError, match="RunState: optimizer must train trainable parameters of the student"):

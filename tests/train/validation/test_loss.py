@@ -11,7 +11,7 @@ from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss
 from twinflow.memory.modulation.defer import defer_modulation
 from twinflow.objective.draws import Draws, draw_step
 from twinflow.objective.roles import RoleCounter
-from twinflow.train.checkpoint.random_streams import collect_streams
+from twinflow.train.checkpoint.run_state import collect_streams
 from twinflow.train.config.objective import FLOW_MATCHING
 from twinflow.train.validation import loss as evaluation
 from twinflow.train.validation.loss import Evaluation

@@ -16,7 +16,7 @@ from twinflow import EMATeacher, StudentTeacher
 from twinflow.export import export
 from twinflow.sampling.sampler import SamplerConfig
 from twinflow.scheduler import TwinFlowScheduler
-from twinflow.train.checkpoint.random_streams import collect_streams
+from twinflow.train.checkpoint.run_state import collect_streams
 from twinflow.train.config.run_folder import RunFolder
 from twinflow.train.validation.eval_mode import eval_mode
 from twinflow.train.validation.pipeline_shift import pipeline_shift

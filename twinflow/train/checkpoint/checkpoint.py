@@ -6,22 +6,31 @@ reads and the next write removes.
 """
 
 import errno
+import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 from collections.abc import Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from twinflow.atomic_files import partial_folder, publish_folder, remove_folder, remove_partials
 from twinflow.distributed import on_rank_zero
-from twinflow.train.checkpoint.files import check_files, read_files, read_summary, write_files
+from twinflow.errors import ArgumentError, ArgumentTypeError, require
 from twinflow.train.checkpoint.folder_lock import lock_folder
-from twinflow.train.checkpoint.state_tree import encode
+from twinflow.train.checkpoint.state_tree import MOST_JSON_BYTES, decode, encode
 
+TENSORS, TREE, SUMMARY = "state.safetensors", "state.json", "checkpoint.json"
+MAGIC, VERSION = "twinflow checkpoint", 1
+_MOST_SUMMARY_BYTES = 1_000_000
+_CHUNK_BYTES = 1 << 22
 # `.replaced`: a checkpoint that made room for another of its step, until that is there.
 _NAME = re.compile(r"checkpoint-(\d{6,18})(\.replaced)?")
 _SPARE_BYTES = 1 << 16  # headers, and what a file system takes for itself
@@ -89,8 +98,8 @@ def _latest(folder: Path) -> tuple[str | None, list[str]]:
     for path in _checkpoints(folder):
         try:
             check_files(path)
-            if read_summary(path)["step"] != _step(path):
-                raise ValueError(f"{path} must be of step {_step(path)}, got another in it")
+            alike = read_summary(path)["step"] == _step(path)
+            require(alike, "", str(path), f"of step {_step(path)}", "another in it")
         except ValueError as error:
             complaints.append(f"{path.name} is passed over: {error}")
         else:
@@ -127,14 +136,15 @@ def _write(folder: Path, step: int, tree: Any, keep: int | None, metadata: Mappi
 
 
 def _check(step: int, keep: int | None, metadata: Mapping[str, Any]) -> None:
-    if type(step) is not int or not 0 <= step < 10**18:
-        raise ValueError(f"write_checkpoint: step must be a whole number >= 0, got {step!r}")
-    if keep is not None and (type(keep) is not int or keep < 1):
-        raise ValueError(f"write_checkpoint: keep must be a whole number >= 1 or None, got {keep!r}")
+    counts = type(step) is int and 0 <= step < 10**18
+    require(counts, "write_checkpoint", "step", "a whole number >= 0", repr(step))
+    counts = keep is None or (type(keep) is int and keep >= 1)
+    require(counts, "write_checkpoint", "keep", "a whole number >= 1 or None", repr(keep))
     try:
         json.dumps(dict(metadata), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise TypeError(f"write_checkpoint: metadata must be a mapping of what JSON holds, got {error}") from None
+        wanted = "a mapping of what JSON holds"
+        raise ArgumentTypeError("write_checkpoint", "metadata", wanted, error) from None
 
 
 def _refusal(folder: Path, needed: int, error: Exception) -> OSError:
@@ -187,3 +197,99 @@ def _checkpoints(folder: Path) -> list[Path]:
     """The newest first; one that is about to be replaced after what replaces it."""
     found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
     return sorted(found, key=lambda path: (-_step(path), path.suffix))
+
+
+def write_files(
+    folder: Path, step: int, tensors: dict[str, torch.Tensor], text: str, metadata: Mapping[str, Any]
+) -> None:
+    """Writes the files into a new folder.
+
+    Raises:
+        OSError, SafetensorError: the disk is full, or does not take them.
+    """
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    (folder / TREE).write_text(text)
+    files = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": _digest(folder / name)} for name in (TENSORS, TREE)
+    }
+    summary = {
+        "format": MAGIC, "version": VERSION, "step": step,
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "files": files, "metadata": dict(metadata),
+    }  # fmt: skip
+    (folder / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """The readable part of a checkpoint: step, time, versions, files, and the metadata given to `write_checkpoint`.
+
+    Raises:
+        ArgumentError: it is missing, damaged or of a later version, or a file has another size than it says.
+    """
+    place = str(path / SUMMARY)
+    try:
+        found = json.loads(_bounded(path / SUMMARY, _MOST_SUMMARY_BYTES))
+    except RecursionError:
+        raise ArgumentError("", place, "JSON", "it nested too deeply") from None
+    except ValueError as error:
+        raise ArgumentError("", place, "JSON that can be read", error) from None
+    require(isinstance(found, dict) and found.get("format") == MAGIC, "", place, f"a {MAGIC}", "something else")
+    version, files, step = found.get("version"), found.get("files"), found.get("step")
+    require(type(version) is int and version == VERSION, "", place, f"of version {VERSION}", str(version)[:40])
+    whole = type(step) is int and isinstance(files, dict) and set(files) == {TENSORS, TREE}
+    require(whole, "", place, f"a step and the files {TENSORS} and {TREE}", "others", verb="have")
+    for name, file in files.items():
+        told = isinstance(file, dict) and type(file.get("bytes")) is int and isinstance(file.get("sha256"), str)
+        require(told, "", place, f"bytes and sha256 of {name}", str(file)[:80], verb="have")
+        there = (path / name).is_file() and (path / name).stat().st_size == file["bytes"]
+        require(there, "", str(path / name), f"a file of {file['bytes']} bytes", "none or another")
+    return found
+
+
+def check_files(path: Path) -> None:
+    """Reads a checkpoint's bytes and compares them with their digests.
+
+    Raises:
+        ValueError: they are others, or `read_summary` refuses it.
+    """
+    for name, file in read_summary(path)["files"].items():
+        try:
+            digest = _digest(path / name)
+        except OSError as error:
+            raise ArgumentError("", str(path / name), "a file that can be read", error) from None
+        require(digest == file["sha256"], "", str(path / name), "the bytes that were written", "others", verb="have")
+
+
+def read_files(path: Path) -> Any:
+    """The tree; its tensors are mapped from the file, private to this process, and read when they are used.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    text = _bounded(path / TREE, MOST_JSON_BYTES)
+    try:
+        with safe_open(path / TENSORS, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ArgumentError("", str(path / TENSORS), "a whole safetensors file", error) from None
+    return decode(tensors, text)
+
+
+def _bounded(path: Path, most_bytes: int) -> bytes:
+    try:
+        if not path.is_file():  # nor a pipe, which would wait for a writer
+            raise ValueError("no such file")
+        if path.stat().st_size > most_bytes:
+            raise ValueError(f"{path.stat().st_size} bytes, more than {most_bytes}")
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(str(error)) from None
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

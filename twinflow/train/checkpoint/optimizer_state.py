@@ -5,7 +5,15 @@ from typing import Any
 
 import torch
 
-from twinflow.train.checkpoint.state_checks import check_form, check_names, check_tensor, is_8bit, placed
+from twinflow.errors import require
+from twinflow.train.checkpoint.state_checks import (
+    check_form,
+    check_names,
+    check_tensor,
+    is_8bit,
+    placed,
+    require_saved,
+)
 
 _BLOCK, _MAP_VALUES = 256, 256  # of both libraries' 8-bit states
 _NESTED = "__bnb_optimizer_quant_state__"  # where bitsandbytes' state_dict has its 8-bit parts
@@ -29,26 +37,25 @@ def collect_optimizer(optimizer: torch.optim.Optimizer, trained: Mapping[str, to
 
 
 def check_optimizer(saved: Any, optimizer: torch.optim.Optimizer, trained: Mapping[str, torch.Tensor]) -> None:
-    """Raises ValueError unless a saved state is one that this optimizer can continue from."""
+    """Raises ArgumentError unless a saved state is one that this optimizer can continue from."""
     mine = optimizer.state_dict()
     check_names(saved, {"kind": 0, "parameters": 0, "state_dict": 0}, "optimizer")
-    if saved["kind"] != kind_of(optimizer):
-        raise ValueError(f"restore: optimizer must be {kind_of(optimizer)}, got {saved['kind']!r} in the checkpoint")
-    if saved["parameters"] != _names(optimizer, trained):
-        raise ValueError(
-            "restore: optimizer must train the saved parameters in the saved order, got others in the checkpoint"
-        )
+    kind, parameters = kind_of(optimizer), _names(optimizer, trained)
+    require_saved(saved["kind"] == kind, "optimizer", kind, repr(saved["kind"]))
+    wanted = "the saved parameters in the saved order"
+    require_saved(saved["parameters"] == parameters, "optimizer", wanted, "others", verb="train")
     check_names(saved["state_dict"], mine, "optimizer")
     groups, states = saved["state_dict"]["param_groups"], saved["state_dict"]["state"]
     check_form(groups, mine["param_groups"], "optimizer.param_groups")
-    if [group["params"] for group in groups] != [group["params"] for group in mine["param_groups"]]:
-        raise ValueError("restore: optimizer.param_groups must number the parameters in order, got another numbering")
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    names = [name for group in saved["parameters"] for name in group]
-    if not isinstance(states, dict) or not states.keys() <= set(range(len(parameters))):
-        raise ValueError("restore: optimizer.state must have numbers of parameters, got others in the checkpoint")
+    alike = [group["params"] for group in groups] == [group["params"] for group in mine["param_groups"]]
+    wanted = "the parameters in order"
+    require_saved(alike, "optimizer.param_groups", wanted, "another numbering", verb="number")
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    names = [name for group in parameters for name in group]
+    known = isinstance(states, dict) and states.keys() <= set(range(len(weights)))
+    require_saved(known, "optimizer.state", "numbers of parameters", "others", verb="have")
     for number, state in states.items():
-        _check_state(state, parameters[number], f"optimizer.state of {names[number]}")
+        _check_state(state, weights[number], f"optimizer.state of {names[number]}")
 
 
 def load_optimizer(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
@@ -63,8 +70,8 @@ def load_optimizer(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> N
 def _names(optimizer: torch.optim.Optimizer, trained: Mapping[str, torch.Tensor]) -> list[list[str]]:
     names = {id(parameter): name for name, parameter in trained.items()}
     groups = [[names.get(id(parameter), "") for parameter in group["params"]] for group in optimizer.param_groups]
-    if any("" in group for group in groups):
-        raise ValueError("RunState: optimizer must train trainable parameters of the student, got another one")
+    foreign, wanted = any("" in group for group in groups), "trainable parameters of the student"
+    require(not foreign, "RunState", "optimizer", wanted, "another one", verb="train")
     return groups
 
 
@@ -80,24 +87,21 @@ def _placed_state(state: dict[str, Any], parameter: torch.Tensor) -> dict[str, A
 
 def _check_state(state: Any, parameter: torch.Tensor, path: str) -> None:
     """A parameter's state: sizes that a kernel would trust are those of the parameter."""
-    if not isinstance(state, dict):
-        raise ValueError(f"restore: {path} must be a dict, got {type(state).__name__} in the checkpoint")
+    require_saved(isinstance(state, dict), path, "a dict", type(state).__name__)
     nested = state.get(_NESTED, {})
-    if not isinstance(nested, dict):
-        raise ValueError(f"restore: {path} must have its 8-bit parts in a dict, got {type(nested).__name__}")
+    require_saved(isinstance(nested, dict), path, "its 8-bit parts in a dict", type(nested).__name__, verb="have")
     flat = {str(name): value for name, value in [*state.items(), *nested.items()] if name != _NESTED}
     for name, value in flat.items():
         if name == "step" and type(value) in (int, float):
             continue
         blocks = -(-parameter.numel() // _BLOCK)
         sizes = {"step": (), "qmap": (_MAP_VALUES,), "absmax": (blocks,)}
-        kind = name.rstrip("0123456789")
-        check_tensor(value, sizes.get(kind, tuple(parameter.shape)), None, f"{path}, {name}")
+        kind, place = name.rstrip("0123456789"), f"{path}, {name}"
+        plain = kind in sizes and not is_8bit(value)
+        check_tensor(value, sizes.get(kind, tuple(parameter.shape)), torch.float32 if plain else None, place)
         if is_8bit(value):
-            check_tensor(value.scale, (parameter.numel() // _BLOCK,), torch.float32, f"{path}, {name}")
-        elif kind in sizes and value.dtype != torch.float32:
-            raise ValueError(f"restore: {path}, {name} must be torch.float32, got {value.dtype} in the checkpoint")
-        if not value.is_floating_point() and value.dtype != torch.uint8:
-            raise ValueError(f"restore: {path}, {name} must be floating or 8-bit, got {value.dtype} in the checkpoint")
-        if value.dtype == torch.uint8 and not {f"qmap{name[-1:]}", f"absmax{name[-1:]}"} <= flat.keys():
-            raise ValueError(f"restore: {path}, {name} must come with its map and scales, got it alone")
+            check_tensor(value.scale, (parameter.numel() // _BLOCK,), torch.float32, place)
+        bytewise = value.dtype == torch.uint8
+        require_saved(bytewise or value.is_floating_point(), place, "floating or 8-bit", value.dtype)
+        whole = not bytewise or {f"qmap{name[-1:]}", f"absmax{name[-1:]}"} <= flat.keys()
+        require_saved(whole, place, "with its map and scales", "it alone", verb="come")

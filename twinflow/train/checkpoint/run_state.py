@@ -1,18 +1,31 @@
 """`RunState`: all that a run needs to go on as if it had never stopped."""
 
+import random
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from twinflow.distributed import check_on_all_ranks, gather_bytes, unwrap, world
+from twinflow.errors import ArgumentError, require
 from twinflow.interface import Teacher, trained_parameters
 from twinflow.objective.loss import TwinFlowLoss
 from twinflow.train.checkpoint.optimizer_state import check_optimizer, collect_optimizer, kind_of, load_optimizer
-from twinflow.train.checkpoint.random_streams import check_streams, collect_streams, put_streams
-from twinflow.train.checkpoint.state_checks import check_form, check_names, check_tensor, placed, snapshot
+from twinflow.train.checkpoint.state_checks import (
+    check_form,
+    check_names,
+    check_tensor,
+    placed,
+    require_saved,
+    snapshot,
+)
 from twinflow.train.checkpoint.state_tree import decode, encode
+
+_NUMPY_WORDS = 624
 
 
 @dataclass
@@ -104,17 +117,15 @@ class RunState:
         shared, pieces = tree["shared"], tree["ranks"]
         parts = dict.fromkeys(("student", "teacher", "criterion", "optimizer", "scheduler"))
         check_names(shared, parts, "state")
-        if not isinstance(pieces, list) or len(pieces) != ranks:
-            count = len(pieces) if isinstance(pieces, list) else 0
-            raise ValueError(f"restore: the run must have as many processes as it was saved with, {count}, got {ranks}")
+        count = len(pieces) if isinstance(pieces, list) else 0
+        wanted = f"as many processes as it was saved with, {count}"
+        require(count == ranks, "restore", "the run", wanted, ranks, verb="have")
         own = pieces[rank]
         check_names(own, dict.fromkeys(("streams", "batches", "extra")), "state")
         self._check_shared(shared)
-        if not isinstance(own["extra"], dict):
-            raise ValueError(f"restore: extra must be a dict, got {type(own['extra']).__name__} in the checkpoint")
+        require_saved(isinstance(own["extra"], dict), "extra", "a dict", type(own["extra"]).__name__)
         check_streams(own["streams"], self.generators)
-        if (own["batches"] is None) != (self.batches is None):
-            raise ValueError("restore: batches must be there where their position was saved, and only there")
+        _check_presence(own["batches"], self.batches, "batches")
 
     def _check_shared(self, shared: dict[str, Any]) -> None:
         trained = self._trained()
@@ -123,8 +134,7 @@ class RunState:
             check_tensor(shared["student"][name], parameter.shape, parameter.dtype, f"student {name}")
         for name in ("teacher", "criterion", "scheduler"):
             _check_part(shared[name], getattr(self, name), name)
-        if (shared["optimizer"] is None) != (self.optimizer is None):
-            raise ValueError("restore: optimizer must be there where one was saved, and only there")
+        _check_presence(shared["optimizer"], self.optimizer, "optimizer")
         if self.optimizer is not None:
             check_optimizer(shared["optimizer"], self.optimizer, trained)
 
@@ -133,15 +143,22 @@ def _described(part: Any) -> Any:
     return None if part is None else {"kind": kind_of(part), "state": part.state_dict()}
 
 
+def _check_presence(saved: Any, part: Any, name: str) -> None:
+    got = "one there alone" if part is None else "none"
+    require_saved((saved is None) == (part is None), name, "there where it was saved, and only there", got)
+
+
 def _check_part(saved: Any, part: Any, name: str) -> None:
+    _check_presence(saved, part, name)
+    if part is not None:
+        check_part(saved, part, name)
+
+
+def check_part(saved: Any, part: Any, name: str) -> None:
+    """Raises ArgumentError unless a saved part is one that this part can load."""
     mine = _described(part)
-    if saved is None or mine is None:
-        if saved is not mine:
-            raise ValueError(f"restore: {name} must be there where one was saved, and only there")
-        return
     check_names(saved, mine, name)
-    if saved["kind"] != mine["kind"]:
-        raise ValueError(f"restore: {name} must be {mine['kind']}, got {str(saved['kind'])[:80]} in the checkpoint")
+    require_saved(saved["kind"] == mine["kind"], name, mine["kind"], str(saved["kind"])[:80])
     check_form(saved["state"], mine["state"], name)
 
 
@@ -154,3 +171,57 @@ def _from_all_ranks(own: dict[str, Any]) -> list[Any]:
     tensors, text = encode(own)
     texts = gather_bytes(text.encode())
     return [decode(load(data), text) for data, text in zip(gather_bytes(save(tensors)), texts, strict=True)]
+
+
+def collect_streams(generators: Mapping[str, torch.Generator]) -> dict[str, Any]:
+    """Where all streams stand; of CUDA's that of the current device."""
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "python": random.getstate(),
+        "numpy": np.random.get_state(legacy=False),
+        "generators": {name: generator.get_state() for name, generator in generators.items()},
+    }
+
+
+def check_streams(saved: Any, generators: Mapping[str, torch.Generator]) -> None:
+    """Raises ArgumentError unless these are states that the streams take; tried on others."""
+    check_names(saved, dict.fromkeys(("torch", "cuda", "python", "numpy", "generators")), "random")
+    check_names(saved["generators"], dict(generators), "generators")
+    states: list[tuple[str, Any, Any]] = [("torch", "cpu", saved["torch"])]
+    states += [(f"generators[{name!r}]", g.device, saved["generators"][name]) for name, g in generators.items()]
+    if saved["cuda"] is not None and torch.cuda.is_available():
+        states.append(("cuda", "cuda", saved["cuda"]))
+    for name, device, state in states:
+        _try(name, lambda device=device, state=state: torch.Generator(device).set_state(state))
+    _try("python", lambda: random.Random().setstate(saved["python"]))
+    _try("numpy", lambda: _check_numpy(saved["numpy"]))
+
+
+def put_streams(saved: dict[str, Any], generators: Mapping[str, torch.Generator]) -> None:
+    """Continues from checked states."""
+    for name, generator in generators.items():
+        generator.set_state(saved["generators"][name].clone())
+    torch.set_rng_state(saved["torch"].clone())
+    if saved["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(saved["cuda"].clone())
+    elif saved["cuda"] is not None:
+        warnings.warn("restore: the run was saved on a GPU and goes on without; its steps will differ", stacklevel=3)
+    random.setstate(saved["python"])
+    np.random.set_state(saved["numpy"])
+
+
+def _try(name: str, change: Any) -> None:
+    try:
+        change()
+    except Exception as error:  # each library refuses in its own way
+        got = f"a refusal: {error}"
+        raise ArgumentError("restore", f"random stream {name}", "its saved state", got, verb="take") from None
+
+
+def _check_numpy(state: Any) -> None:
+    key, position = np.asarray(state["state"]["key"]), state["state"]["pos"]
+    check_tensor(torch.from_numpy(key.copy()), (_NUMPY_WORDS,), torch.uint32, "numpy")
+    if type(position) is not int or not 0 <= position <= _NUMPY_WORDS:  # numpy would read past its memory
+        raise ValueError(f"position {position}")
+    np.random.RandomState().set_state(state)

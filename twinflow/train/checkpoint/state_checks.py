@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from twinflow.errors import require
+
 
 def snapshot(tree: Any, keep: bool = True) -> Any:
     """A tree's copy on the CPU, sharded tensors gathered; every rank must call it with the same tree.
@@ -23,10 +25,8 @@ def snapshot(tree: Any, keep: bool = True) -> Any:
     if not isinstance(tree, torch.Tensor):
         return tree
     if isinstance(tree, DTensor):
-        if is_8bit(tree.to_local()):
-            raise ValueError(
-                "collect: optimizer must keep plain tensors where parameters are sharded, got 8-bit states"
-            )
+        wanted = "plain tensors where parameters are sharded"
+        require(not is_8bit(tree.to_local()), "collect", "optimizer", wanted, "8-bit states", verb="keep")
         tree = tree.full_tensor()
     return copied(tree, torch.device("cpu")) if keep else None
 
@@ -58,8 +58,13 @@ def placed(saved: Any, like: Any) -> Any:
     return copied(saved) if isinstance(saved, torch.Tensor) else saved
 
 
+def require_saved(condition: object, path: str, wanted: str, got: object, hint: str = "", verb: str = "be") -> None:
+    """Raises ArgumentError unless what the checkpoint has at a path is as wanted; arguments as for `require`."""
+    require(condition, "restore", path, wanted, f"{got} in the checkpoint", hint, verb)
+
+
 def check_form(saved: Any, mine: Any, path: str) -> None:
-    """Raises ValueError, naming the first difference, unless saved values have the form of this run's own."""
+    """Raises ArgumentError, naming the first difference, unless saved values have the form of this run's own."""
     if isinstance(mine, torch.Tensor):
         check_tensor(saved, mine.shape, mine.dtype, path)
     elif isinstance(mine, dict):
@@ -67,38 +72,27 @@ def check_form(saved: Any, mine: Any, path: str) -> None:
         for key, value in mine.items():
             check_form(saved[key], value, f"{path}[{key!r}]")
     elif isinstance(mine, (list, tuple)):
-        if type(saved) is not type(mine) or len(saved) != len(mine):
-            raise ValueError(f"restore: {path} must be {len(mine)} values, got {str(saved)[:80]} in the checkpoint")
+        alike = type(saved) is type(mine) and len(saved) == len(mine)
+        require_saved(alike, path, f"{len(mine)} values", str(saved)[:80])
         for number, value in enumerate(mine):
             check_form(saved[number], value, f"{path}[{number}]")
     else:
-        number = type(mine) in (int, float) and type(saved) in (int, float)
-        if type(saved) is not type(mine) and not number:
-            wanted, got = type(mine).__name__, type(saved).__name__
-            raise ValueError(f"restore: {path} must be of type {wanted}, got {got} in the checkpoint")
+        alike = type(saved) is type(mine) or {type(saved), type(mine)} <= {int, float}
+        require_saved(alike, path, f"of type {type(mine).__name__}", type(saved).__name__)
 
 
 def check_names(saved: Any, mine: dict[Any, Any], path: str) -> None:
-    """Raises ValueError unless a saved value is a dict with this run's keys."""
-    if not isinstance(saved, dict):
-        raise ValueError(f"restore: {path} must be a dict, got {type(saved).__name__} in the checkpoint")
+    """Raises ArgumentError unless a saved value is a dict with this run's keys."""
+    require_saved(isinstance(saved, dict), path, "a dict", type(saved).__name__)
     more, less = sorted(map(str, saved.keys() - mine.keys())), sorted(map(str, mine.keys() - saved.keys()))
-    if more or less:
-        there, here = ", ".join(more[:3]) or "none", ", ".join(less[:3]) or "none"
-        raise ValueError(
-            f"restore: {path} must have the names that were saved, got a difference: only in the checkpoint {there}; "
-            f"only in this run {here}"
-        )
+    there, here = ", ".join(more[:3]) or "none", ", ".join(less[:3]) or "none"
+    got = f"a difference: only in the checkpoint {there}; only in this run {here}"
+    require(not more and not less, "restore", path, "the names that were saved", got, verb="have")
 
 
 def check_tensor(saved: Any, shape: tuple[int, ...], dtype: torch.dtype | None, path: str) -> None:
-    """Raises ValueError unless a saved value is a tensor of this shape and dtype (None: any)."""
-    if not isinstance(saved, torch.Tensor):
-        raise ValueError(f"restore: {path} must be a tensor, got {type(saved).__name__} in the checkpoint")
-    if tuple(saved.shape) != tuple(shape):
-        raise ValueError(
-            f"restore: {path} must be of shape {tuple(shape)}, got {tuple(saved.shape)} in the checkpoint: it is of "
-            "another model or rank"
-        )
-    if dtype is not None and saved.dtype != dtype:
-        raise ValueError(f"restore: {path} must be {dtype}, got {saved.dtype} in the checkpoint")
+    """Raises ArgumentError unless a saved value is a tensor of this shape and dtype (None: any)."""
+    require_saved(isinstance(saved, torch.Tensor), path, "a tensor", type(saved).__name__)
+    wanted, got = tuple(shape), tuple(saved.shape)
+    require_saved(got == wanted, path, f"of shape {wanted}", got, "it is of another model or rank")
+    require_saved(dtype in (None, saved.dtype), path, str(dtype), saved.dtype)

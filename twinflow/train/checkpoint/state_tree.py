@@ -7,6 +7,7 @@ Everything else is an object of one key that says what it is: `{"tuple": [...]}`
 
 import json
 import math
+import re
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -16,20 +17,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from twinflow.train.checkpoint.state_leaves import (
-    as_bytes,
-    as_device,
-    as_dtype,
-    as_float,
-    as_int,
-    refusal,
-    torchao_state,
-)
+from twinflow.errors import ArgumentError, ArgumentTypeError, require
+from twinflow.memory.quantised_linear import load_library
 
 MAGIC, VERSION = "twinflow state", 1
 MOST_DEPTH = 64  # of nested containers
 MOST_JSON_BYTES = 1 << 28
 _PLAIN_BITS = 53  # integers that every reader of JSON keeps
+_HEX = re.compile(r"-?0x[0-9a-f]+")
+_MAP_VALUES = 256
 _PARTS = ("codes", "scale", "qmap")  # of torchao's OptimState8bit
 # Those of safetensors; complex numbers are stored as pairs of floats.
 _STORED = (
@@ -73,23 +69,22 @@ def decode(tensors: Mapping[str, torch.Tensor], json_text: str | bytes) -> Any:
     Raises:
         ValueError: the text is none that `encode` writes, or the tensors are others than it names.
     """
-    if len(json_text) > MOST_JSON_BYTES:
-        raise ValueError(f"decode: json_text must be of at most {MOST_JSON_BYTES} bytes, got {len(json_text)}")
+    size, where = len(json_text), ("decode", "json_text")
+    require(size <= MOST_JSON_BYTES, *where, f"of at most {MOST_JSON_BYTES} bytes", size)
     try:
         found = json.loads(json_text, parse_constant=_refuse_constant)
     except RecursionError:
-        raise ValueError("decode: json_text must be nested at most 64 deep, got it nested too deeply") from None
+        raise ArgumentError(*where, "nested at most 64 deep", "it nested too deeply") from None
     except ValueError as error:
-        raise ValueError(f"decode: json_text must be JSON, got text that cannot be read: {error}") from None
-    if not isinstance(found, dict) or found.get("format") != MAGIC or set(found) != {"format", "version", "tree"}:
-        raise ValueError(f"decode: json_text must be a {MAGIC}, got something else")
-    if found["version"] is True or found["version"] != VERSION:
-        raise ValueError(f"decode: json_text must be of version {VERSION}, got {str(found['version'])[:40]}")
+        raise ArgumentError(*where, "JSON", f"text that cannot be read: {error}") from None
+    ours = isinstance(found, dict) and found.get("format") == MAGIC and set(found) == {"format", "version", "tree"}
+    require(ours, *where, f"a {MAGIC}", "something else")
+    version = found["version"]
+    require(version is not True and version == VERSION, *where, f"of version {VERSION}", str(version)[:40])
     decoder = _Decoder(tensors)
     tree = decoder.value(found["tree"], "tree", 0)
-    unused = sorted(set(tensors) - decoder.used)
-    if unused:
-        raise ValueError(f"decode: tensors must be those that the text names, got {unused[0][:80]!r} beside them")
+    for unused in sorted(set(tensors) - decoder.used):
+        raise ArgumentError("decode", "tensors", "those that the text names", f"{unused[:80]!r} beside them")
     return tree
 
 
@@ -103,8 +98,8 @@ class _Encoder:
         self._memories: set[int] = set()
 
     def node(self, value: Any, path: str, depth: int) -> Any:
-        if depth > MOST_DEPTH:
-            raise ValueError(f"encode: tree must be nested at most {MOST_DEPTH} deep, got more at {path[:80]}...")
+        wanted = f"nested at most {MOST_DEPTH} deep"
+        require(depth <= MOST_DEPTH, "encode", "tree", wanted, f"more at {path[:80]}...")
         kind = type(value)
         if value is None or kind in (bool, str):
             return value
@@ -127,7 +122,7 @@ class _Encoder:
 
     def pair(self, key: Any, value: Any, path: str, depth: int) -> list[Any]:
         if type(key) not in (str, int):
-            raise TypeError(f"encode: {path} must have str and int keys, got {type(key).__name__}")
+            raise ArgumentTypeError("encode", path, "str and int keys", type(key).__name__, verb="have")
         return [self.node(key, path, depth), self.node(value, f"{path}[{key!r}]", depth + 1)]
 
     def array(self, value: Any, path: str) -> Any:
@@ -137,18 +132,18 @@ class _Encoder:
                 return {"complex": self.stored(torch.view_as_real(plain), path)}
             if plain.dtype in _STORED:
                 return {"tensor": self.stored(plain, path)}
-            raise TypeError(f"encode: {path} must be of a dtype that safetensors has, got {plain.dtype}")
+            raise ArgumentTypeError("encode", path, "of a dtype that safetensors has", plain.dtype)
         if type(value) is np.ndarray:
             try:
                 return {"array": self.stored(torch.from_numpy(np.array(value, order="C")), path)}
             except (TypeError, ValueError):
-                raise TypeError(f"encode: {path} must be an array of native numbers, got {value.dtype}") from None
+                raise ArgumentTypeError("encode", path, "an array of native numbers", value.dtype) from None
         if _is_torchao(value):
             parts = [self.stored(getattr(value, part), f"{path}.{part}") for part in _PARTS]
             dtype = str(value.dtype).removeprefix("torch.")
             return {"torchao 8-bit": [*parts, bool(value.signed), dtype]}
         what = f"{type(value).__module__}.{type(value).__qualname__}"
-        raise TypeError(f"encode: {path} must be a plain value or a dense tensor with data, got {what}")
+        raise ArgumentTypeError("encode", path, "a plain value or a dense tensor with data", what)
 
     def stored(self, tensor: torch.Tensor, path: str) -> str:
         """The name that a tensor is stored under: its path, and a number where that is taken."""
@@ -179,8 +174,7 @@ class _Decoder:
         }  # fmt: skip
 
     def value(self, node: Any, path: str, depth: int) -> Any:
-        if depth > MOST_DEPTH:
-            raise ValueError(f"decode: json_text must be nested at most {MOST_DEPTH} deep, got more")
+        require(depth <= MOST_DEPTH, "decode", "json_text", f"nested at most {MOST_DEPTH} deep", "more")
         if isinstance(node, list):
             return [self.value(item, f"{path}[{number}]", depth + 1) for number, item in enumerate(node)]
         if not isinstance(node, dict):
@@ -190,41 +184,103 @@ class _Decoder:
             return tuple(self.value(inner, path, depth))
         if kind == "dict" and len(node) == 1 and isinstance(inner, list):
             return self.mapping(inner, path, depth)
-        if kind not in self.kinds or len(node) != 1:
-            raise refusal(path, "a known kind of value", kind)
+        _check(kind in self.kinds and len(node) == 1, path, "a known kind of value", kind)
         return self.kinds[kind](inner, path)
 
     def mapping(self, pairs: list[Any], path: str, depth: int) -> dict[Any, Any]:
         found: dict[Any, Any] = {}
         for pair in pairs:
-            if not isinstance(pair, list) or len(pair) != 2:
-                raise refusal(path, "a dict of pairs", pair)
+            _check(isinstance(pair, list) and len(pair) == 2, path, "a dict of pairs", pair)
             key = self.value(pair[0], path, depth + 1)
-            if type(key) not in (str, int) or key in found:
-                raise refusal(path, "a dict of different str and int keys", key)
+            new = type(key) in (str, int) and key not in found
+            _check(new, path, "a dict of different str and int keys", key)
             found[key] = self.value(pair[1], f"{path}[{key!r}]", depth + 1)
         return found
 
     def tensor(self, name: Any, path: str) -> torch.Tensor:
-        if not isinstance(name, str) or name not in self.tensors or name in self.used:
-            raise refusal(path, "a tensor of its own that is there", name)
+        own = isinstance(name, str) and name in self.tensors and name not in self.used
+        _check(own, path, "a tensor of its own that is there", name)
         self.used.add(name)
         return self.tensors[name]
 
     def complex(self, name: Any, path: str) -> torch.Tensor:
         pairs = self.tensor(name, path)
-        if pairs.dtype not in _PAIRS or pairs.ndim == 0 or pairs.shape[-1] != 2:
-            raise refusal(path, "complex numbers in pairs", f"{pairs.dtype} {tuple(pairs.shape)}")
+        paired = pairs.dtype in _PAIRS and pairs.ndim > 0 and pairs.shape[-1] == 2
+        _check(paired, path, "complex numbers in pairs", f"{pairs.dtype} {tuple(pairs.shape)}")
         return torch.view_as_complex(pairs.contiguous())
 
     def array(self, name: Any, path: str) -> np.ndarray:
         try:
             return self.tensor(name, path).numpy()
         except TypeError:
-            raise refusal(path, "an array of a dtype of numpy", self.tensors[name].dtype) from None
+            raise _refusal(path, "an array of a dtype of numpy", self.tensors[name].dtype) from None
 
     def torchao(self, node: Any, path: str) -> Any:
-        if not isinstance(node, list) or len(node) != 5 or type(node[3]) is not bool:
-            raise refusal(path, "a state in three parts", node)
+        whole = isinstance(node, list) and len(node) == 5 and type(node[3]) is bool
+        _check(whole, path, "a state in three parts", node)
         codes, scale, qmap = (self.tensor(name, path) for name in node[:3])
         return torchao_state(codes, scale, qmap, node[3], as_dtype(node[4], path), path)
+
+
+def as_int(text: Any, path: str) -> int:
+    """A hexadecimal integer of any length."""
+    _check(isinstance(text, str) and _HEX.fullmatch(text), path, "a hexadecimal integer", text)
+    return int(text, 16)
+
+
+def as_float(text: Any, path: str) -> float:
+    """A float by its eight bytes."""
+    raw = as_bytes(text, path)
+    _check(len(raw) == 8, path, "a float of 8 bytes", text)
+    return float(struct.unpack(">d", raw)[0])
+
+
+def as_bytes(text: Any, path: str) -> bytes:
+    """Bytes by their hexadecimal digits."""
+    try:
+        return bytes.fromhex(text)
+    except (TypeError, ValueError):
+        raise _refusal(path, "hexadecimal bytes", text) from None
+
+
+def as_dtype(name: Any, path: str) -> torch.dtype:
+    """A dtype by its name in torch."""
+    found: Any = getattr(torch, name, None) if isinstance(name, str) and name.isascii() else None
+    _check(isinstance(found, torch.dtype), path, "a dtype of torch", name)
+    return found
+
+
+def as_device(name: Any, path: str) -> torch.device:
+    """A device by its name."""
+    try:
+        return torch.device(name if isinstance(name, str) else "")
+    except RuntimeError:
+        raise _refusal(path, "a device of torch", name) from None
+
+
+def _refusal(path: str, wanted: str, got: Any) -> ArgumentError:
+    """The error that names a place in the tree."""
+    return ArgumentError("decode", path[:200], wanted, repr(str(got)[:80]))
+
+
+def _check(condition: object, path: str, wanted: str, got: Any) -> None:
+    if not condition:
+        raise _refusal(path, wanted, got)
+
+
+def torchao_state(
+    codes: torch.Tensor, scale: torch.Tensor, qmap: torch.Tensor, signed: bool, dtype: torch.dtype, path: str
+) -> Any:
+    """An `OptimState8bit`: codes of any shape, a float32 scale per block of them, and the 256 values of the codes."""
+    whole = codes.dtype == torch.uint8 and scale.dtype == qmap.dtype == torch.float32
+    whole = whole and scale.ndim == 1 and tuple(qmap.shape) == (_MAP_VALUES,) and dtype.is_floating_point
+    _check(whole, path, "codes, scales and a map of 256 values", [codes.dtype, tuple(scale.shape), dtype])
+    even = len(scale) and codes.numel() and codes.numel() % len(scale) == 0
+    _check(even, path, "codes in blocks of one size", [codes.numel(), len(scale)])
+    try:
+        load_library("torchao", "decode")
+    except ImportError as error:
+        raise _refusal(path, "a state of torchao, which can be imported", error) from None
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    return OptimState8bit(codes, scale, qmap, signed, dtype)
