@@ -206,5 +206,7 @@ def overlaps(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _span_bytes(x: torch.Tensor) -> int:
+    if x.is_contiguous():
+        return x.numel() * x.element_size()
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return (last + 1) * x.element_size()

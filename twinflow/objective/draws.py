@@ -40,11 +40,16 @@ class Draws:
 
     def rows_of(self, role: str) -> tuple[int, ...]:
         """The rows with a role."""
-        return tuple(np.flatnonzero(self.mask(role)).tolist())
+        return _rows_of(tuple(self.roles or ()), role)
 
     def mask(self, role: str) -> np.ndarray:
         """(B,) booleans, read-only: which rows have a role; no rows for `all_terms`."""
         return _mask(tuple(self.roles or ()), role)
+
+
+@lru_cache(maxsize=64)
+def _rows_of(roles: tuple[str, ...], role: str) -> tuple[int, ...]:
+    return tuple(row for row, name in enumerate(roles) if name == role)
 
 
 @lru_cache(maxsize=64)

@@ -260,7 +260,8 @@ class TwinFlowLoss:
         if update_teacher and teacher is not None:
             teacher.update()
         loss, terms = _run_step(Step(config, inputs, plan, coefficients), backward)
-        self._roles.take(dealt)
+        if dealt:
+            self._roles.take(dealt)
         return TwinFlowOutput(loss, terms, draws)
 
 

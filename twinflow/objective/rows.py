@@ -1,6 +1,7 @@
 """Rows of tensors and of conditions: a condition is any pytree whose tensor leaves have a batch axis in front."""
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ class RowSelector:
         device = self.device if device is None else device
         index = self._indices.get((rows, device))
         if index is None:
-            index = torch.from_numpy(np.array(rows, dtype=np.int64))  # torch.tensor costs twice as much
+            index = torch.from_numpy(_index(rows))  # torch.tensor costs twice as much
             index = index if device.type == "cpu" else index.to(device, non_blocking=True)
             self._indices[rows, device] = index
         return index
@@ -64,6 +65,11 @@ class RowSelector:
         if type(condition) is dict:  # most conditions are: a pytree's walk costs the host ten times as much
             return {name: self.take_condition(value, rows) for name, value in condition.items()}
         return pytree.tree_map_only(torch.Tensor, lambda leaf: self.take(leaf, rows), condition)
+
+
+@lru_cache(maxsize=256)  # roles come round again, step after step
+def _index(rows: Rows) -> np.ndarray:
+    return np.array(rows, dtype=np.int64)
 
 
 def concatenate(conditions: Sequence[Any]) -> Any:
