@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from twinflow.errors import ArgumentError, require
+
 _DECLARED = ("_repeated_blocks", "_no_split_modules")  # where a diffusers class names its blocks' classes
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")  # what compiled and checkpointed modules hold
 _UNET_STAGES = ("down_blocks", "mid_block", "up_blocks")
@@ -33,10 +35,9 @@ def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
     if not inner:
         lack = f"none of the {', '.join(sorted(wanted))} that it names" if wanted else "no class that names its blocks"
         held_types = sorted({type(m).__name__ for held in lists.values() for m in held})
-        raise ValueError(
-            f"repeated_blocks: model must hold repeated blocks in lists, got {type(model).__name__} with {lack} (its "
-            f"lists hold: {', '.join(held_types) or 'nothing'}); give the blocks themselves, or their names"
-        )
+        got = f"{type(model).__name__} with {lack} (its lists hold: {', '.join(held_types) or 'nothing'})"
+        hint = "give the blocks themselves, or their names"
+        raise ArgumentError("repeated_blocks", "model", "repeated blocks in lists", got, hint, verb="hold")
     return dict(sorted(inner.items(), key=lambda item: _unet_place(item[0])))
 
 
@@ -53,12 +54,11 @@ def named_blocks(model: nn.Module, blocks: Sequence[str | nn.Module], where: str
         name = block if isinstance(block, str) else names.get(id(block))
         if name is None or name not in by_name:
             got = repr(block) if isinstance(block, str) else f"another {type(block).__name__}"
-            raise ValueError(f"{where}: blocks must be modules of the model or their names, got {got}")
-        if any(name == n or _is_inside(name, n) or _is_inside(n, name) for n in chosen):
-            raise ValueError(f"{where}: blocks must be apart from one another, got {name!r} twice or inside another")
+            raise ArgumentError(where, "blocks", "modules of the model or their names", got)
+        apart = not any(name == n or _is_inside(name, n) or _is_inside(n, name) for n in chosen)
+        require(apart, where, "blocks", "apart from one another", f"{name!r} twice or inside another")
         chosen[name] = by_name[name]
-    if not chosen:
-        raise ValueError(f"{where}: blocks must name one block or more, got none")
+    require(chosen, where, "blocks", "one block or more", "none", verb="name")
     return chosen
 
 

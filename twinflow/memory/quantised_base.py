@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from twinflow.errors import ArgumentError, require, require_type
 from twinflow.memory.blocks import repeated_blocks
 from twinflow.memory.quantised_linear import LIBRARIES, PackedWeight, load_library, pack
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_INSTEAD = "load it in bf16 and let quantise_base pack it"
 
 
 @dataclass(frozen=True)
@@ -66,17 +66,12 @@ def quantise_base(
             forward is replaced, or weights that are quantised already, sharded, on meta or of another dtype; nothing
             is then changed.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"quantise_base: model must be an nn.Module, got {type(model).__name__}")
-    if form not in LIBRARIES:
-        raise ValueError(f"quantise_base: form must be one of {', '.join(LIBRARIES)}, got {form!r}")
+    require_type(isinstance(model, nn.Module), "quantise_base", "model", "an nn.Module", type(model).__name__)
+    require(form in LIBRARIES, "quantise_base", "form", f"one of {', '.join(LIBRARIES)}", repr(form))
     _check_skip(model, skip)
     layers = {name: layer for name, layer in _frozen(model) if name.removesuffix(".base_layer") not in _plain(skip)}
-    if not layers:
-        raise ValueError(
-            "quantise_base: model must have a frozen linear layer in its repeated blocks that is not skipped, got "
-            "none; the base must be frozen: add a LoRA first"
-        )
+    wanted = "a frozen linear layer in its repeated blocks that is not skipped"
+    require(layers, "quantise_base", "model", wanted, "none", "freeze the base: add a LoRA first", verb="have")
     for name, layer in layers.items():
         _check_layer(name, layer)
     load_library(LIBRARIES[form], "quantise_base")
@@ -104,12 +99,11 @@ def _plain(names: Collection[str]) -> set[str]:
 
 
 def _check_skip(model: nn.Module, skip: Collection[str]) -> None:
-    if isinstance(skip, str):
-        raise TypeError(f"quantise_base: skip must be a collection of names, got {skip!r}")
+    require_type(not isinstance(skip, str), "quantise_base", "skip", "a collection of names", repr(skip))
     linear = _plain([name for name, module in model.named_modules() if isinstance(module, nn.Linear)])
     unknown = sorted(_plain(skip) - linear)
     if unknown:
-        raise ValueError(f"quantise_base: skip must name linear layers of the model, got {unknown[0]!r}")
+        raise ArgumentError("quantise_base", "skip", "linear layers of the model", repr(unknown[0]), verb="name")
 
 
 def _frozen(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
@@ -141,28 +135,23 @@ def _refuse_quantised(name: str, module: nn.Module) -> None:
     if not isinstance(weight, torch.Tensor) or isinstance(weight, DTensor):
         return
     if isinstance(weight, PackedWeight):
-        form = weight.packing.form
-        raise ValueError(f"quantise_base: model must be quantised once, got {name} in {form} already; load it again")
+        got = f"{name} in {weight.packing.form} already"
+        raise ArgumentError("quantise_base", "model", "quantised once", got, "load it again")
     if type(weight) in (nn.Parameter, torch.Tensor) and weight.is_floating_point() and weight.element_size() > 1:
         return
     origins = [type(part).__module__.partition(".")[0] for part in (weight, module)]
     origin = next((origin for origin in origins if origin != "torch"), f"its owner, as {weight.dtype}")
-    raise ValueError(
-        f"quantise_base: model must have plain floating weights, got {name} quantised by {origin} "
-        f"({type(weight).__name__} in {type(module).__name__}); {_INSTEAD}"
-    )
+    got = f"{name} quantised by {origin} ({type(weight).__name__} in {type(module).__name__})"
+    hint = "load it in bf16 and let quantise_base pack it"
+    raise ArgumentError("quantise_base", "model", "plain floating weights", got, hint, verb="have")
 
 
 def _check_layer(name: str, layer: nn.Linear) -> None:
     weight = layer.weight
-    if "forward" in vars(layer):
-        raise ValueError(
-            f"quantise_base: layers must run their own forward, got {name} with another's, as that of deferred "
-            "modulation or of accelerate's hooks; name it in skip, or quantise before"
-        )
-    if isinstance(weight, DTensor):
-        raise ValueError(f"quantise_base: model must hold whole weights, got {name} sharded; quantise before sharding")
-    if weight.is_meta:
-        raise ValueError(f"quantise_base: model must hold its weights, got {name} on the meta device; load them first")
-    if weight.dtype not in _DTYPES:
-        raise ValueError(f"quantise_base: weights must be float32, bfloat16 or float16, got {name} in {weight.dtype}")
+    for wrong, wanted, got, hint in (
+        ("forward" in vars(layer), "its own forward", "another, as of deferred modulation", "name it in skip"),
+        (isinstance(weight, DTensor), "a whole weight", "a sharded one", "quantise before sharding"),
+        (weight.is_meta, "a weight with values", "one on the meta device", "load it first"),
+        (weight.dtype not in _DTYPES, "a weight in float32, bfloat16 or float16", f"{weight.dtype}", ""),
+    ):
+        require(not wrong, "quantise_base", name, wanted, got, hint, verb="have")

@@ -3,13 +3,14 @@
 import functools
 from collections.abc import Callable, Sequence
 from types import CodeType, FunctionType, MethodType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from twinflow.errors import ArgumentError, require
 from twinflow.memory.blocks import (
     adapter_rank,
     checkpoint_switches,
@@ -81,15 +82,11 @@ def selective_recompute(
     switches = checkpoint_switches(model)
     _refuse_switched(switches)
     for name, block in chosen.items():
-        wrapper = checkpoint_wrapped(model, name)
+        wrapper, before = checkpoint_wrapped(model, name), _attached(block)
         if wrapper is not None:
-            raise ValueError(
-                "selective_recompute: model must have its own gradient checkpointing off, got a CheckpointWrapper at "
-                f"{wrapper}; attach to the model without it"
-            )
-        before = _attached(block)
-        if before is not None and before.active:
-            raise ValueError(f"selective_recompute: blocks must be without it yet, got {name}; remove() it first")
+            _refuse_other(f"a CheckpointWrapper at {wrapper}", "attach to the model without it")
+        fresh = before is None or not before.active
+        require(fresh, "selective_recompute", "blocks", "without it yet", name, "remove() it first")
     codes: _Codes = {}
     given = zip(chosen.items(), levels, strict=True)
     return SelectiveRecompute({name: _Forward(name, block, level, switches, codes) for (name, block), level in given})
@@ -98,20 +95,20 @@ def selective_recompute(
 def _levels(saved: str | Sequence[str], count: int) -> list[str]:
     levels = [saved] * count if isinstance(saved, str) else list(saved)
     for level in levels:
-        if level not in SAVED:
-            raise ValueError(f"selective_recompute: saved must be of {', '.join(SAVED)}, got {level!r}")
-    if len(levels) != count:
-        raise ValueError(f"selective_recompute: saved must be one level or {count}, one a block, got {len(levels)}")
+        require(level in SAVED, "selective_recompute", "saved", f"of {', '.join(SAVED)}", repr(level))
+    wanted = f"one level or {count}, one a block"
+    require(len(levels) == count, "selective_recompute", "saved", wanted, len(levels))
     return levels
+
+
+def _refuse_other(got: str, hint: str) -> NoReturn:
+    raise ArgumentError("selective_recompute", "model", "its own gradient checkpointing off", got, hint, verb="have")
 
 
 def _refuse_switched(switches: list[nn.Module]) -> None:
     for module in switches:
         if module.gradient_checkpointing:
-            raise ValueError(
-                "selective_recompute: model must have its own gradient checkpointing off, got it on; call "
-                "disable_gradient_checkpointing() first"
-            )
+            _refuse_other("it on", "call disable_gradient_checkpointing() first")
 
 
 class _Forward:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from twinflow.distributed import unwrap
+from twinflow.errors import ArgumentError, ArgumentTypeError, require
 from twinflow.memory.modulation.layers import activation_before, deferrable_layers
 from twinflow.memory.modulation.patches import hide_from_ddp, passed_on, refuse_moves, replace_forward, sliced
 from twinflow.memory.modulation.step import DeferredStep, Entry, connect
@@ -106,10 +107,8 @@ class DeferredModulation:
         network = self._student.network
         for name, layer in self.layers.items():
             if network.get_submodule(name) is not layer or layer.weight.requires_grad:
-                raise ValueError(
-                    f"defer_modulation: {name} must stay frozen and without adapter while it is deferred, got it "
-                    "changed; remove() the deferral first"
-                )
+                hint = "remove() the deferral first"
+                raise ArgumentError("defer_modulation", name, "frozen and without adapter", "it changed", hint, "stay")
         self._step = DeferredStep(self.table, plan)
 
     @contextmanager
@@ -141,10 +140,8 @@ class DeferredModulation:
 
     def _announce(self, call: NetworkCall | None) -> None:
         if self._announced is not None and not self._captured:
-            raise ValueError(
-                f"defer_modulation: the {self._announced.who} must compute with the model whose modulation is deferred "
-                "or a copy made since, got another; make the teacher after deferring"
-            )
+            wanted, hint = "the deferred model or a copy made since", "make the teacher after deferring"
+            raise ArgumentError("defer_modulation", f"the {self._announced.who}", wanted, "another", hint)
         self._announced, self._captured = call, 0
 
     def _embedded(self, source: nn.Module, args: Any, embedding: torch.Tensor) -> torch.Tensor:
@@ -206,10 +203,9 @@ def defer_modulation(
     """
     model = unwrap(student)
     if not isinstance(model, FlowModel):
-        raise TypeError(f"defer_modulation: student must be from twinflow.models.load, got {type(model).__name__}")
-    where = _checked_device(model, device)
-    if model.deferral is not None:
-        raise ValueError("defer_modulation: student must not be deferred yet, got one that is; remove() that first")
+        raise ArgumentTypeError("defer_modulation", "student", "from twinflow.models.load", type(model).__name__)
+    where, fresh = _checked_device(model, device), model.deferral is None
+    require(fresh, "defer_modulation", "student", "without it yet", "one that is deferred", "remove() that first")
     layers = deferrable_layers(model)
     attached = DeferredModulation(model, layers, where, pin_memory)
     try:
@@ -223,10 +219,8 @@ def defer_modulation(
 def _checked_device(model: FlowModel, device: torch.device | str | None) -> torch.device:
     here = next(model.parameters()).device
     found = here if device is None else torch.device(device)
-    if found.type not in DEVICES and found != here:
-        raise ValueError(
-            f"defer_modulation: device must be {' or '.join(DEVICES)} where the student has data, got {found}"
-        )
+    known, wanted = found.type in DEVICES or found == here, f"{' or '.join(DEVICES)} where the student has data"
+    require(known, "defer_modulation", "device", wanted, found)
     if found.type == "cuda" and found.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return found

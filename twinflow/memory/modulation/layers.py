@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from twinflow.errors import ArgumentError, require
 from twinflow.memory.quantised_linear import PackedWeight
 from twinflow.models import FlowModel
 
@@ -18,33 +19,25 @@ def deferrable_layers(model: FlowModel) -> dict[str, nn.Linear]:
         ValueError: there are none, or they are not plain, frozen and whole.
     """
     layers: dict[str, Any] = model.modulation_layers()
-    if not layers:
-        raise ValueError(
-            f"defer_modulation: student must have modulation layers that read its time embedding, got {model.family} "
-            "without any: there is nothing to defer"
-        )
-    if getattr(model.config, "zero_cond_t", False):
-        raise ValueError("defer_modulation: student must have one time embedding a row, got an edit model with two")
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        raise ValueError("defer_modulation: student must be whole on its device, got a sharded model")
-    if any(p.requires_grad for layer in layers.values() for p in layer.parameters()):
-        trained = [n for n, layer in layers.items() if any(p.requires_grad for p in layer.parameters())]
-        raise ValueError(
-            f"defer_modulation: modulation must be frozen, got training of {_named(trained)}; leave these layers out "
-            "of the LoRA's targets (or freeze them), or do without deferring"
-        )
+    where, wanted = "defer_modulation", "modulation layers that read its time embedding"
+    require(layers, where, "student", wanted, f"{model.family} without any", verb="have")
+    one_time = not getattr(model.config, "zero_cond_t", False)
+    require(one_time, where, "student", "one time embedding a row", "an edit model with two", verb="have")
+    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    require(not sharded, where, "student", "whole on its device", "a sharded model")
+    trained = [n for n, layer in layers.items() if any(p.requires_grad for p in layer.parameters())]
+    if trained:
+        hint = "leave these layers out of the LoRA's targets, freeze them, or do without deferring"
+        raise ArgumentError(where, "modulation", "frozen", f"training of {_named(trained)}", hint)
     other = [n for n, layer in layers.items() if type(layer) is not nn.Linear or not _floating(layer.weight)]
     if other:
-        layer = layers[other[0]]
+        layer, at = layers[other[0]], f"at {_named(other)}"
         if isinstance(layer.weight, PackedWeight):
-            raise ValueError(
-                f"defer_modulation: modulation must be whole weights, got {layer.weight.packing.form} at "
-                f"{_named(other)}; load again, and quantise with skip=student.modulation_layers(), as presets do"
-            )
-        raise ValueError(
-            f"defer_modulation: modulation must be plain linear layers, got {type(layer).__name__} with "
-            f"{layer.weight.dtype} at {_named(other)}; load it in bf16, and merge an adapter into the base"
-        )
+            hint = "load again, and quantise with skip=student.modulation_layers(), as presets do"
+            raise ArgumentError(where, "modulation", "whole weights", f"{layer.weight.packing.form} {at}", hint)
+        got = f"{type(layer).__name__} with {layer.weight.dtype} {at}"
+        hint = "load it in bf16, and merge an adapter into the base"
+        raise ArgumentError(where, "modulation", "plain linear layers", got, hint)
     return layers
 
 

@@ -87,8 +87,7 @@ def refuse_moves(
             if (after.device, after.dtype) != (before.device, before.dtype):
                 raise RuntimeError(
                     f"defer_modulation: the model must stay on {device} and in its dtype while its modulation is "
-                    f"deferred, got a change to {after.dtype} on {after.device}; remove() the deferral, move, and "
-                    "defer again (or defer with device=)"
+                    f"deferred, got a change to {after.dtype} on {after.device}; remove() the deferral first"
                 )
         return module
 

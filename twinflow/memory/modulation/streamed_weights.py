@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from twinflow.errors import ArgumentError
 from twinflow.memory.host_memory import available_host_bytes
 from twinflow.memory.offload.host_pool import Ticket, transfers_for
 
@@ -111,10 +112,8 @@ class StreamedWeights:
         on_host = all(p.device.type == "cpu" for layer in self._layers for p in layer.parameters())
         needed, available = largest if on_host else sum(self._sizes), available_host_bytes()
         if available is not None and needed > available:
-            raise ValueError(
-                f"defer_modulation: the host must have {needed / 1e9:.1f} GB of memory available for the modulation "
-                f"weights, got {available / 1e9:.1f} GB"
-            )
+            wanted = f"{needed / 1e9:.1f} GB of memory available for the modulation weights"
+            raise ArgumentError("defer_modulation", "the host", wanted, f"{available / 1e9:.1f} GB", verb="have")
 
     def _refusal(self, error: RuntimeError) -> str:
         kind = "pinned" if self._pinned else "allocated"

@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from twinflow.errors import require
 from twinflow.memory.offload.activations import window_bytes
 from twinflow.memory.planner.costs import Cost, CostOf
 from twinflow.memory.planner.gpus import CONTEXT_BYTES, GPU
@@ -134,8 +135,7 @@ class Planner:
             ValueError: the preset does not apply, or has levels for another number of blocks.
         """
         reason = obstacle(self.workload, preset)
-        if reason is not None:
-            raise ValueError(f"plan: preset must be one that applies, got {preset.name!r}, {reason}")
+        require(reason is None, "plan", "preset", "one that applies", f"{preset.name!r}, {reason}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return self._forecast(preset, schedule)

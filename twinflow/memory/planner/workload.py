@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from twinflow.conditioning import LORA_MODE, MODES
+from twinflow.errors import require
 from twinflow.memory.planner.architectures import Architecture, architecture_of
 from twinflow.memory.presets import MemoryPreset
 from twinflow.objective.config import RECIPES, TwinFlowConfig
@@ -52,17 +53,16 @@ class Workload:
             ("conditioning", self.conditioning, MODES), ("recipe", self.recipe, RECIPES), ("base", self.base, BASES),
             ("optimizer", self.optimizer, OPTIMIZERS),
         ):  # fmt: skip
-            if value not in known:
-                raise ValueError(f"plan: {name} must be one of {', '.join(known)}, got {value!r}")
+            require(value in known, "plan", name, f"one of {', '.join(known)}", repr(value))
         for name, least in (("batch", 1), ("order", 0), ("lora_rank", 1), ("text_tokens", 1)):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise ValueError(f"plan: {name} must be an integer >= {least}, got {value!r}")
-        if self.base in ("int8", "nf4") and self.lora_rank is None:
-            raise ValueError(f"plan: base must be bfloat16 or float32 where all weights are trained, got {self.base!r}")
+            fits = value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= least)
+            require(fits, "plan", name, f"an integer >= {least}", repr(value))
+        trainable = self.base not in ("int8", "nf4") or self.lora_rank is not None
+        require(trainable, "plan", "base", "bfloat16 or float32 where all weights are trained", repr(self.base))
         multiple = self.architecture.latent_factor * 2
-        if any(edge < multiple or edge % multiple for edge in self.size):
-            raise ValueError(f"plan: resolution must be a multiple of {multiple} pixels, got {self.resolution}")
+        whole = all(edge >= multiple and edge % multiple == 0 for edge in self.size)
+        require(whole, "plan", "resolution", f"a multiple of {multiple} pixels", self.resolution)
 
     @property
     def size(self) -> tuple[int, int]:

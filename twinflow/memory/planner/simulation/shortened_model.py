@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
+from twinflow.errors import require
 from twinflow.memory.planner.architectures import Architecture, Block
 from twinflow.memory.planner.simulation.timeline import Repeat
 from twinflow.memory.presets import MemoryPreset
@@ -42,8 +43,8 @@ def shorten(architecture: Architecture, preset: MemoryPreset, whole: bool = Fals
     """
     blocks = architecture.blocks()
     given = (preset.saved,) * len(blocks) if isinstance(preset.saved, str) else preset.saved
-    if len(given) != len(blocks):
-        raise ValueError(f"plan: saved must have {len(blocks)} levels for {architecture.name}, got {len(given)}")
+    levels_of = f"{len(blocks)} levels for {architecture.name}"
+    require(len(given) == len(blocks), "plan", "saved", levels_of, len(given), verb="have")
     staying: list[Block] = []
     levels: dict[str, str] = {}
     repeats: dict[str, Repeat] = {}
