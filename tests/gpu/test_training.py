@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from helpers.train_runs import read_metrics
 from helpers.training_cases import quiet, settings, weights
 
-from twinflow.train.logging.metrics_file import read_metrics
 from twinflow.train.loop import Loop
 from twinflow.train.run import TrainingStopped, train
 

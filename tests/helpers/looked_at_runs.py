@@ -16,7 +16,7 @@ from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss
 from twinflow.environment import describe_environment
 from twinflow.train import read_config
 from twinflow.train.config.run_folder import RunFolder
-from twinflow.train.logging.metrics_file import MetricsFile
+from twinflow.train.logging.metrics_file import append_records
 from twinflow.train.logging.step_metrics import StepMetrics
 
 ROWS = 4
@@ -84,7 +84,7 @@ def whole_run(root: Path, steps: int = 60) -> RunFolder:
     run.environment.write_text(json.dumps(describe_environment()))
     found = records(steps)
     half = next(k for k, record in enumerate(found) if record["step"] > steps // 2)
-    MetricsFile(run.metrics).append([start(0), *found[:half], start(steps // 2), *found[half:]])
+    append_records(run.metrics, [start(0), *found[:half], start(steps // 2), *found[half:]])
     samples(run, None, "base", (30,))
     for step in range(20, steps + 1, 20):
         samples(run, step)

@@ -4,6 +4,7 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,19 @@ from twinflow.lora import add_lora
 from twinflow.memory.adamw_8bit import adamw_8bit
 from twinflow.train.checkpoint.checkpoint import read_checkpoint
 from twinflow.train.checkpoint.run_state import RunState
+from twinflow.train.logging.metrics_file import each_line
+
+
+class Metrics(NamedTuple):
+    """What a `metrics.jsonl` holds: its records in order, and how many lines are damaged."""
+
+    records: list[dict[str, Any]]
+    damaged: int
+
+
+def read_metrics(path: Path) -> Metrics:
+    read = [record for _, record in each_line(path)]
+    return Metrics([record for record in read if record is not None], read.count(None))
 
 
 def tree_of(step: int) -> dict:

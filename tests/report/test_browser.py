@@ -7,7 +7,7 @@ from helpers.looked_at_runs import start, whole_run
 
 from twinflow.report import write_report
 from twinflow.train.config.run_folder import RunFolder
-from twinflow.train.logging.metrics_file import MetricsFile
+from twinflow.train.logging.metrics_file import append_records
 
 pytestmark = pytest.mark.skipif(
     chromium.browser() is None, reason="no Chromium: apt-get install chromium, or set TWINFLOW_CHROMIUM"
@@ -138,7 +138,7 @@ def test_a_script_that_is_not_the_pages_is_refused(tmp_path):
 @pytest.mark.slow
 def test_a_run_that_has_just_begun(tmp_path):
     run = RunFolder(tmp_path / "run")
-    MetricsFile(run.metrics).append([start(0)])
+    append_records(run.metrics, [start(0)])
     with chromium.Tab(write_report(run), tmp_path / "profile") as tab:
         assert tab.ask("document.documentElement.dataset.drawn") == "yes"
         assert tab.ask("document.querySelectorAll('.empty').length") >= 5

@@ -11,12 +11,13 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from helpers.looked_at_runs import PROMPTS, samples, start, whole_run
+from helpers.train_runs import read_metrics
 from PIL import Image
 
 from twinflow.report import write_report
 from twinflow.train import read_config
 from twinflow.train.config.run_folder import RunFolder
-from twinflow.train.logging.metrics_file import MetricsFile, read_metrics
+from twinflow.train.logging.metrics_file import append_records
 
 STEPS = 40
 HOSTILE = """</script></style></title>--><x-evil onload="1">&amp;"'`\u2028<!--<script>"""
@@ -137,7 +138,7 @@ def test_texts_from_files_stay_texts(tmp_path):
     run.config.write_text(read_config(None, config).to_json())
     run.environment.write_text(json.dumps({HOSTILE: HOSTILE, "more": {HOSTILE: [HOSTILE]}}))
     step = {"kind": "step", "step": 1, "loss": 1.0, "terms": {HOSTILE: 1.0}, "trajectory": [[0.5, 0.1]]}
-    MetricsFile(run.metrics).append([{**start(0), "at": HOSTILE}, step])
+    append_records(run.metrics, [{**start(0), "at": HOSTILE}, step])
     record = samples(run, 1)
     for image in record["images"]:
         image |= {"prompt": HOSTILE, "style": HOSTILE}
@@ -174,7 +175,7 @@ def test_a_run_without_twinflow_evaluations_or_terms(tmp_path):
     run.root.mkdir()
     run.config.write_text(read_config(None, {"pretrained_model_name_or_path": "model"}).to_json())
     step = {"kind": "step", "loss": 1.0, "terms": {"velocity": 1.0}, "trajectory": [], "peak_gb": 38.25}
-    MetricsFile(run.metrics).append([start(0), *({**step, "step": k} for k in (1, 2))])
+    append_records(run.metrics, [start(0), *({**step, "step": k} for k in (1, 2))])
     page = page_of(run)
     assert (
         "TwinFlow is off" in page.plain and "No evaluation so far" in page.plain and "2 of 2,000, not f" in page.plain

@@ -14,7 +14,7 @@ from twinflow.report.pictures import WIDTHS, data_uris
 from twinflow.report.samples import Sample, SampleSet, thinned
 from twinflow.report.series import MOST_DOTS, MOST_POINTS, TERM, curves, read_series
 from twinflow.train.config.run_folder import RunFolder
-from twinflow.train.logging.metrics_file import MetricsFile
+from twinflow.train.logging.metrics_file import append_records
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def measured():
 
 
 def long_run(path, measured, steps: int, **more):
-    MetricsFile(path).append([{**measured[k % 20], "step": k + 1, **more} for k in range(steps)])
+    append_records(path, [{**measured[k % 20], "step": k + 1, **more} for k in range(steps)])
     return read_series(path)
 
 
@@ -31,7 +31,7 @@ def test_ten_thousand_steps_are_a_small_page_with_every_extreme(tmp_path, measur
     run = RunFolder(tmp_path)
     spike = {**measured[0], "step": 10_001, "loss": 77.0}
     long_run(run.metrics, measured, 10_000)
-    MetricsFile(run.metrics).append([spike, *({**measured[1], "step": k} for k in range(10_002, 10_101))])
+    append_records(run.metrics, [spike, *({**measured[1], "step": k} for k in range(10_002, 10_101))])
     series = read_series(run.metrics)
     found = curves(series)
     loss = found["columns"]["loss"]
@@ -56,7 +56,7 @@ def test_a_short_run_is_shown_step_by_step(tmp_path, measured):
 def test_the_smoothed_curve_keeps_a_straight_line_and_calms_noise(tmp_path, measured):
     generator = random.Random(0)
     path = tmp_path / "metrics.jsonl"
-    MetricsFile(path).append([{**measured[0], "step": k + 1, "loss": 2.0 + 0.001 * k,
+    append_records(path, [{**measured[0], "step": k + 1, "loss": 2.0 + 0.001 * k,
                                "grad_norm": generator.uniform(0, 2)} for k in range(600)])  # fmt: skip
     columns = curves(read_series(path))["columns"]
     assert columns["loss"]["smooth"] == columns["loss"]["mean"]
@@ -67,7 +67,7 @@ def test_the_smoothed_curve_keeps_a_straight_line_and_calms_noise(tmp_path, meas
 def test_values_that_are_not_there_are_gaps(tmp_path, measured):
     path = tmp_path / "metrics.jsonl"
     steps = [{**measured[k], "step": k + 1, "terms": {"rcgm": 1.0} if k % 2 else {}, "peak_gb": None} for k in range(6)]
-    MetricsFile(path).append(steps)
+    append_records(path, steps)
     found = curves(read_series(path))["columns"]
     assert found[TERM + "rcgm"]["mean"] == [None, 1.0] * 3 and "peak_gb" not in found
 
@@ -78,7 +78,7 @@ def test_steps_taken_again_replace_the_old_ones(tmp_path, measured):
         path = tmp_path / f"{len(between)}.jsonl"
         old, new = ([{**measured[k], "step": k + 1, "loss": value} for k in range(9)] for value in (1.0, 2.0))
         held = [{"kind": "evaluation", "step": step, "loss": 1.0, "terms": {}} for step in (3, 6)]
-        MetricsFile(path).append([start(0), *old, *held, *between, *new[4:7]])
+        append_records(path, [start(0), *old, *held, *between, *new[4:7]])
         series = read_series(path)
         assert series.steps == [1, 2, 3, 4, 5, 6, 7]
         assert series.columns["loss"] == [1.0] * 4 + [2.0] * 3
@@ -87,7 +87,7 @@ def test_steps_taken_again_replace_the_old_ones(tmp_path, measured):
 
 def test_a_run_that_was_just_resumed_ends_there(tmp_path, measured):
     path = tmp_path / "metrics.jsonl"
-    MetricsFile(path).append([start(0), *({**measured[k], "step": k + 1} for k in range(9)), start(4)])
+    append_records(path, [start(0), *({**measured[k], "step": k + 1} for k in range(9)), start(4)])
     assert read_series(path).steps == [1, 2, 3, 4] and read_series(path).last == 4
 
 

@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.train_runs import read_metrics
 from helpers.training_cases import equal, forked, photos, quiet, settings, weights
 
 from twinflow.train.checkpoint.checkpoint import latest_checkpoint
-from twinflow.train.logging.metrics_file import read_metrics
 from twinflow.train.run import train
 
 SEED = int(os.environ.get("TWINFLOW_CRASH_SEED", time.time_ns() % 10_000))

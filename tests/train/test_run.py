@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.train_runs import read_metrics
 from helpers.training_cases import equal, forked, photos, quiet, settings, weights
 
 from twinflow.train.checkpoint.checkpoint import latest_checkpoint
 from twinflow.train.checkpoint.folder_lock import lock_folder, unlock_folder
-from twinflow.train.logging.metrics_file import read_metrics
 from twinflow.train.run import TrainingStopped, train
 from twinflow.train.signals import StopRequest
 

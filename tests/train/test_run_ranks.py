@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from helpers.train_runs import read_metrics
 from helpers.training_cases import equal, photos, quiet, settings, weights
 from torch import distributed
 
 from twinflow.export import export
 from twinflow.models import load
-from twinflow.train.logging.metrics_file import read_metrics
 from twinflow.train.restore import restore_run
 from twinflow.train.run import train
 

@@ -148,6 +148,7 @@ def _size(options: argparse.Namespace, default: tuple[int, int] | None) -> tuple
 
 def _draw(options: argparse.Namespace, prompts: list[str], source: _Source) -> None:
     from twinflow.pipelines.generator import ImageGenerator
+    from twinflow.train.logging.quiet import without_loading_bars
     from twinflow.train.model.pipeline_source import pipeline_folder
 
     generation = source.generation
@@ -158,8 +159,8 @@ def _draw(options: argparse.Namespace, prompts: list[str], source: _Source) -> N
     dtype, device = _dtype_and_device(options)
     steps = f"{generation.steps} step{'s' if generation.steps > 1 else ''}"
     print_note(options, f"{source.weights}, on {generation.model}, {steps}, {device}")
-    _disable_progress_bars()
-    generator = ImageGenerator(folder, source.export, style=options.style, dtype=dtype, device=device)
+    with without_loading_bars():
+        generator = ImageGenerator(folder, source.export, style=options.style, dtype=dtype, device=device)
     style = options.style or ("few" if source.manifest.conditioning else "the pipeline's own")
     about = {"steps": generation.steps, "style": style, "guidance": generation.guidance}
     about |= {"model": generation.model, "weights": source.weights}
@@ -169,15 +170,6 @@ def _draw(options: argparse.Namespace, prompts: list[str], source: _Source) -> N
             image = generator.generate(prompt, seed=seed, steps=generation.steps, size=size, guidance=guidance)
             print(_write_png(image, options.out, {"prompt": prompt, "seed": seed, **about}), flush=True)
             seed += 1
-
-
-def _disable_progress_bars() -> None:
-    """A bar for each part of the pipeline that is read says little; downloads keep theirs."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
 
 
 def _check_size(folder: Path, size: tuple[int, int] | None) -> None:

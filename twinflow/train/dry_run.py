@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from twinflow.errors import ArgumentError
 from twinflow.interface import Teacher
 from twinflow.memory.presets import MemoryPreset
 from twinflow.objective.loss import TwinFlowLoss
@@ -41,8 +42,8 @@ def dry_run(settings: TrainSettings, console: Console) -> None:
     say("\nmemory")
     try:
         folder = configurations(settings.pretrained_model_name_or_path)
-    except ValueError as error:
-        return say(f"  no forecast: {str(error).removeprefix('train: ')}")
+    except ArgumentError as error:
+        return say(f"  no forecast: {error.without_function}")
     _forecast(settings, folder, console)
 
 
@@ -53,8 +54,8 @@ def _sayer(console: Console) -> Any:
 def _data(settings: TrainSettings) -> str:
     try:
         settings.require_data()
-    except ValueError as error:
-        return f"  none yet: {str(error).removeprefix('train: ')}"
+    except ArgumentError as error:
+        return f"  none yet: {error.without_function}"
     items = items_of(settings)
     kind = "prompts without images" if settings.data_free else "images with captions"
     rows = settings.step_rows

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,6 +18,9 @@ from twinflow.atomic_files import remove_partials, write_file
 from twinflow.distributed import any_rank, on_rank_zero, world
 from twinflow.environment import describe_environment
 from twinflow.errors import ArgumentError, require
+from twinflow.memory.modulation.layers import deferrable_layers
+from twinflow.memory.presets import preset_of
+from twinflow.memory.quantised_linear import LIBRARIES, load_library
 from twinflow.train.callbacks import Callbacks, build_callbacks
 from twinflow.train.checkpoint.checkpoint import latest_checkpoint, read_checkpoint, read_summary, write_checkpoint
 from twinflow.train.checkpoint.folder_lock import lock_folder, unlock_folder
@@ -26,15 +30,16 @@ from twinflow.train.config.run_folder import RunFolder
 from twinflow.train.config.settings import TrainSettings
 from twinflow.train.data.cache import Cache, Entry, held_out
 from twinflow.train.data.prepare import encoders_of, prepare_data, unread
-from twinflow.train.logging.console import Display, plural_steps, redirect_stdout_to
+from twinflow.train.logging.console import Display, plural_steps, say_log_of_twinflow
 from twinflow.train.logging.quiet import without_loading_bars
 from twinflow.train.logging.run_logger import RunLogger
 from twinflow.train.logging.trackers import required_trackers
 from twinflow.train.loop import Due
 from twinflow.train.model.memory import after_out_of_memory
 from twinflow.train.model.optimizer import renew, saved_kind
+from twinflow.train.model.parallel import check_sharded, launcher_kind
 from twinflow.train.model.pipeline_source import pipeline_folder
-from twinflow.train.model.preflight import require_trainable
+from twinflow.train.model.student import build_student
 from twinflow.train.setup import Assembled, assemble, headline
 from twinflow.train.signals import StopRequest, terminable
 from twinflow.train.validation.prompts import ValidationPrompts, require_resolution, validation_prompts
@@ -110,7 +115,7 @@ def _assembled(
     """The run's parts, as the checkpoint left them."""
     tree = None if checkpoint is None else read_checkpoint(checkpoint)
     advice = "`twinflow train --dry-run` shows what each memory_preset needs"
-    with _room("loading the model", accelerator.device, advice), redirect_stdout_to(display):
+    with _room("loading the model", accelerator.device, advice), say_log_of_twinflow(display):
         parts = assemble(settings, folder, *data, accelerator, None if tree is None else saved_kind(tree))
     display.say(headline(settings, parts, len(data[1])))
     if tree is not None:
@@ -208,6 +213,36 @@ def checkpoint_to_resume(settings: TrainSettings, complaints: list[str]) -> Path
         hint = "set them back, or choose another output_dir"
         require(not differences, "train", "a run", wanted, got, hint, verb="go on")
     return found
+
+
+def require_trainable(settings: TrainSettings, folder: Path, accelerator: Any) -> None:
+    """Builds the student without its weights, and looks for what its memory preset and its optimizer need.
+
+    Seeds torch's global stream, as `build_student` does.
+
+    Args:
+        settings: of the run.
+        folder: of its pipeline.
+        accelerator: accelerate's, for the kind of parallelism.
+
+    Raises:
+        ValueError: another family, layers that no LoRA can be put on, a base LoRA of another model, a preset that does
+            not apply, or a launcher that is not supported.
+        ImportError: a library is missing.
+    """
+    sharded = launcher_kind(accelerator) == "fsdp2"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said again when the weights are there
+        student = build_student(settings, folder, weights=False)
+    preset = None if settings.memory_preset == "auto" else preset_of(settings.memory_preset)
+    if sharded:
+        check_sharded(settings, student, preset)
+    if preset is not None and preset.defer:
+        deferrable_layers(student)
+    if preset is not None and preset.base is not None:
+        load_library(LIBRARIES[preset.base], "train")
+    if "adamw8bit" in (settings.optimizer, None if preset is None else preset.optimizer):
+        load_library("bitsandbytes", "train")
 
 
 def _pipeline(settings: TrainSettings) -> Path:

@@ -7,10 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers.train_runs import read_metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twinflow.train.logging.metrics_file import MetricsFile, keep_until, read_metrics
+from twinflow.train.logging.metrics_file import append_records, keep_until
 
 STEP = {
     "kind": "step", "step": 1, "seconds": 0.5, "loss": 0.25, "terms": {"rcgm": 0.125, "adversarial": 1.0},
@@ -25,21 +26,21 @@ def step(number: int) -> dict:
 
 @pytest.fixture
 def file(tmp_path):
-    return MetricsFile(tmp_path / "run" / "metrics.jsonl")
+    return tmp_path / "run" / "metrics.jsonl"
 
 
 def test_records_come_back_in_order(file):
-    assert read_metrics(file.path) == ([], 0)
+    assert read_metrics(file) == ([], 0)
     records = [{"kind": "start", "step": 0, "at": "2025-01-01T00:00:00+00:00"}, step(1), step(2),
                {"kind": "evaluation", "step": 2, "loss": 0.5, "terms": {"velocity": 0.5}}]  # fmt: skip
-    file.append(records[:1])
-    file.append(records[1:])
-    assert read_metrics(file.path) == (records, 0)
-    assert file.path.read_bytes().count(b"\n") == 4
+    append_records(file, records[:1])
+    append_records(file, records[1:])
+    assert read_metrics(file) == (records, 0)
+    assert file.read_bytes().count(b"\n") == 4
 
 
 def test_a_flush_is_one_write(file, monkeypatch):
-    file.append([step(1)])
+    append_records(file, [step(1)])
     sizes, opened = [], Path.open
 
     def unbuffered(path, mode):
@@ -50,28 +51,28 @@ def test_a_flush_is_one_write(file, monkeypatch):
         )
 
     monkeypatch.setattr(Path, "open", lambda path, mode: closing(unbuffered(path, mode)))
-    file.append([step(k) for k in range(2, 102)])
+    append_records(file, [step(k) for k in range(2, 102)])
     monkeypatch.undo()
-    assert len(sizes) == 1 and len(read_metrics(file.path).records) == 101
+    assert len(sizes) == 1 and len(read_metrics(file).records) == 101
 
 
 def test_what_is_not_finite_is_null_in_strict_json(file):
     nan, inf = float("nan"), float("inf")
-    file.append([{**STEP, "loss": nan, "terms": {"rcgm": inf, "velocity": 1.0}, "trajectory": [(0.5, 0.25)]}])
-    line = json.loads(file.path.read_text(), parse_constant=lambda name: pytest.fail(name))
+    append_records(file, [{**STEP, "loss": nan, "terms": {"rcgm": inf, "velocity": 1.0}, "trajectory": [(0.5, 0.25)]}])
+    line = json.loads(file.read_text(), parse_constant=lambda name: pytest.fail(name))
     assert line["loss"] is None and line["terms"] == {"rcgm": None, "velocity": 1.0}
-    assert read_metrics(file.path).records == [line]
+    assert read_metrics(file).records == [line]
 
 
 def test_a_torn_line_is_left_out_and_the_next_record_is_not(file):
-    file.append([step(1), step(2)])
-    whole = file.path.read_bytes()
+    append_records(file, [step(1), step(2)])
+    whole = file.read_bytes()
     for cut in range(1, len(whole) // 2):
-        file.path.write_bytes(whole[:-cut])
+        file.write_bytes(whole[:-cut])
         # The newline alone missing: the record is whole.
-        assert read_metrics(file.path) == (([step(1), step(2)], 0) if cut == 1 else ([step(1)], 1)), cut
-        file.append([step(3)])
-        assert read_metrics(file.path).records[-1] == step(3), cut
+        assert read_metrics(file) == (([step(1), step(2)], 0) if cut == 1 else ([step(1)], 1)), cut
+        append_records(file, [step(3)])
+        assert read_metrics(file).records[-1] == step(3), cut
 
 
 BAD = (
@@ -87,11 +88,11 @@ BAD = (
 
 @pytest.mark.parametrize("line", BAD, ids=range(len(BAD)))
 def test_a_damaged_line_is_counted_and_left_out(file, line):
-    file.append([step(1)])
-    with file.path.open("ab") as opened:
+    append_records(file, [step(1)])
+    with file.open("ab") as opened:
         opened.write(line + b"\n")
-    file.append([step(2)])
-    assert read_metrics(file.path) == ([step(1), step(2)], 1)
+    append_records(file, [step(2)])
+    assert read_metrics(file) == ([step(1), step(2)], 1)
 
 
 @settings(deadline=None, max_examples=50)
@@ -106,30 +107,30 @@ def test_no_bytes_stop_the_reader(tmp_path_factory, data):
 def test_a_run_that_goes_on_takes_out_later_steps(file):
     start = {"kind": "start", "step": 0, "at": "2025-01-01T00:00:00+00:00"}
     evaluations = [{"kind": "evaluation", "step": k, "loss": 0.5, "terms": {}} for k in (2, 4)]
-    file.append([start, step(1), step(2), evaluations[0], step(3), step(4), evaluations[1]])
-    with file.path.open("ab") as opened:
+    append_records(file, [start, step(1), step(2), evaluations[0], step(3), step(4), evaluations[1]])
+    with file.open("ab") as opened:
         opened.write(b'{"kind": "step", "st')
-    assert keep_until(file.path, 2) == 4
-    assert read_metrics(file.path) == ([start, step(1), step(2), evaluations[0]], 0)
-    assert [path.name for path in file.path.parent.iterdir()] == ["metrics.jsonl"]
-    unchanged = file.path.stat()
-    assert keep_until(file.path, 2) == 0 and file.path.stat().st_ino == unchanged.st_ino
-    file.append([step(3)])
-    assert read_metrics(file.path).records[-1] == step(3)
+    assert keep_until(file, 2) == 4
+    assert read_metrics(file) == ([start, step(1), step(2), evaluations[0]], 0)
+    assert [path.name for path in file.parent.iterdir()] == ["metrics.jsonl"]
+    unchanged = file.stat()
+    assert keep_until(file, 2) == 0 and file.stat().st_ino == unchanged.st_ino
+    append_records(file, [step(3)])
+    assert read_metrics(file).records[-1] == step(3)
 
 
 def test_cutting_what_is_not_there_does_nothing(file):
-    assert keep_until(file.path, 5) == 0 and not file.path.exists()
+    assert keep_until(file, 5) == 0 and not file.exists()
 
 
 def test_a_cut_that_fails_leaves_the_old_file(file, monkeypatch):
-    file.append([step(1), step(2)])
-    before = file.path.read_bytes()
+    append_records(file, [step(1), step(2)])
+    before = file.read_bytes()
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        keep_until(file.path, 1)
-    assert file.path.read_bytes() == before and len(list(file.path.parent.iterdir())) == 1
+        keep_until(file, 1)
+    assert file.read_bytes() == before and len(list(file.parent.iterdir())) == 1

@@ -209,7 +209,7 @@ def test_no_account_in_wandb_is_a_line(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path)), monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     run = RunFolder(tmp_path / "run")
     wandb.teardown()  # it reads its environment once
-    with pytest.raises(ValueError, match=r"^train: report_to wandb must have an account: `wandb login`, ") as raised:
+    with pytest.raises(ValueError, match=r"^train: report_to wandb must have an account \(`wandb login`, ") as raised:
         Trackers(settings(run, "wandb"), run)
     wandb.teardown()
     assert "\n" not in str(raised.value) and not run.wandb_id.exists()

@@ -19,7 +19,7 @@ from twinflow.scheduler import TwinFlowScheduler
 from twinflow.train.checkpoint.run_state import collect_streams
 from twinflow.train.config.run_folder import RunFolder
 from twinflow.train.validation.eval_mode import eval_mode
-from twinflow.train.validation.pipeline_shift import pipeline_shift
+from twinflow.train.validation.samples import pipeline_shift
 
 # In whose pipelines the steps' noise is in images, in tokens, and from the generator of the first noise.
 FAMILIES = ("sd3", "qwen_image", "sana")

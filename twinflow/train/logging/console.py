@@ -1,10 +1,9 @@
 """`Display`: what a run says in the terminal: bars where someone watches, lines where it is written to a file."""
 
-import io
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -94,21 +93,18 @@ class Display:
 
 
 @contextmanager
-def redirect_stdout_to(display: Display) -> Iterator[None]:
-    """The display says what is printed or logged (INFO, by twinflow) inside, on every process."""
-    written = io.StringIO()
-    logger, handler = logging.getLogger("twinflow"), logging.StreamHandler(written)
+def say_log_of_twinflow(display: Display) -> Iterator[None]:
+    """The display says what twinflow logs inside (INFO and above)."""
+    logger, handler = logging.getLogger("twinflow"), logging.Handler()
+    handler.emit = lambda record: display.say(record.getMessage())  # type: ignore[method-assign]
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        with redirect_stdout(written):
-            yield
+        yield
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
-        if written.getvalue().strip():
-            display.say(written.getvalue().strip())
 
 
 def told(records: Sequence[dict[str, Any]], total: int) -> str:

@@ -1,11 +1,11 @@
-"""`MetricsFile`: a run's `metrics.jsonl`: written a line a record, read whatever a killed process left of it."""
+"""`append_records()`, `each_line()`: `metrics.jsonl`, a record a line, read whatever a killed process left of it."""
 
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from twinflow.atomic_files import write_file
 
@@ -13,55 +13,28 @@ _NUMBERS = ("seconds", "loss", "grad_norm", "learning_rate", "s_per_step", "rows
 KINDS = ("start", "step", "evaluation")
 
 
-class Metrics(NamedTuple):
-    """What a file holds: its records in order, and how many lines are damaged."""
+def append_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Adds records, as lines of strict JSON, in one write; floats that are not finite become null.
 
-    records: list[dict[str, Any]]
-    damaged: int
-
-
-class MetricsFile:
-    """The records of a run as lines of strict JSON.
+    A line that a killed process left unfinished is ended first: it stays one damaged line.
 
     Args:
         path: of the file; its folder is made with the first record.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def append(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Adds records in one write; floats that are not finite become null.
-
-        A line that a killed process left unfinished is ended first: it stays one damaged line.
-
-        Args:
-            records: in order, see `RunFolder`.
-
-        Raises:
-            OSError: no room for them.
-        """
-        if not records:
-            return
-        lines = [json.dumps(_strict(record), allow_nan=False, separators=(",", ":")) + "\n" for record in records]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a+b") as file:
-            torn = file.seek(0, os.SEEK_END) > 0
-            if torn:
-                file.seek(-1, os.SEEK_END)
-                torn = file.read(1) != b"\n"
-            file.write(("\n" * torn + "".join(lines)).encode())
-
-
-def read_metrics(path: Path) -> Metrics:
-    """All records of a `metrics.jsonl`; a file that is not there has none.
+        records: in order, see `RunFolder`.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: no room for them.
     """
-    read = list(each_line(path))
-    records = [record for _, record in read if record is not None]
-    return Metrics(records, len(read) - len(records))
+    if not records:
+        return
+    lines = [json.dumps(_strict(record), allow_nan=False, separators=(",", ":")) + "\n" for record in records]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        torn = file.seek(0, os.SEEK_END) > 0
+        if torn:
+            file.seek(-1, os.SEEK_END)
+            torn = file.read(1) != b"\n"
+        file.write(("\n" * torn + "".join(lines)).encode())
 
 
 def each_line(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:

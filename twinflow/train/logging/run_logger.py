@@ -9,7 +9,7 @@ from typing import Any
 from twinflow.distributed import world
 from twinflow.train.config.run_folder import RunFolder
 from twinflow.train.config.settings import TrainSettings
-from twinflow.train.logging.metrics_file import MetricsFile, keep_until
+from twinflow.train.logging.metrics_file import append_records, keep_until
 from twinflow.train.logging.sample_folder import SUMMARY
 from twinflow.train.logging.trackers import Trackers
 
@@ -28,18 +28,16 @@ class RunLogger:
 
     def __init__(self, settings: TrainSettings, run: RunFolder, step: int) -> None:
         self._run = run
-        self._file: MetricsFile | None = None
         self._trackers: Trackers | None = None
         if world()[0] == 0:
             self._trackers = Trackers(settings, run, step)
             keep_until(run.metrics, step)
-            self._file = MetricsFile(run.metrics)
-            self._file.append([{"kind": "start", "step": step, "at": datetime.now(timezone.utc).isoformat()}])
+            append_records(run.metrics, [{"kind": "start", "step": step, "at": datetime.now(timezone.utc).isoformat()}])
 
     def steps(self, records: list[dict[str, Any]]) -> None:
         """Keeps records of `metrics.jsonl`'s form."""
-        if self._file is not None and self._trackers is not None:
-            self._file.append(records)
+        if self._trackers is not None:
+            append_records(self._run.metrics, records)
             self._trackers.log(records)
 
     def evaluation(self, step: int, found: Mapping[str, Any]) -> None:

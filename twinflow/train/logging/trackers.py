@@ -34,8 +34,7 @@ class Trackers:
             ones; wandb shows values by `global_step`, the later value of the same step last.
 
     Raises:
-        ArgumentError: a library is not installed.
-        ValueError: wandb has no account to write to.
+        ArgumentError: a library is not installed, or wandb has no account to write to.
     """
 
     def __init__(self, settings: TrainSettings, run: RunFolder, step: int = 0) -> None:
@@ -143,10 +142,8 @@ def _wandb(settings: TrainSettings, run: RunFolder) -> WandBTracker:
     try:
         tracker.start()
     except wandb.errors.Error as error:
-        said = " ".join(str(error).split())
-        raise ValueError(
-            f"train: report_to wandb must have an account: `wandb login`, or WANDB_MODE=offline; got: {said}"
-        ) from None
+        wanted = "an account (`wandb login`, or WANDB_MODE=offline)"
+        raise ArgumentError("train", "report_to wandb", wanted, " ".join(str(error).split()), verb="have") from None
     run.wandb_id.write_text(identity + "\n")
     tracker.tracker.define_metric("global_step", hidden=True)
     tracker.tracker.define_metric("*", step_metric="global_step")

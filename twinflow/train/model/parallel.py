@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from twinflow.errors import require
 from twinflow.interface import Teacher
 from twinflow.memory import MemoryPreset
 from twinflow.memory.blocks import repeated_blocks
@@ -71,26 +72,25 @@ def launcher_kind(accelerator: Any) -> str:
     found = accelerator.distributed_type
     if found == DistributedType.NO:
         return "one"
-    if found in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA):
-        raise ValueError(f"train: processes must be launched for DDP or FSDP2, got {found.value}")
+    others = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
+    require(found not in others, "train", "processes", "launched for DDP or FSDP2", found.value)
     asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"  # all that accelerate says of it on CPUs
     if found != DistributedType.FSDP and not asked:
         return "ddp"
     plugin = getattr(accelerator.state, "fsdp_plugin", None) or FullyShardedDataParallelPlugin()
-    if plugin.fsdp_version != 2:
-        raise ValueError(f"train: fsdp_version must be 2, got {plugin.fsdp_version}")
-    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
-        raise ValueError("train: fsdp_offload_params must be false, got true; use more processes")
-    if plugin.activation_checkpointing:
-        raise ValueError("train: fsdp_activation_checkpointing must be false, got true; use memory_preset checkpoint")
+    require(plugin.fsdp_version == 2, "train", "fsdp_version", "2", plugin.fsdp_version)
+    offloads = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+    require(not offloads, "train", "fsdp_offload_params", "false", "true", "use more processes")
+    recomputes, hint = plugin.activation_checkpointing, "use memory_preset checkpoint"
+    require(not recomputes, "train", "fsdp_activation_checkpointing", "false", "true", hint)
     dimensions = getattr(accelerator.parallelism_config, "active_mesh_dims", [])
-    if set(dimensions) - {"dp_shard"}:
-        raise ValueError(f"train: FSDP2 must have one dimension, dp_shard, got {', '.join(dimensions)}")
+    alone = set(dimensions) <= {"dp_shard"}
+    require(alone, "train", "FSDP2", "one dimension, dp_shard", ", ".join(dimensions), verb="have")
     return "fsdp2"
 
 
 def check_sharded(settings: TrainSettings, model: FlowModel, preset: MemoryPreset | None = None) -> None:
-    """Raises ValueError, naming the setting, for what does not go with sharded weights.
+    """Raises ArgumentError, naming the setting, for what does not go with sharded weights.
 
     Args:
         settings: of the run.
@@ -106,15 +106,12 @@ def check_sharded(settings: TrainSettings, model: FlowModel, preset: MemoryPrese
         "moves activations to the host, gathered weights among them": preset is not None and preset.offload_gb,
     }
     for what, found in lack.items():
-        if found:
-            raise ValueError(
-                f"train: memory_preset must be batch, rows, 80gb, attention or checkpoint under FSDP2, got {name!r}, "
-                f"which {what}"
-            )
-    if settings.optimizer == "adamw8bit":
-        raise ValueError("train: optimizer must be adamw or radam under FSDP2, got adamw8bit: it could not be saved")
-    if settings.ema_device == "cpu" and settings.model_type == "full":
-        raise ValueError("train: ema_device must be accelerator under FSDP2, got cpu: each rank averages its shards")
+        wanted = "batch, rows, 80gb, attention or checkpoint under FSDP2"
+        require(not found, "train", "memory_preset", wanted, f"{name!r}, which {what}")
+    saved, got = settings.optimizer != "adamw8bit", "adamw8bit: it could not be saved"
+    require(saved, "train", "optimizer", "adamw or radam under FSDP2", got)
+    beside, got = settings.ema_device == "cpu" and settings.model_type == "full", "cpu: each rank averages its shards"
+    require(not beside, "train", "ema_device", "accelerator under FSDP2", got)
 
 
 def _shard(model: FlowModel, accelerator: Any) -> None:

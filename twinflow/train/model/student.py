@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from twinflow.bridge import require_bridge
+from twinflow.errors import ArgumentError, require
 from twinflow.interface import Student, Teacher
 from twinflow.lora import add_lora
 from twinflow.models import FlowModel, load
@@ -41,8 +42,10 @@ def build_student(settings: TrainSettings, folder: Path, *, weights: bool = True
         dtype = torch.bfloat16 if lora and settings.mixed_precision == "bf16" else torch.float32
         student = load(folder, torch_dtype=dtype, **options)
     else:
+        import diffusers
+
         with torch.device("meta"):
-            student = load(_network(config), **options)
+            student = load(getattr(diffusers, config["_class_name"]).from_config(config), **options)
     if not lora:
         return student.requires_grad_(True)
     alpha = int(settings.lora_alpha) if settings.lora_alpha == int(settings.lora_alpha) else settings.lora_alpha
@@ -64,11 +67,8 @@ def model_of(settings: TrainSettings, folder: Path) -> tuple[dict[str, Any], str
     """
     config = _config(folder)
     family = _family(config)
-    if settings.model_family not in (None, family):
-        raise ValueError(
-            f"train: model_family must be {family} for the {config['_class_name']} in {folder}, got "
-            f"{settings.model_family!r}"
-        )
+    wanted = f"{family} for the {config['_class_name']} in {folder}"
+    require(settings.model_family in (None, family), "train", "model_family", wanted, repr(settings.model_family))
     if REGISTRATIONS[family].diffusion and settings.twinflow is not None:
         require_bridge(settings.prediction_type or "epsilon", settings.twinflow_options)
     elif REGISTRATIONS[family].diffusion and not settings.twinflow_options["diff2flow_enabled"]:
@@ -78,19 +78,11 @@ def model_of(settings: TrainSettings, folder: Path) -> tuple[dict[str, Any], str
 
 def build_teacher(settings: TrainSettings, student: Student) -> Teacher | None:
     """The average of the student's weights, or the student itself; None: plain flow matching without an average."""
+    device = "cpu" if settings.ema_device == "cpu" and settings.model_type == "full" else None
     if settings.twinflow is None:
-        return EMATeacher(student, settings.ema_decay, device=_average_device(settings)) if settings.use_ema else None  # type: ignore[arg-type]
-    return teacher_from_options(
-        student,
-        settings.twinflow_options,
-        use_ema=settings.use_ema,
-        decay=settings.ema_decay,
-        device=_average_device(settings),
-    )
-
-
-def _average_device(settings: TrainSettings) -> str | None:
-    return "cpu" if settings.ema_device == "cpu" and settings.model_type == "full" else None
+        return EMATeacher(student, settings.ema_decay, device=device) if settings.use_ema else None  # type: ignore[arg-type]
+    how: dict[str, Any] = {"use_ema": settings.use_ema, "decay": settings.ema_decay, "device": device}
+    return teacher_from_options(student, settings.twinflow_options, **how)
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -101,29 +93,21 @@ def _config(folder: Path) -> dict[str, Any]:
             try:
                 found = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
-                raise ValueError(f"train: pretrained_model_name_or_path must hold JSON, got {path}: {error}") from None
+                raise _wrong_pipeline("JSON", f"{path}: {error}") from None
             if isinstance(found, dict):
                 return found
-    raise ValueError(
-        f"train: pretrained_model_name_or_path must hold a pipeline with {' or '.join(COMPONENTS)}, got {folder}"
-    )
+    raise _wrong_pipeline(f"a pipeline with {' or '.join(COMPONENTS)}", folder)
+
+
+def _wrong_pipeline(wanted: str, got: object) -> ArgumentError:
+    return ArgumentError("train", "pretrained_model_name_or_path", wanted, got, verb="hold")
 
 
 def _family(config: dict[str, Any]) -> str:
-    classes = diffusers_families()
-    model = classes.get(str(config.get("_class_name")))
-    if model is None:
-        raise ValueError(
-            f"train: pretrained_model_name_or_path must hold one of {', '.join(classes)}, got "
-            f"{config.get('_class_name')!r}"
-        )
-    return model.family
-
-
-def _network(config: dict[str, Any]) -> Any:
-    import diffusers
-
-    return getattr(diffusers, config["_class_name"]).from_config(config)
+    classes, name = diffusers_families(), config.get("_class_name")
+    if str(name) not in classes:
+        raise _wrong_pipeline(f"one of {', '.join(classes)}", repr(name))
+    return classes[str(name)].family
 
 
 def _bridge(settings: TrainSettings, folder: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from twinflow.distributed import calls_in_lockstep, gather_bytes, world
+from twinflow.errors import require
 from twinflow.interface import Student, Teacher
 from twinflow.objective.config import TwinFlowConfig
 from twinflow.objective.draws import Draws, draw_step
@@ -51,8 +52,8 @@ class Evaluation:
         seed: int = 0,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
-        if not entries:
-            raise ValueError("Evaluation: entries must hold something to evaluate on, got none; raise eval_share")
+        wanted, hint = "something to evaluate on", "raise eval_share"
+        require(entries, "Evaluation", "entries", wanted, "none", hint, "hold")
         self._config, self._cache, self._device, self._seed, self._autocast = config, cache, device, seed, autocast
         self._entries = sorted(entries, key=lambda entry: (entry.content, entry.name))[:MOST_ROWS]
         partition = config.recipe == "partition"

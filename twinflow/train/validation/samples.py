@@ -1,5 +1,7 @@
 """`Sampler`: the images that a run draws on the way."""
 
+import json
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -8,6 +10,7 @@ from pathlib import Path
 import torch
 
 from twinflow.distributed import on_rank_zero
+from twinflow.errors import ArgumentError
 from twinflow.interface import Student, Teacher
 from twinflow.models.packing import pack, unpack
 from twinflow.models.registry import FAMILIES
@@ -20,7 +23,6 @@ from twinflow.train.data.decoder import Decoder
 from twinflow.train.data.encoders import Condition
 from twinflow.train.logging.sample_folder import GRID, write_samples
 from twinflow.train.validation.eval_mode import eval_mode
-from twinflow.train.validation.pipeline_shift import pipeline_shift
 from twinflow.train.validation.prompts import ValidationPrompts
 
 COMPARED = (1, 2, 4)  # numbers of steps that are drawn beside the one that is trained for
@@ -110,10 +112,9 @@ class Sampler:
             FloatingPointError: images that are not finite.
             OSError: no room for them.
         """
-        average = isinstance(teacher, EMATeacher)
-        told = f"{'EMA' if average else 'student'} weights, step {step}"
-        network = teacher if isinstance(teacher, EMATeacher) else None
-        return self._drawn(student, network, self.methods, step, "ema" if average else "student", told)
+        if isinstance(teacher, EMATeacher):
+            return self._drawn(student, teacher, self.methods, step, "ema", f"EMA weights, step {step}")
+        return self._drawn(student, None, self.methods, step, "student", f"student weights, step {step}")
 
     def base(self, student: Student) -> str | None:
         """Draws the untrained model as stock pipelines do: 30 Euler steps with guidance; for step 0 of a run.
@@ -176,3 +177,30 @@ class Sampler:
             x = scheduler.step(*state, fresh).prev_sample
             x = unpack(x, *shape[1:]) if packed else x
         return x
+
+
+def pipeline_shift(folder: Path, size: tuple[int, int], patch: int = 2) -> float:
+    """The factor of docs/method.md, equation 34, that a pipeline's own scheduler applies; 1 where it shifts nothing.
+
+    Schedulers that stretch their times to a last one (`shift_terminal`) shift by the same factor.
+
+    Args:
+        folder: the pipeline on disk.
+        size: (H, W) of the latents.
+        patch: latents along an edge of a token (`FlowModel.shift_patch`).
+
+    Raises:
+        ValueError: no settings of a scheduler there.
+    """
+    path = folder / "scheduler" / "scheduler_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not config.get("use_dynamic_shifting"):
+            return float(config.get("flow_shift", config.get("shift", 1.0)))
+        first, last = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        mu = low + (high - low) * (size[0] * size[1] / patch**2 - first) / (last - first)
+        return float(mu) if config.get("time_shift_type") == "linear" else math.exp(mu)
+    except (OSError, ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+        wanted = "a scheduler's settings"
+        raise ArgumentError("pipeline_shift", "folder", wanted, f"{path}: {error}", verb="have") from None
