@@ -15,7 +15,6 @@ coefficients stands in row_coefficients.py; `twinflow_kernels.velocity_loss` mak
 
 import itertools
 
-import numpy as np
 import torch
 
 from twinflow.objective.rows import Rows, positions
@@ -80,8 +79,8 @@ class MicroBatchLoss:
         rows, velocity = self._step.predictions["student", self._micro_batch]
         draws, chosen, counted = self._step.draws, list(rows), self._config.estimate_order > 0
         adv = draws.mask("adv")[chosen]
-        real = tuple(np.flatnonzero(~adv if counted else draws.mask("mul")[chosen]).tolist())
-        fake = tuple(np.flatnonzero(adv).tolist())
+        real = tuple((~adv if counted else draws.mask("mul")[chosen]).nonzero()[0].tolist())
+        fake = tuple(adv.nonzero()[0].tolist())
         terms: dict[str, Rows | None] = {"rcgm" if counted else "velocity": real, "adversarial": fake}
         target = self._target(rows, "main")
         self._add(velocity, rows, target, self._step.coefficients.main, self._config.loss, terms)
