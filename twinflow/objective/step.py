@@ -77,7 +77,7 @@ class Step:
         times = torch.from_numpy(self.plan.times).to(self.draws.t.dtype)
         times = times.to(self.inputs.latents.device, non_blocking=True)
         sizes = [len(call.rows) for call in self.plan.calls]
-        return [part.unbind() for part in times.split_with_sizes(sizes, 1)]
+        return [(t, r, step) for t, r, step in (part.unbind() for part in times.split_with_sizes(sizes, 1))]
 
     def run(self, call: NetworkCall) -> None:
         """Runs the next call of the plan."""
