@@ -1,7 +1,9 @@
 """What the tests of every kernel module share: backends on devices, and the only place that knows tolerances."""
 
+import math
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -64,3 +66,14 @@ def strided(x: torch.Tensor) -> torch.Tensor:
     view = padded[..., ::2]
     view.copy_(x)
     return view
+
+
+def sinusoids(time: torch.Tensor, channels: int, flip: bool, shift: float, scale: float) -> torch.Tensor:
+    """Timesteps(channels, flip, shift, scale) one number at a time, in Python floats."""
+    half, out = channels // 2, np.zeros((len(time), channels))
+    for row, value in enumerate(time.double().tolist()):
+        for i in range(half):
+            angle = scale * value * math.exp(-math.log(10000) * i / (half - shift))
+            pair = (math.cos(angle), math.sin(angle)) if flip else (math.sin(angle), math.cos(angle))
+            out[row, i], out[row, half + i] = pair
+    return torch.from_numpy(out)

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from helpers.kernel_checks import backends
-from kernels.test_time_features import sinusoids
+from helpers.kernel_checks import backends, sinusoids
 
 from twinflow_kernels import _backend, combine_time_embeddings, dual_time_embedding
 

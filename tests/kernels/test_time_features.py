@@ -1,11 +1,8 @@
 """`time_features`: every backend against an independent float64 statement of diffusers' `Timesteps`."""
 
-import math
-
-import numpy as np
 import pytest
 import torch
-from helpers.kernel_checks import assert_accurate, backends, strided
+from helpers.kernel_checks import assert_accurate, backends, sinusoids, strided
 
 from twinflow_kernels import _backend, time_features
 
@@ -17,17 +14,6 @@ EDGES = [0.0, -0.0, 1.0, -1.0, 0.5, 0.999, -1e-3, 1e-30]
 def times(count=8, dtype=torch.float32, device="cpu"):
     edges = torch.tensor(EDGES, dtype=dtype, device=device)
     return torch.cat([edges, 2 * torch.rand(max(0, count - 4), dtype=dtype, device=device) - 1])[-count:]
-
-
-def sinusoids(time: torch.Tensor, channels: int, flip: bool, shift: float, scale: float) -> torch.Tensor:
-    """Timesteps(channels, flip, shift, scale) one number at a time, in Python floats."""
-    half, out = channels // 2, np.zeros((len(time), channels))
-    for row, value in enumerate(time.double().tolist()):
-        for i in range(half):
-            angle = scale * value * math.exp(-math.log(10000) * i / (half - shift))
-            pair = (math.cos(angle), math.sin(angle)) if flip else (math.sin(angle), math.cos(angle))
-            out[row, i], out[row, half + i] = pair
-    return torch.from_numpy(out)
 
 
 @pytest.mark.parametrize("backend, device", BACKENDS)

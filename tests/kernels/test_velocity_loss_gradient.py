@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.fx.experimental.proxy_tensor
 import torch.utils.checkpoint
-from kernels.test_velocity_loss import BACKENDS, INF, both, check, inputs, plain_loss
+from helpers.velocity_loss_cases import BACKENDS, INF, both, check, inputs, plain_loss
 
 from twinflow_kernels import _backend, velocity_loss
 
