@@ -19,18 +19,17 @@ class LateCopy:
 
     def __init__(self, memory, parts, out):
         self.ref, self.offset = StorageWeakRef(memory.untyped_storage()), memory.storage_offset()
+        self.nbytes = len(memory)
         self.parts, self.out, self.done = parts, out, False
 
     def run(self):
         if self.done:
             return
         self.done = True
-        storage, start = torch.UntypedStorage._new_with_weak_ptr(self.ref.cdata), self.offset
+        storage = torch.UntypedStorage._new_with_weak_ptr(self.ref.cdata)
         assert storage is not None, "device memory was given back while its copy was under way"
-        for part in self.parts:
-            inside = torch.empty(0, dtype=torch.uint8).set_(storage, start, (len(part),), (1,))
-            (part if self.out else inside).copy_(inside if self.out else part)
-            start += len(part)
+        memory = torch.empty(0, dtype=torch.uint8).set_(storage, self.offset, (self.nbytes,), (1,))
+        Transfers(False)._copy(memory, self.parts, self.out)
 
 
 class LateTransfers(Transfers):
@@ -51,7 +50,7 @@ class LateTransfers(Transfers):
         saved.run()
         target.fill_(255)
         self.loads.append(LateCopy(target, parts, out=False))
-        alive = sum(sum(map(len, load.parts)) for load in self.loads if not load.ref.expired())
+        alive = sum(load.nbytes for load in self.loads if not load.ref.expired())
         self.peak = max(self.peak, alive)
         self.log.append(("load", len(self.loads) - 1))
         return self.loads[-1]

@@ -6,64 +6,55 @@ import pytest
 import torch
 
 from twinflow.memory.host_memory import available_host_bytes
-from twinflow.memory.offload import host_pool as pinned_pool
+from twinflow.memory.offload import host_pool
 from twinflow.memory.offload.activations import offload_activations
-from twinflow.memory.offload.host_pool import GRAIN, HostPool, slab_sizes
+from twinflow.memory.offload.host_pool import GRAIN, HostPool
 
 
 def test_slabs_are_powers_of_two_and_waste_nothing():
-    for nbytes in (GRAIN, 3 * GRAIN, 4_000_000_000 // GRAIN * GRAIN):
-        sizes = slab_sizes(nbytes)
-        assert sum(sizes) == nbytes and all(size & (size - 1) == 0 for size in sizes)
+    for nbytes in (GRAIN, 3 * GRAIN, 10 * GRAIN + 1):
+        sizes = [len(slab) for slab in HostPool(nbytes, pinned=False)._slabs]
+        assert sum(sizes) == nbytes // GRAIN * GRAIN and all(size & (size - 1) == 0 for size in sizes)
         assert sizes == sorted(set(sizes), reverse=True)
-    assert HostPool(10 * GRAIN + 1).capacity == 10 * GRAIN and HostPool(GRAIN - 1).allocate(1) is None
+    assert HostPool(GRAIN - 1, pinned=None).allocate(1) is None
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_buffers_hold_what_is_written_whatever_comes_and_goes(seed):
     """Random sizes in random order: bytes never overlap, a buffer fits whenever enough is free, gaps close again."""
-    rng, pool, held = random.Random(seed), HostPool(37 * GRAIN), {}
-    pool.take_memory(pinned=False)
+    rng, pool, held = random.Random(seed), HostPool(37 * GRAIN, pinned=False), {}
     for number in range(300):
         if held and rng.random() < 0.5:
-            extents, nbytes, value = held.pop(rng.choice(list(held)))
-            parts = pool.parts(extents, nbytes)
-            assert sum(map(len, parts)) == nbytes and all((part == value).all() for part in parts)
-            pool.free(extents)
+            buffer, value = held.pop(rng.choice(list(held)))
+            assert all((part == value).all() for part in pool.parts(buffer))
+            pool.free(buffer)
         nbytes, free = rng.randint(1, 12 * GRAIN), pool.capacity - pool.nbytes
-        extents = pool.allocate(nbytes)
-        assert (extents is not None) == (-(-nbytes // GRAIN) * GRAIN <= free)
-        if extents is not None:
-            held[number] = extents, nbytes, number % 251
-            for part in pool.parts(extents, nbytes):
+        buffer = pool.allocate(nbytes)
+        assert (buffer is not None) == (-(-nbytes // GRAIN) * GRAIN <= free)
+        if buffer is not None:
+            held[number] = buffer, number % 251
+            assert 0 <= sum(map(len, pool.parts(buffer))) - nbytes < GRAIN
+            for part in pool.parts(buffer):
                 part.fill_(number % 251)
-    for extents, _, _ in held.values():
-        pool.free(extents)
+    for buffer, _ in held.values():
+        pool.free(buffer)
     assert pool.nbytes == 0 and pool.peak_nbytes <= pool.capacity
-    assert pool.allocate(pool.capacity) == ((0, pool.capacity),)
+    assert pool.allocate(32 * GRAIN) == [(0, 0, 32 * GRAIN)], "in one piece where a gap is large enough"
 
 
-def test_memory_is_taken_once(monkeypatch):
-    taken, empty = [], torch.empty
-    monkeypatch.setattr(pinned_pool.torch, "empty", lambda size, **more: taken.append(size) or empty(size, **more))
-    pool = HostPool(5 * GRAIN)
-    pool.take_memory(pinned=False)
-    pool.take_memory(pinned=False)
-    assert taken == [4 * GRAIN, GRAIN]
-
-
-def test_pinned_memory_that_is_refused_names_the_way_out(monkeypatch):
+def test_host_memory_that_is_refused_names_the_way_out(monkeypatch):
     def refuses(size, *, pin_memory, **more):
         if size == GRAIN:
             raise RuntimeError("CUDA error: out of memory")
         return torch.zeros(size, dtype=torch.uint8)
 
-    pool = HostPool(3 * GRAIN)
-    monkeypatch.setattr(pinned_pool.torch, "empty", refuses)
-    with pytest.raises(RuntimeError, match=r"can be pinned, got 0.000 GB.*pin_memory=False.*synchronous, about 2-4x"):
-        pool.take_memory(pinned=True)
-    with pytest.raises(RuntimeError, match=r"can be allocated, got 0.000 GB, refused after 0.000 GB \(CUDA"):
-        pool.take_memory(pinned=False)
+    monkeypatch.setattr(host_pool.torch, "empty", refuses)
+    for pinned, parts in (
+        (True, r"0.000 GB .* must be pinned, got a refusal after 0.000 GB; .*pin_memory=False.* about 2-4x"),
+        (False, r"0.000 GB .* must be allocated, got a refusal after 0.000 GB \(CUDA"),
+    ):
+        with pytest.raises(RuntimeError, match=parts):
+            HostPool(3 * GRAIN, pinned)
 
 
 def test_available_memory_is_what_the_budget_is_held_to(monkeypatch):

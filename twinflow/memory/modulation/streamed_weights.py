@@ -7,7 +7,7 @@ from torch import nn
 
 from twinflow.errors import ArgumentError
 from twinflow.memory.host_memory import available_host_bytes
-from twinflow.memory.offload.host_pool import Ticket, transfers_for
+from twinflow.memory.offload.host_pool import Ticket, host_slabs, transfers_for
 
 LARGEST_SLAB = 1 << 32  # bytes; torch rounds pinned memory up to powers of two, which slabs of many layers make cheap
 GRAIN = 512  # bytes; each layer starts on a multiple of it
@@ -35,7 +35,6 @@ class StreamedWeights:
         self._sizes = [_layer_bytes(layer) for layer in layers]
         self.nbytes = sum(p.numel() * p.element_size() for layer in layers for p in layer.parameters())
         self._transfers = transfers_for(device, pin_memory)
-        self._slabs: list[torch.Tensor] = []
         self._places: list[list[torch.Tensor]] = []  # of each layer's parameters, uint8
         self._homes: list[tuple[torch.Tensor, torch.device]] = []  # parameters that moved, and where they were
         if device.type == "cuda":
@@ -72,7 +71,7 @@ class StreamedWeights:
         """Gives the layers their parameters back where they were, and the host its memory; may be called again."""
         for parameter, device in self._homes:
             parameter.data = parameter.data.to(device, copy=True)
-        self._slabs, self._places, self._homes = [], [], []
+        self._places, self._homes = [], []
 
     def _load(self, buffer: torch.Tensor, number: int) -> Ticket | None:
         if self._device.type == "meta":
@@ -86,27 +85,29 @@ class StreamedWeights:
         """Moves the parameters into slabs of host memory, slab by slab."""
         groups = slabs(self._sizes)
         self._check_host(max(size for size, _ in groups))
-        for size, numbers in groups:
-            try:
-                slab = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=self._pinned)
-            except RuntimeError as error:
-                self.bring_back()
-                raise RuntimeError(self._refusal(error)) from error
-            start = 0
-            for number in numbers:
-                self._places.append([])
-                stretch = slab[start : start + self._sizes[number]]
-                start += self._sizes[number]
-                for parameter, inside in zip(
-                    _held(layer := self._layers[number]), _stretches(stretch, layer), strict=True
-                ):
-                    place = torch.from_numpy(inside.numpy())  # a storage of its own size: what is saved is no slab
-                    view = place.view(parameter.dtype).view(parameter.shape)
-                    view.copy_(parameter.data)
-                    self._homes.append((parameter, parameter.device))
-                    parameter.data = view
-                    self._places[-1].append(place)
-            self._slabs.append(slab)
+        where = f"defer_modulation: {sum(self._sizes) / 1e9:.1f} GB"
+        try:
+            taken = host_slabs((size for size, _ in groups), self._pinned, where)
+            for (_, numbers), slab in zip(groups, taken, strict=True):
+                self._fill(slab, numbers)
+        except RuntimeError:
+            self.bring_back()
+            raise
+
+    def _fill(self, slab: torch.Tensor, numbers: list[int]) -> None:
+        """Moves some layers' parameters into a slab."""
+        start = 0
+        for number in numbers:
+            layer, stretch = self._layers[number], slab[start : start + self._sizes[number]]
+            start += self._sizes[number]
+            self._places.append([])
+            for parameter, inside in zip(_held(layer), _stretches(stretch, layer), strict=True):
+                place = torch.from_numpy(inside.numpy())  # a storage of its own size: what is saved is no slab
+                view = place.view(parameter.dtype).view(parameter.shape)
+                view.copy_(parameter.data)
+                self._homes.append((parameter, parameter.device))
+                parameter.data = view
+                self._places[-1].append(place)
 
     def _check_host(self, largest: int) -> None:
         on_host = all(p.device.type == "cpu" for layer in self._layers for p in layer.parameters())
@@ -114,17 +115,6 @@ class StreamedWeights:
         if available is not None and needed > available:
             wanted = f"{needed / 1e9:.1f} GB of memory available for the modulation weights"
             raise ArgumentError("defer_modulation", "the host", wanted, f"{available / 1e9:.1f} GB", verb="have")
-
-    def _refusal(self, error: RuntimeError) -> str:
-        kind = "pinned" if self._pinned else "allocated"
-        instead = (
-            "; raise the limit on locked memory (`ulimit -l`), or pass pin_memory=False, which takes pageable memory: "
-            "copies are then synchronous and about 2-4x slower"
-        )
-        return (
-            f"defer_modulation: {sum(self._sizes) / 1e9:.1f} GB of host memory must be {kind}, got a refusal"
-            f"{instead if self._pinned else ''} ({error})"
-        )
 
 
 def slabs(sizes: Sequence[int], largest: int = LARGEST_SLAB) -> list[tuple[int, list[int]]]:

@@ -16,19 +16,21 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from twinflow.errors import ArgumentError, require, require_type
 from twinflow.memory.host_memory import available_host_bytes
 from twinflow.memory.offload.hooks import DEVICES, OffloadHooks, OffloadStats
 from twinflow.memory.offload.host_pool import HostPool
-from twinflow.memory.offload.records import Window
 
 __all__ = ["AttachedOffload", "OffloadStats", "offload_activations"]
+
+_NAME = "offload_activations"
 
 
 class offload_activations:
     """Keeps tensors saved for backward in a pool of host memory; gradients stay the same bits.
 
     Around a forward (`with offload: loss = model(x)`), or around every differentiated call of a module (`attach`). The
-    pool is taken once: here where there is a CUDA device, else at first use. Parameters, other leaves that require
+    pool is taken once, here. Parameters, other leaves that require
     grad, views of them, and tensor subclasses stay where they are. A forward runs on one stream.
 
     Args:
@@ -53,22 +55,20 @@ class offload_activations:
         in_flight_bytes: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        budget = _budget_bytes(budget_gb)
+        number = isinstance(budget_gb, (int, float)) and not isinstance(budget_gb, bool)
+        require_type(number, _NAME, "budget_gb", "a number", type(budget_gb).__name__)
+        require(math.isfinite(budget_gb) and budget_gb > 0, _NAME, "budget_gb", "> 0", budget_gb)
+        budget = round(budget_gb * 1e9)
         window = window_bytes(budget) if in_flight_bytes is None else in_flight_bytes
         for name, value in (("min_bytes", min_bytes), ("in_flight_bytes", window)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"offload_activations: {name} must be an integer >= 0, got {value!r}")
-        where = _checked_device(device)
-        available = available_host_bytes()
-        if (where is None or where.type != "meta") and available is not None and budget > available:
-            raise ValueError(
-                f"offload_activations: budget_gb must be at most the host memory available, {available / 1e9:.1f} GB, "
-                f"got {budget_gb:g}"
-            )
-        pool = HostPool(budget)
-        if pin_memory and torch.cuda.is_available() and (where is None or where.type == "cuda"):
-            pool.take_memory(pinned=True)
-        self._hooks = hooks = OffloadHooks(pool, where, min_bytes, pin_memory, Window(window))
+            require(type(value) is int and value >= 0, _NAME, name, "an integer >= 0", repr(value))
+        where, available = _checked_device(device), available_host_bytes()
+        on_meta = where is not None and where.type == "meta"
+        if not on_meta and available is not None and budget > available:
+            wanted = f"at most the host memory available, {available / 1e9:.1f} GB"
+            raise ArgumentError(_NAME, "budget_gb", wanted, f"{budget_gb:g}")
+        pinned = pin_memory and torch.cuda.is_available() and (where is None or where.type == "cuda")
+        self._hooks = hooks = OffloadHooks(HostPool(budget, None if on_meta else pinned), where, min_bytes, window)
         # A compiler must not trace what runs beside its graphs.
         pack, unpack, self._admit = (torch.compiler.disable(f) for f in (hooks.pack, hooks.unpack, hooks.admit))
         self._context = saved_tensors_hooks(pack, unpack)
@@ -97,8 +97,7 @@ class offload_activations:
         Raises:
             TypeError: not a module.
         """
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"offload_activations: module must be an nn.Module, got {type(module).__name__}")
+        require_type(isinstance(module, nn.Module), _NAME, "module", "an nn.Module", type(module).__name__)
         return AttachedOffload(self, module)
 
 
@@ -139,21 +138,12 @@ def window_bytes(budget: int) -> int:
     return min(1 << 29, budget // 4)
 
 
-def _budget_bytes(budget_gb: float) -> int:
-    if isinstance(budget_gb, bool) or not isinstance(budget_gb, (int, float)):
-        raise TypeError(f"offload_activations: budget_gb must be a number, got {type(budget_gb).__name__}")
-    if not (math.isfinite(budget_gb) and budget_gb > 0):
-        raise ValueError(f"offload_activations: budget_gb must be > 0, got {budget_gb}")
-    return round(budget_gb * 1e9)
-
-
 def _checked_device(device: torch.device | str | None) -> torch.device | None:
     """The device with its index; None as it is."""
     if device is None:
         return None
     found = torch.device(device)
-    if found.type not in DEVICES:
-        raise ValueError(f"offload_activations: device must be {', '.join(DEVICES)} or None, got {found}")
+    require(found.type in DEVICES, _NAME, "device", f"{', '.join(DEVICES)} or None", found)
     if found.type == "cuda" and found.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return found

@@ -1,7 +1,6 @@
-"""`HostPool`: host memory for offloaded tensors, taken once; `Transfers`: the copies to it and back, by device."""
+"""`HostPool`: host memory for offloaded tensors; `Transfers`: the copies to it and back, by device."""
 
-import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +8,35 @@ import torch
 
 GRAIN = 4096  # bytes; every buffer starts and ends on a multiple of it
 
-Extent = tuple[int, int]  # [start, stop) in bytes of the pool
+Extent = tuple[int, int, int]  # number of a slab, [start, stop) in its bytes
 
 
-def slab_sizes(nbytes: int) -> list[int]:
-    """Powers of two that add up to a size, largest first: torch rounds pinned memory up to them."""
-    return [1 << bit for bit in reversed(range(nbytes.bit_length())) if nbytes >> bit & 1]
+def host_slabs(sizes: Iterable[int], pinned: bool, where: str) -> Iterator[torch.Tensor]:
+    """Host memory of some sizes, uint8, one after another as they are asked for.
+
+    Args:
+        sizes: bytes; torch rounds pinned memory up to powers of two.
+        pinned: whether it is.
+        where: function and amount, for the message.
+
+    Raises:
+        RuntimeError: the system refuses.
+    """
+    taken = 0
+    for size in sizes:
+        try:
+            slab = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+        except RuntimeError as error:
+            instead = (
+                "; take less, raise the limit on locked memory (`ulimit -l`), or pass pin_memory=False, which takes "
+                "pageable memory: copies are then synchronous, about 2-4x slower, and hide behind no computation"
+            )
+            raise RuntimeError(
+                f"{where} of host memory must be {'pinned' if pinned else 'allocated'}, got a refusal after "
+                f"{taken / 1e9:.3f} GB{instead if pinned else ''} ({error})"
+            ) from error
+        taken += size
+        yield slab
 
 
 class HostPool:
@@ -24,90 +46,51 @@ class HostPool:
 
     Args:
         capacity: bytes, rounded down to a multiple of `GRAIN`.
+        pinned: whether the memory is; None: there is none, for data on meta.
 
     Attributes:
         nbytes, peak_nbytes: bytes in use now, and at most so far.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity // GRAIN * GRAIN
+    def __init__(self, capacity: int, pinned: bool | None) -> None:
+        self.capacity, self.pinned = capacity // GRAIN * GRAIN, bool(pinned)
         self.nbytes = self.peak_nbytes = 0
-        self._gaps: list[Extent] = [(0, self.capacity)] if self.capacity else []
-        self._slabs: list[torch.Tensor] = []
-        self._starts: list[int] = []
+        sizes = [1 << bit for bit in reversed(range(self.capacity.bit_length())) if self.capacity >> bit & 1]
+        where = f"offload_activations: {self.capacity / 1e9:.3f} GB"
+        self._slabs = [] if pinned is None else [*host_slabs(sizes, pinned, where)]
+        self._gaps: list[Extent] = [(number, 0, size) for number, size in enumerate(sizes)]
 
-    def take_memory(self, pinned: bool) -> None:
-        """Takes the pool's memory from the system; nothing where that is done already.
-
-        Raises:
-            RuntimeError: the system does not let as much be pinned.
-        """
-        if self._slabs:
-            return
-        slabs = []
-        for size in slab_sizes(self.capacity):
-            try:
-                slabs.append(torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pinned))
-            except RuntimeError as error:
-                kind = "pinned" if pinned else "allocated"
-                pageable = (
-                    "; lower it, raise the limit on locked memory (`ulimit -l`), or pass pin_memory=False, which takes "
-                    "pageable memory: copies are then synchronous, about 2-4x slower, and hide behind no computation"
-                )
-                raise RuntimeError(
-                    f"offload_activations: budget_gb must be an amount of host memory that can be {kind}, got "
-                    f"{self.capacity / 1e9:.3f} GB, refused after {sum(len(s) for s in slabs) / 1e9:.3f} GB"
-                    f"{pageable if pinned else ''} ({error})"
-                ) from error
-        self._slabs = slabs
-        self._starts = [sum(len(slab) for slab in slabs[:i]) for i in range(len(slabs))]
-
-    def allocate(self, nbytes: int) -> tuple[Extent, ...] | None:
-        """A buffer of at least so many bytes, first fit; None where the pool is too full."""
+    def allocate(self, nbytes: int) -> list[Extent] | None:
+        """A buffer of at least so many bytes; None where the pool is too full."""
         missing = -(-nbytes // GRAIN) * GRAIN
         if missing > self.capacity - self.nbytes:
             return None
         self.nbytes += missing
         self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
-        whole = next((gap for gap in self._gaps if gap[1] - gap[0] >= missing), None)
-        taken = []
-        for start, stop in [whole] if whole else sorted(self._gaps, key=lambda gap: gap[0] - gap[1]):
-            self._gaps.remove((start, stop))
+        buffer: list[Extent] = []
+        while missing:
+            gap = next((g for g in self._gaps if g[2] - g[1] >= missing), None)
+            slab, start, stop = gap or max(self._gaps, key=lambda g: g[2] - g[1])
             end = min(stop, start + missing)
-            if end < stop:
-                bisect.insort(self._gaps, (end, stop))
-            taken.append((start, end))
+            place = self._gaps.index((slab, start, stop))
+            self._gaps[place : place + 1] = [(slab, end, stop)] if end < stop else []
+            buffer.append((slab, start, end))
             missing -= end - start
-            if not missing:
-                break
-        return tuple(taken)
+        return buffer
 
-    def free(self, extents: Sequence[Extent]) -> None:
+    def free(self, buffer: Sequence[Extent]) -> None:
         """Takes a buffer back."""
-        for start, stop in extents:
-            self.nbytes -= stop - start
-            place = bisect.bisect(self._gaps, (start, stop))
-            if place < len(self._gaps) and self._gaps[place][0] == stop:
-                stop = self._gaps.pop(place)[1]
-            if place and self._gaps[place - 1][1] == start:
-                place -= 1
-                start = self._gaps.pop(place)[0]
-            self._gaps.insert(place, (start, stop))
+        gaps: list[Extent] = []
+        for slab, start, stop in sorted([*self._gaps, *buffer]):
+            if gaps and (gaps[-1][0], gaps[-1][2]) == (slab, start):
+                start = gaps.pop()[1]
+            gaps.append((slab, start, stop))
+        self._gaps = gaps
+        self.nbytes -= sum(stop - start for _, start, stop in buffer)
 
-    def parts(self, extents: Sequence[Extent], nbytes: int) -> list[torch.Tensor]:
-        """The memory of a buffer's first `nbytes`, uint8, cut where slabs and pieces end; none before it is taken."""
-        found: list[torch.Tensor] = []
-        if not self._slabs:
-            return found
-        for start, stop in extents:
-            stop = min(stop, start + nbytes)
-            while start < stop:
-                number = bisect.bisect(self._starts, start) - 1
-                slab, offset = self._slabs[number], start - self._starts[number]
-                found.append(slab[offset : offset + stop - start])
-                start += len(found[-1])
-                nbytes -= len(found[-1])
-        return found
+    def parts(self, buffer: Sequence[Extent]) -> list[torch.Tensor]:
+        """The memory of a buffer, uint8; none on meta."""
+        return [self._slabs[slab][start:stop] for slab, start, stop in buffer] if self._slabs else []
 
 
 @dataclass(frozen=True)
@@ -119,24 +102,23 @@ class Ticket:
 
 
 class Transfers:
-    """Copies of the CPU's own tensors, done when the call returns.
+    """Copies of the CPU's own tensors, done when the call returns; on meta there is nothing to copy.
 
-    Attributes:
-        asynchronous: whether the memory that is saved must outlive the call.
+    Args:
+        asynchronous: whether the memory that is saved must outlive the call; on meta it does, as on a GPU.
     """
 
-    asynchronous = False
+    def __init__(self, asynchronous: bool) -> None:
+        self.asynchronous = asynchronous
 
     def save(self, source: torch.Tensor, parts: list[torch.Tensor]) -> Ticket | None:
         """Copies device memory (uint8) to a buffer."""
-        for inside, part in _pairs(source, parts):
-            part.copy_(inside)
+        self._copy(source, parts, out=True)
         return None
 
     def load(self, target: torch.Tensor, parts: list[torch.Tensor], saved: Ticket | None) -> Ticket | None:
         """Copies a buffer to device memory (uint8), once it is `saved`."""
-        for inside, part in _pairs(target, parts):
-            inside.copy_(part)
+        self._copy(target, parts, out=False)
         return None
 
     def ready(self, ticket: Ticket | None) -> None:
@@ -145,17 +127,13 @@ class Transfers:
     def settle(self, ticket: Ticket | None) -> None:
         """Whoever is given a copy's device memory from now on comes after the copy."""
 
-
-class MetaTransfers(Transfers):
-    """Copies nothing, and keeps what is saved as long as a GPU might have to."""
-
-    asynchronous = True
-
-    def save(self, source: torch.Tensor, parts: list[torch.Tensor]) -> None:
-        return None
-
-    def load(self, target: torch.Tensor, parts: list[torch.Tensor], saved: Ticket | None) -> None:
-        return None
+    def _copy(self, memory: torch.Tensor, parts: list[torch.Tensor], out: bool) -> None:
+        start = 0
+        for part in parts if not memory.is_meta else ():
+            inside = memory[start : start + len(part)]
+            start += len(part)
+            target, source = (part[: len(inside)], inside) if out else (inside, part[: len(inside)])
+            target.copy_(source, non_blocking=self.asynchronous)
 
 
 class CudaTransfers(Transfers):
@@ -163,32 +141,29 @@ class CudaTransfers(Transfers):
 
     Args:
         device: with its index.
-        pinned: whether the pool is; copies of pageable memory hold the host up.
+        pinned: whether the host memory is; copies of pageable memory hold the host up.
     """
 
     def __init__(self, device: torch.device, pinned: bool) -> None:
-        self.asynchronous = pinned
+        super().__init__(asynchronous=pinned)
         self._device = device
         self._out, self._in = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
     def save(self, source: torch.Tensor, parts: list[torch.Tensor]) -> Ticket:
-        current = torch.cuda.current_stream(self._device)
-        self._out.wait_stream(current)
         self._out.wait_stream(self._in)  # the buffer's last owner may still be read
-        with torch.cuda.stream(self._out):
-            for inside, part in _pairs(source, parts):
-                part.copy_(inside, non_blocking=self.asynchronous)
-            return Ticket(self._out.record_event(), current)
+        return self._enqueued(self._out, source, parts)
 
     def load(self, target: torch.Tensor, parts: list[torch.Tensor], saved: Ticket | None) -> Ticket:
-        current = torch.cuda.current_stream(self._device)
-        self._in.wait_stream(current)  # the target's last owner may still be in use
         if saved is not None:
             self._in.wait_event(saved.event)
-        with torch.cuda.stream(self._in):
-            for inside, part in _pairs(target, parts):
-                inside.copy_(part, non_blocking=self.asynchronous)
-            return Ticket(self._in.record_event(), current)
+        return self._enqueued(self._in, target, parts)
+
+    def _enqueued(self, stream: torch.cuda.Stream, memory: torch.Tensor, parts: list[torch.Tensor]) -> Ticket:
+        current = torch.cuda.current_stream(self._device)
+        stream.wait_stream(current)  # what is saved is made there; a target's last owner may still be in use there
+        with torch.cuda.stream(stream):
+            self._copy(memory, parts, out=stream is self._out)
+            return Ticket(stream.record_event(), current)
 
     def ready(self, ticket: Ticket | None) -> None:
         if ticket is not None:
@@ -201,14 +176,4 @@ class CudaTransfers(Transfers):
 
 def transfers_for(device: torch.device, pinned: bool) -> Transfers:
     """The copies of a device's tensors."""
-    if device.type == "cuda":
-        return CudaTransfers(device, pinned)
-    return MetaTransfers() if device.type == "meta" else Transfers()
-
-
-def _pairs(inside: torch.Tensor, parts: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Each part of a buffer with its stretch of the device memory."""
-    start = 0
-    for part in parts:
-        yield inside[start : start + len(part)], part
-        start += len(part)
+    return CudaTransfers(device, pinned) if device.type == "cuda" else Transfers(device.type == "meta")
