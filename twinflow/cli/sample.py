@@ -201,8 +201,6 @@ def _write_png(image: Any, folder: Path, about: Mapping[str, object]) -> Path:
     """Writes an image under a name that no other file has.
 
     Args:
-        image: a PIL image.
-        folder: where it goes.
         about: how it was drawn, kept in the file's text; `prompt`, `steps` and `seed` make its name.
 
     Returns:

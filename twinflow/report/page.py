@@ -30,7 +30,6 @@ def write_report(run: RunFolder, to: Path | None = None) -> Path:
     Nothing on the page is loaded from elsewhere, and its scripts are the only ones that it allows.
 
     Args:
-        run: the run's folder.
         to: the file; None: `run.report`.
 
     Returns:

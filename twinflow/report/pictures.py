@@ -18,7 +18,6 @@ def data_uris(paths: Sequence[Path], most_bytes: int = MOST_BYTES) -> list[str |
     """The images as data URIs of WebP, scaled down alike until all of them fit.
 
     Args:
-        paths: of the images.
         most_bytes: of all URIs together; at the smallest width they may be more.
 
     Returns:

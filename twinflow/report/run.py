@@ -18,11 +18,9 @@ class Run:
     """The contents of a run's folder.
 
     Args:
-        name: of the run.
         settings: None: there is no config, or it cannot be resolved.
         config: the object in config.json.
         environment: versions and devices.
-        series: the measurements.
         sets, base: samples on the way, and of the base model.
         complaints: a sentence for each thing that cannot be read.
     """

@@ -39,7 +39,6 @@ def read_samples(run: RunFolder, complaints: list[str]) -> tuple[list[SampleSet]
     """The sets of a run by step, and that of the base model.
 
     Args:
-        run: its folder.
         complaints: gets a line for each set that cannot be read.
     """
     sets, base = [], None

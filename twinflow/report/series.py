@@ -25,7 +25,6 @@ class Series:
     Args:
         steps: that were measured, ascending.
         columns: name -> a value per step, None where there was none; terms are named `TERM` + name.
-        evaluations: their records.
         starts: (step, time) of each begin.
         trajectory: times of the steps.
         damaged: lines that could not be read.

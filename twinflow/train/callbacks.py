@@ -21,7 +21,6 @@ class Callbacks:
     """Looks at an assembled run; every rank makes the same calls.
 
     Args:
-        parts: of the run.
         record, display: get what is found.
         sampler, evaluation: None: there are no samples, no held-out images.
     """
@@ -72,11 +71,7 @@ def build_callbacks(
     """The checks that a run's settings ask for.
 
     Args:
-        settings: of the run.
-        parts, record, display: see `Callbacks`.
-        folder: of its pipeline.
         prompts: of its samples; None: there are none.
-        stop: see `Sampler`.
         data: the cache, and the entries held out.
     """
     device, (cache, held) = parts.loop.device, data

@@ -26,10 +26,6 @@ _CALLS = 24  # of a plan that are shown
 def dry_run(settings: TrainSettings, console: Console) -> None:
     """Prints what a run would do; loads no weights, encodes nothing and writes nothing.
 
-    Args:
-        settings: of the run.
-        console: where to.
-
     Raises:
         ValueError: data that cannot be trained on, or a model that does not go with the settings.
     """

@@ -28,7 +28,6 @@ class Due:
 
     Args:
         record: gets the records of `StepMetrics.flush`.
-        evaluate, draw, save: the validation loss, samples and a checkpoint.
     """
 
     record: Callable[[list[dict[str, Any]]], None]
@@ -42,16 +41,12 @@ class Loop:
     """A run that is assembled; `run` takes it to its last step, or to where it is asked to stop.
 
     Args:
-        settings: of the run.
         student: what is called, in its wrapper.
         teacher: None: plain flow matching without an average.
-        criterion: the objective.
-        cache, batches: the data, and its order.
         state: of the run; `state.extra` has `step`, the number of steps taken, and `seconds` of training.
         generator: of the steps' random numbers.
         micro_batch: most rows of a network call.
         autocast: makes the context of a step's calls.
-        device: where it computes.
     """
 
     settings: TrainSettings

@@ -27,7 +27,6 @@ class RestoredRun:
     """What a run trained.
 
     Args:
-        settings: of the run.
         folder: of the pipeline underneath.
         checkpoint: the folder that was read.
         step: optimizer steps taken.

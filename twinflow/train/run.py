@@ -55,7 +55,6 @@ def train(settings: TrainSettings, console: Console | None = None) -> int:
     """Trains to the last step, or until Ctrl-C or SIGTERM; the same settings go on where a run was left.
 
     Args:
-        settings: of the run.
         console: where it speaks; None: standard output.
 
     Returns:
@@ -221,8 +220,6 @@ def require_trainable(settings: TrainSettings, folder: Path, accelerator: Any) -
     Seeds torch's global stream, as `build_student` does.
 
     Args:
-        settings: of the run.
-        folder: of its pipeline.
         accelerator: accelerate's, for the kind of parallelism.
 
     Raises:

@@ -34,9 +34,7 @@ class Assembled:
     """A run's parts.
 
     Args:
-        loop: of its steps.
         model: the student itself, inside what `loop.student` wraps.
-        teacher: or None.
         memory: what was applied.
         trained, parameters: how many parameters are trained, and there are, the teacher's not counted.
     """
@@ -60,9 +58,6 @@ def assemble(
     """Loads the model, puts the memory preset and the launcher's wrapper on it, and makes what moves it.
 
     Args:
-        settings: of the run.
-        folder: of its pipeline.
-        cache: of its data.
         entries: of the cache, to train on.
         accelerator: accelerate's, for the device and the kind of parallelism.
         saved_optimizer: kind of the optimizer in the checkpoint that the run goes on from.
@@ -131,8 +126,6 @@ def headline(settings: TrainSettings, parts: Assembled, entries: int) -> str:
     """Model, what of it is trained, on what, how, and where.
 
     Args:
-        settings: of the run.
-        parts: of the run.
         entries: images or prompts that it is trained on.
     """
     kind = f"LoRA of rank {settings.lora_rank}" if settings.model_type == "lora" else "all weights"

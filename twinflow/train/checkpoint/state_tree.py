@@ -64,7 +64,6 @@ def decode(tensors: Mapping[str, torch.Tensor], json_text: str | bytes) -> Any:
 
     Args:
         tensors: name -> CPU tensor.
-        json_text: as `encode` wrote it.
 
     Raises:
         ValueError: the text is none that `encode` writes, or the tensors are others than it names.

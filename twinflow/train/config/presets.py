@@ -17,7 +17,6 @@ class TrainPreset:
         rank, alpha: of the LoRA; 0: all weights are trained.
         optimizer, learning_rate, beta2: constant rate, no weight decay, beta1 0.9.
         rows, micro_batches: of a step on one card; their product is the published batch, of all cards together.
-        steps: of the optimizer.
         clip: bound of the gradient's norm; 0: none.
         ema: the teacher's decay; 0: the student is its own teacher (`StudentTeacher`), and no average is kept.
         objective: of `TwinFlowConfig.preset`.

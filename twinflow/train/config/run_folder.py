@@ -20,9 +20,6 @@ class RunFolder:
     `samples/step-000500/` and `samples/base/` have images and `samples.json`:
     `{"step", "weights": "ema" | "student" | "base", "width", "height", "images": [{"file", "prompt", "steps", "style",
     "guidance", "seed"}], "grid": "grid.png"}`, files beside it.
-
-    Args:
-        root: the folder.
     """
 
     root: Path

@@ -79,7 +79,6 @@ class Option:
         group: heading that it stands under.
         default: its value where it is not given; None: `derived`, or none.
         help: one line.
-        kind: its values.
         fixed: whether another value would make a resumed run another run.
         derived: other settings -> default.
     """

@@ -21,7 +21,6 @@ class Batches:
     are fewer of its size than a group takes: then they repeat in turn, when the epochs have gathered enough for one.
 
     Args:
-        entries: of a cache.
         batch: rows of a batch, on one rank.
         seed: of the order, the same on every rank.
         rank, world: this process, of how many.

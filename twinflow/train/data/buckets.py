@@ -95,7 +95,6 @@ def read_pixels(data: bytes, bucket: Size) -> torch.Tensor:
     """An image file's pixels, upright, on white where it is transparent, cut about its centre and resized to a bucket.
 
     Args:
-        data: the file's bytes.
         bucket: height and width, px.
 
     Returns:

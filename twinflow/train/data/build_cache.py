@@ -40,7 +40,6 @@ class CacheOptions:
     """How a cache is built.
 
     Args:
-        uncond: the unconditional prompt.
         vae_batch, text_batch: images and prompts encoded at once.
         skip_bad: leave out images that cannot be read; they are listed in any case.
         max_upscale: enlarging an image more than this, along an edge, is warned about.
@@ -95,7 +94,6 @@ def build_cache(
         items: of `read_folder`, or prompts for training without images.
         encoders: loaded only if something is missing, and let go at the end.
         sizes: of `buckets`; prompts take the one most like a square.
-        options: see `CacheOptions`.
         progress: called with what is done (as "encoding images"), how many, of how many.
         main_process: whether this process encodes; others read what it has encoded.
         wait: called by all, when the main process is done: a barrier.

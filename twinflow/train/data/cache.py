@@ -24,7 +24,6 @@ class Entry:
 
     Args:
         name: path of the image, or number of the prompt; no two are equal.
-        caption: the words.
         content: sha256 of the image's bytes, or of the prompt.
         size: height and width it is trained in, px.
         latents: key of its latents; None: there is no image, they are zeros.
@@ -110,7 +109,6 @@ def held_out(entries: Sequence[Entry], share: float) -> tuple[list[Entry], list[
     An entry's side is read from its content alone: it stays there when others come, go, or change their captions.
 
     Args:
-        entries: of a cache.
         share: of contents held out, 0 to below 1; few entries may have none.
 
     Raises:

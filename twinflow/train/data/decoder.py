@@ -16,9 +16,6 @@ class Decoder:
     """The autoencoder of a pipeline, loaded when something must be decoded.
 
     Args:
-        folder: the pipeline on disk.
-        autoencoder: the kind that its family has.
-        device: where it runs.
         dtype: in which.
     """
 

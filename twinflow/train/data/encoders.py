@@ -26,7 +26,6 @@ class Encoders:
     Args:
         folder: the pipeline on disk; for a hub name, what `DiffusionPipeline.download(name)` returns.
         dtype: of autoencoder and text encoders, and so of what is kept.
-        device: where they run.
         load: returns the pipeline, its encoders on their device; None: the folder's own, without the transformer.
         student: whose `encode_prompt` is used; None: the family's, without weights. A UNet must be given.
 
@@ -116,9 +115,7 @@ def encode_images(pipe: Any, pixels: torch.Tensor, autoencoder: type[Autoencoder
     The autoencoder runs in its own dtype, in which the latents are returned; they are scaled in float32 or wider.
 
     Args:
-        pipe: the diffusers pipeline.
         pixels: (B, 3, height, width) in -1 .. 1.
-        autoencoder: the kind that its family has.
 
     Returns:
         (B, C, H, W), on the CPU.

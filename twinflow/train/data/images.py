@@ -39,7 +39,6 @@ def read_folder(
     above them, as in the image folders of `datasets`. Files and folders whose names begin with a dot are left out.
 
     Args:
-        folder: where the images are.
         caption_column: of the metadata; where it is `text` and there is none, `caption` is read.
         image_column: of the metadata: names of images, relative to the metadata's own folder.
         strategy: `textfile`, `metadata`, or `auto`: whichever there is.

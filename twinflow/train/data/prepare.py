@@ -62,8 +62,6 @@ def prepare_data(settings: TrainSettings, encoders: Encoders, **how: Any) -> Cac
     """The cache of a run's data; what is not in it yet is encoded.
 
     Args:
-        settings: of the run.
-        encoders: of its pipeline.
         how: `progress`, `main_process` and `wait`, see `build_cache`.
 
     Raises:

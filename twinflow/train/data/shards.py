@@ -27,7 +27,6 @@ class Shards:
     """What is cached in a folder.
 
     Args:
-        folder: of the shards.
         verify: read all of it and compare checksums; False: the headers only.
     """
 

@@ -18,9 +18,7 @@ class RunLogger:
     """Writes on the main process; on the others it does nothing. A context manager.
 
     Args:
-        settings: of the run.
         run: its folder; records after `step` are forgotten, as these steps are taken again.
-        step: steps taken.
 
     Raises:
         ValueError: a tracker's library is missing.

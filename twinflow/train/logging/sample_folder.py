@@ -26,7 +26,6 @@ def write_samples(
 
     Args:
         folder: such as `RunFolder.samples_at` names.
-        title: of the grid.
         columns: headings of the grid.
         images: `prompt`, `steps` and what else is said of an image; and the image, (height, width, 3) uint8: row by row
             of the grid.

@@ -20,7 +20,6 @@ class StepMetrics:
 
     Args:
         rows: of a step, on all ranks together.
-        device: where losses are.
         seconds: of training before this process.
         twinflow: whether times are worth a trajectory.
     """
@@ -49,7 +48,6 @@ class StepMetrics:
             step: its number, from 1.
             loss, terms: 0-dim, of this rank; `terms` name -> value.
             grad_norm: 0-dim, before clipping.
-            learning_rate: of this step.
             times: signed (t, r) of this rank's rows.
         """
         zero = loss.new_zeros(())

@@ -35,9 +35,7 @@ def put_memory(
     """Applies the run's preset and moves the student to the device; `auto` is the fastest that fits a CUDA device.
 
     Args:
-        settings: of the run.
         student: on the CPU, with its LoRA.
-        device: where it trains.
         text_tokens: length of the longest prompt; None: as usual for the model.
         sharded: the weights are going to be, block by block: the student stays on the CPU, and `auto`, which knows
             nothing of shards, recomputes the blocks.
@@ -71,7 +69,6 @@ def workload_of_run(settings: TrainSettings, student: FlowModel, text_tokens: in
     """What the planner is asked for a run's student: the rows of a micro-batch on one card.
 
     Args:
-        settings: of the run.
         student: on any device, the meta device among them.
         text_tokens: length of the longest prompt; None: as usual for the model.
 

@@ -19,7 +19,6 @@ def build_optimizer(
     A run keeps the kind that it began with: another preset may count on another.
 
     Args:
-        settings: of the run.
         parameters: what is trained, on its device.
         memory: what was applied.
         saved: kind in the checkpoint that the run goes on from, see `saved_kind`; None: it begins.

@@ -32,7 +32,6 @@ def wrap(
     the model on the CPU: its blocks go to the device one by one, each rank keeping its shards.
 
     Args:
-        settings: of the run.
         model: of `build_student`, with its memory preset; the same on every rank.
         accelerator: accelerate's, for the device and the kind of parallelism.
         preset: what was applied to the model; None: nothing that the model does not show.
@@ -59,9 +58,6 @@ def wrap(
 
 def launcher_kind(accelerator: Any) -> str:
     """What the launcher asked for: `one` process, `ddp` or `fsdp2`.
-
-    Args:
-        accelerator: accelerate's.
 
     Raises:
         ValueError: something else.
@@ -93,7 +89,6 @@ def check_sharded(settings: TrainSettings, model: FlowModel, preset: MemoryPrese
     """Raises ArgumentError, naming the setting, for what does not go with sharded weights.
 
     Args:
-        settings: of the run.
         model: before it is sharded.
         preset: what was, or will be, applied to it.
     """

@@ -26,7 +26,6 @@ def build_student(settings: TrainSettings, folder: Path, *, weights: bool = True
     torch's global stream, so that new weights are the same in every process.
 
     Args:
-        settings: of the run.
         folder: of `pipeline_folder`.
         weights: False: tensors on the meta device, for forecasts and plans.
 

@@ -18,7 +18,6 @@ def eval_mode(student: Student, device: torch.device) -> Iterator[Student]:
 
     Args:
         student: wrapped or not.
-        device: where it computes.
     """
     module = unwrap(student)
     training = [part for part in module.modules() if part.training] if isinstance(module, nn.Module) else []

@@ -31,11 +31,7 @@ class Evaluation:
     its teacher and role counter move.
 
     Args:
-        config: the objective.
-        cache: of the data.
         entries: held out; of more than 64 those with the lowest content hashes are used.
-        device: where the student computes.
-        seed: of the draws.
         autocast: makes the context of the student's calls.
 
     Raises:
@@ -70,7 +66,6 @@ class Evaluation:
 
         Args:
             student: wrapped or not.
-            teacher: of the run.
 
         Returns:
             `loss`, a float, and `terms`, name -> float, which sum to it.

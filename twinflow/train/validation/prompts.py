@@ -19,9 +19,7 @@ class ValidationPrompts:
     """Prompts with their conditions; all images have one size.
 
     Args:
-        texts: the prompts.
         conditions: of each, of one row, on the CPU.
-        negative: of the negative prompt.
         size: height and width, px.
         latent_shape: (C, H, W) of an image's latents.
         family: whose encoders they come from.
@@ -44,8 +42,6 @@ def validation_prompts(settings: TrainSettings, cache: Cache, encoders: Encoders
     """The prompts of a run's samples, or captions of its data where it has none, from a cache of their own.
 
     Args:
-        settings: of the run.
-        cache: of its data.
         encoders: loaded only if something is missing, and let go at the end unless `kept`.
         how: `progress`, `main_process` and `wait`, see `build_cache`.
 

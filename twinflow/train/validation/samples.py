@@ -60,11 +60,6 @@ class Sampler:
     rank 0 decodes and writes.
 
     Args:
-        settings: of the run.
-        folder: of its pipeline.
-        prompts: of `validation_prompts`.
-        run: where images go.
-        device: where the student computes.
         autocast: makes the context of the student's calls.
         stop: asked after each image, on every rank: whether to give the drawing up.
     """
@@ -101,9 +96,7 @@ class Sampler:
         """Draws after some steps, with the teacher where it is an average of the weights, else with the student.
 
         Args:
-            step: steps taken.
             student: wrapped or not.
-            teacher: of the run.
 
         Returns:
             What was drawn, in words; None: it was given up, and nothing was written.
@@ -185,7 +178,6 @@ def pipeline_shift(folder: Path, size: tuple[int, int], patch: int = 2) -> float
     Schedulers that stretch their times to a last one (`shift_terminal`) shift by the same factor.
 
     Args:
-        folder: the pipeline on disk.
         size: (H, W) of the latents.
         patch: latents along an edge of a token (`FlowModel.shift_patch`).
 
