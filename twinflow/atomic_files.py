@@ -55,17 +55,18 @@ def partial_folder(path: Path) -> Path:
     return path.with_name(f".{path.name}{_PARTIAL}")
 
 
-def publish_folder(path: Path, replaced: Path) -> None:
+def publish_folder(path: Path, replaced: Path | None = None) -> None:
     """Gives `partial_folder(path)`, once all of it is on the disk, its name; a folder of that name makes room.
 
     Args:
         path: its name.
-        replaced: where an earlier folder stands while the two are exchanged; it is removed at the end.
+        replaced: where an earlier folder stands while the two are exchanged, before it is removed; None: a hidden name
+            that `remove_partials` knows.
 
     Raises:
         OSError: a rename failed; the earlier folder has its name again.
     """
-    partial = partial_folder(path)
+    partial, replaced = partial_folder(path), replaced or partial_folder(path.with_name(f"{path.name}.replaced"))
     for part in (*partial.iterdir(), partial):
         sync(part)
     if path.exists():  # a folder with files in it cannot be renamed onto

@@ -155,16 +155,9 @@ class Loop:
         cond = on_device(self.cache.condition(entries), self.device)
         with self.autocast():
             return self.criterion.backward(
-                self.student,
-                latents,
-                cond,
-                self._uncond(entries[0].size),
-                micro_batch=self.micro_batch,
-                teacher=self.teacher,
-                generator=self.generator,
-                step_rows=self.settings.step_rows,
-                update_teacher=first,
-            )
+                self.student, latents, cond, self._uncond(entries[0].size), micro_batch=self.micro_batch,
+                teacher=self.teacher, generator=self.generator, step_rows=self.settings.step_rows, update_teacher=first,
+            )  # fmt: skip
 
     def _times(self, out: TwinFlowOutput) -> list[tuple[float, float]]:
         """Signed (t, r) of the rows; `all_terms` asks each row's fake velocity at (-t, -t) as well."""

@@ -85,19 +85,11 @@ def assemble(
     state = RunState(
         student, teacher, criterion, optimizer, scheduler, {"steps": generator}, batches, {"step": 0, "seconds": 0.0}
     )
+    micro_batch = min(settings.train_batch_size, memory.micro_batch or settings.train_batch_size)
     loop = Loop(
-        settings=settings,
-        student=student,
-        teacher=teacher,
-        criterion=criterion,
-        cache=cache,
-        batches=batches,
-        state=state,
-        generator=generator,
-        micro_batch=min(settings.train_batch_size, memory.micro_batch or settings.train_batch_size),
-        autocast=lambda: autocast(settings, device),
-        device=device,
-    )
+        settings, student, teacher, criterion, cache, batches, state, generator, micro_batch,
+        autocast=lambda: autocast(settings, device), device=device,
+    )  # fmt: skip
     return Assembled(loop, model, teacher, memory, *counts)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.cache_cases import FAMILIES, PROMPTS, Counted, assert_close, build, contents, digits, same, unloadable
+from helpers.cache_cases import FAMILIES, PROMPTS, Counted, assert_close, build, contents, digits, same
 from helpers.tiny_pipelines import saved_pipeline
 from PIL import Image
 from sklearn.datasets import load_sample_images
@@ -31,7 +31,7 @@ def test_a_cache_is_what_the_encoders_give_and_a_second_run_encodes_nothing(tmp_
     encoders = Counted(family)
     sizes = buckets(32, encoders.multiple)
     first = build_cache(tmp_path / "cache", read_folder(data), encoders, sizes, options=CacheOptions(uncond="bad"))
-    again = Counted(family, load=unloadable)
+    again = Counted(family, loads=False)
     second = build_cache(tmp_path / "cache", read_folder(data), again, sizes, options=CacheOptions(uncond="bad"))
     assert second.entries == first.entries and second.entries == open_cache(tmp_path / "cache").entries
     assert same(contents(first), contents(second)) and same(contents(first), contents(open_cache(tmp_path / "cache")))
@@ -83,7 +83,7 @@ def test_a_damaged_shard_is_encoded_again(tmp_path, harm):
     found = build(cache, data, encoders)
     assert same(contents(found), expected) and len(found.warnings) == 2
     assert 0 < encoders.encoded["images"] + len(encoders.encoded["prompts"]) < 13
-    build(cache, data, Counted(load=unloadable))
+    build(cache, data, Counted(loads=False))
 
 
 def test_bad_images_are_all_listed(tmp_path):
@@ -93,7 +93,7 @@ def test_bad_images_are_all_listed(tmp_path):
     for _ in range(2):
         with pytest.raises(ValueError, match=r"skip_bad.*got 2 that are not: 1.png: not an image.*; 4.png: ."):
             build(tmp_path / "cache", data)
-    found = build(tmp_path / "cache", data, Counted(load=unloadable), options=CacheOptions(skip_bad=True))
+    found = build(tmp_path / "cache", data, Counted(loads=False), options=CacheOptions(skip_bad=True))
     assert [e.name for e in found.entries] == ["0.png", "2.png", "3.png", "5.png"] and [*found.skipped] == [
         "1.png",
         "4.png",
@@ -166,8 +166,8 @@ def test_another_process_waits_and_ranks_read(tmp_path):
     thread.join(30)
     assert done.is_set()
     waited = []
-    rank = build(cache, data, Counted(load=unloadable), main_process=False, wait=lambda: waited.append(1))
-    assert waited == [1] and len(rank) == 2
+    rank = build(cache, data, Counted(loads=False), main_process=False, wait=lambda: waited.append(1))
+    assert waited == [1] and len(rank.entries) == 2
     (data / "0.txt").write_text("what the main process has not seen")
     with pytest.raises(ValueError, match="must have been built by the main process"):
         build(cache, data, main_process=False)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.cache_cases import Counted, unloadable
+from diffusers import DiffusionPipeline
+from helpers.cache_cases import Counted
 from helpers.validation_cases import CPU, PROMPTS, data_of, prompts_of, settings_for
 
 from twinflow.train.data.prepare import encoders_of, prepare_data
@@ -43,12 +44,12 @@ def test_conditions_are_the_encoders_own(tmp_path):
     assert not torch.equal(prompts.negative["prompt_embeds"], prompts.conditions[0]["prompt_embeds"])
 
 
-def test_encoders_are_loaded_once_for_data_and_prompts(tmp_path):
+def test_encoders_are_loaded_once_for_data_and_prompts(tmp_path, monkeypatch):
     settings = settings_for(tmp_path, validation_prompts=[])
     cache = data_of(settings)
-    encoders = Counted("sd3")
-    load, loaded = encoders._load, []
-    encoders._load = lambda: loaded.append(1) or load()
+    encoders, loaded = Counted("sd3"), []
+    load = DiffusionPipeline.from_pretrained
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda *a, **k: loaded.append(1) or load(*a, **k))
     fresh = settings_for(tmp_path, validation_prompts=[], cache_dir=str(tmp_path / "other"))
     with encoders.kept():
         prepare_data(fresh, encoders, progress=lambda what, done, of: None)
@@ -56,7 +57,7 @@ def test_encoders_are_loaded_once_for_data_and_prompts(tmp_path):
         assert encoders._pipe is not None
     assert len(loaded) == 1 and encoders._pipe is None
     assert list(prompts.texts) == captions(cache) and len(prompts.texts) == 4
-    again = Counted("sd3", load=unloadable)
+    again = Counted("sd3", loads=False)
     assert validation_prompts(fresh, cache, again).texts == prompts.texts and not again.encoded["prompts"]
 
 

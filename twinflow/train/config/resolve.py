@@ -1,5 +1,6 @@
 """`read_config()`: from the options of a config file and a command line to the settings of a run."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from twinflow.objective.config import TwinFlowConfig
 from twinflow.objective.flags import FLAGS
 from twinflow.suggest import did_you_mean, lookup, nearest
 from twinflow.train.config import simpletuner
-from twinflow.train.config.json_file import read_json
 from twinflow.train.config.objective import objective
 from twinflow.train.config.option_types import shown
 from twinflow.train.config.presets import train_preset
@@ -24,6 +24,7 @@ FLAT = (
     "one step without twinflow_adversarial_enabled tends to look flat: enable it, or sample in 2 to 4 steps "
     "(twinflow_target_step_count)"
 )
+_MOST_BYTES = 1_000_000  # of a config file
 # another spelling, of diffusers' scripts or of SimpleTuner -> option
 ALIASES = {
     "rank": "lora_rank", "lora_targets": "lora_layers", "data_dir": "instance_data_dir",
@@ -195,3 +196,66 @@ def _resolve_validation(values: dict[str, Any], config: TwinFlowConfig | None) -
         warnings.append(FLAT)
     values["validation_guidance"], values["validation_num_inference_steps"] = 0.0, target
     return warnings
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of UTF-8 text, with a byte-order mark or without.
+
+    Raises:
+        ArgumentError: no such file, none that can be read, no JSON, no object, or a key that is there twice.
+    """
+    try:
+        value = json.loads(_text(path), object_pairs_hook=lambda pairs: _unique(path, pairs))
+    except json.JSONDecodeError as error:
+        where = f"{path} line {error.lineno} column {error.colno}"
+        raise _error("JSON", f"{where}: {error.msg}{_explanation(error)}") from None
+    except RecursionError:
+        raise _error("JSON", f"{path}, nested too deeply") from None
+    except ArgumentError:
+        raise
+    except ValueError:
+        raise _error("JSON", f"{path} with an integer too long to read") from None
+    if not isinstance(value, dict):
+        raise ArgumentError("train", "config", "an object {...}", f"{path} with a {type(value).__name__}", verb="hold")
+    return value
+
+
+def _error(wanted: str, got: str) -> ArgumentError:
+    return ArgumentError("train", "config", wanted, got)
+
+
+def _text(path: Path) -> str:
+    wanted = "a JSON file"
+    try:
+        if path.is_dir():
+            raise _error(wanted, f"the folder {path}")
+        if not path.is_file():
+            raise _error(f"{wanted} that exists", repr(str(path)))
+        if path.stat().st_size > _MOST_BYTES:
+            raise _error(f"{wanted} of at most {_MOST_BYTES} bytes", f"{path} with {path.stat().st_size}")
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise _error(f"{wanted} that can be read", f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise _error(f"{wanted} in UTF-8", f"{path} with byte {error.start} of another encoding") from None
+
+
+def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in mapping if keys.count(key) > 1)
+        raise ArgumentError("train", repr(twice), "given once", f"it twice in {path}")
+    return mapping
+
+
+def _explanation(error: json.JSONDecodeError) -> str:
+    """What JSON lacks and other formats have, where that is what stands there."""
+    here, before = error.doc[error.pos :].lstrip(), error.doc[: error.pos].rstrip()
+    if not error.doc.strip():
+        return " (the file is empty)"
+    if here[:2] in ("//", "/*") or here[:1] == "#":
+        return " (JSON has no comments)"
+    if (here[:1] in ("}", "]") and before.endswith(",")) or (here[:1] == "," and here[1:].lstrip()[:1] in ("}", "]")):
+        return " (JSON has no comma after the last entry)"
+    return " (JSON has double quotes only)" if here[:1] == "'" else ""

@@ -1,10 +1,8 @@
 """`RunFolder`: what a run keeps, and where: the one contract between the loop and whoever looks at its results."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """The folder of a run (`output_dir`).
 
@@ -20,44 +18,23 @@ class RunFolder:
     `samples/step-000500/` and `samples/base/` have images and `samples.json`:
     `{"step", "weights": "ema" | "student" | "base", "width", "height", "images": [{"file", "prompt", "steps", "style",
     "guidance", "seed"}], "grid": "grid.png"}`, files beside it.
+
+    Attributes:
+        root: the folder.
+        config: the resolved settings, a config file again.
+        environment: versions and devices, a JSON object of texts and numbers.
+        metrics: what was measured on the way.
+        samples: images drawn on the way, a folder for each time.
+        report: the page of `twinflow report`.
+        logs: of TensorBoard.
+        wandb_id: the run's identity in wandb, a line of text.
     """
 
-    root: Path
-
-    @property
-    def config(self) -> Path:
-        """The resolved settings, a config file again."""
-        return self.root / "config.json"
-
-    @property
-    def environment(self) -> Path:
-        """Versions and devices, a JSON object of texts and numbers."""
-        return self.root / "environment.json"
-
-    @property
-    def metrics(self) -> Path:
-        """What was measured on the way."""
-        return self.root / "metrics.jsonl"
-
-    @property
-    def samples(self) -> Path:
-        """Images drawn on the way, a folder for each time."""
-        return self.root / "samples"
-
-    @property
-    def report(self) -> Path:
-        """The page of `twinflow report`."""
-        return self.root / "report.html"
-
-    @property
-    def logs(self) -> Path:
-        """Of TensorBoard."""
-        return self.root / "logs"
-
-    @property
-    def wandb_id(self) -> Path:
-        """The run's identity in wandb, a line of text."""
-        return self.root / "wandb-id.txt"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.config, self.environment = root / "config.json", root / "environment.json"
+        self.metrics, self.samples, self.report = root / "metrics.jsonl", root / "samples", root / "report.html"
+        self.logs, self.wandb_id = root / "logs", root / "wandb-id.txt"
 
     def samples_at(self, step: int | None) -> Path:
         """The images after a number of steps; None: of the base model."""

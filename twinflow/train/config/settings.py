@@ -12,7 +12,7 @@ from typing import Any
 from twinflow.errors import ArgumentError
 from twinflow.models.registry import REGISTRATIONS
 from twinflow.objective.config import TwinFlowConfig
-from twinflow.objective.flags import FLAGS, Flag
+from twinflow.objective.flags import FLAGS
 from twinflow.train.config.objective import FLOW_MATCHING
 from twinflow.train.config.option_types import (
     BOOL,
@@ -224,15 +224,13 @@ class TrainSettings:
         return json.dumps({**values, **self.twinflow_options, "twinflow": objective}, indent=1, default=str) + "\n"
 
 
-def _option_of_flag(flag: Flag) -> Option:
-    return Option("TwinFlow", flag.default, flag.help, replace(RAW, metavar=_METAVARS[flag.type]))
-
-
 def _options() -> dict[str, Option]:
     options: dict[str, Option] = {}
     for row in fields(TrainSettings):
         if row.name == "twinflow":
-            options |= {name: _option_of_flag(flag) for name, flag in FLAGS.items()}
+            for name, flag in FLAGS.items():
+                kind = replace(RAW, metavar=_METAVARS[flag.type])
+                options[name] = Option("TwinFlow", flag.default, flag.help, kind)
         if option := row.metadata.get("option"):
             of_type = _KIND_OF_TYPE.get(row.type, RAW)
             options[row.name] = replace(option, kind=of_type) if option.kind is RAW else option

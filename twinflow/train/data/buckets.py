@@ -1,10 +1,8 @@
 """`buckets()`: the sizes that images are trained in; `read_pixels()`: an image file as pixels of one of them."""
 
-import hashlib
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,6 +13,7 @@ from twinflow.errors import require
 Size = tuple[int, int]  # height, width
 RESIZE = "centre box, Lanczos, on white, 1"  # another rule, another name: cached latents are kept by it
 MAX_UPSCALE = 1.25
+_LONGEST = 2.0  # most that a long edge may be of the short one
 _AREA = 0.12  # of the square's area, by which a bucket's may differ
 _SIXTEEN_BITS = 65535
 
@@ -23,22 +22,13 @@ class ImageError(ValueError):
     """An image file that cannot be read, and why."""
 
 
-@dataclass(frozen=True)
-class Picture:
-    """What an image file is before its pixels are looked at."""
-
-    sha256: str  # of the file's bytes
-    size: Size  # upright
-
-
-def buckets(resolution: int, multiple: int, *, aspect: bool = True, longest: float = 2.0) -> list[Size]:
+def buckets(resolution: int, multiple: int, *, aspect: bool = True) -> list[Size]:
     """Sizes of nearly the area of a square.
 
     Args:
         resolution: edge of the square, px.
         multiple: what heights and widths must be multiples of, px: pixels per latent x the model's `latent_multiple`.
         aspect: False: the square alone.
-        longest: most that a long edge may be of the short one.
 
     Returns:
         (height, width), px, flattest first; each is there turned, too.
@@ -49,12 +39,11 @@ def buckets(resolution: int, multiple: int, *, aspect: bool = True, longest: flo
     for name, value in (("resolution", resolution), ("multiple", multiple)):
         require(type(value) is int and value >= 1, "buckets", name, "an integer >= 1", repr(value))
     require_multiples("buckets", "resolution", (resolution,), multiple)
-    require(1 <= longest < math.inf, "buckets", "longest", "a ratio >= 1", repr(longest))
     sizes = {(resolution, resolution)}
     area = resolution**2
     for short in range(multiple, resolution, multiple) if aspect else ():
         long = round(area / short / multiple) * multiple
-        if long <= longest * short and abs(long * short / area - 1) <= _AREA:
+        if long <= _LONGEST * short and abs(long * short / area - 1) <= _AREA:
             sizes |= {(short, long), (long, short)}
     return sorted(sizes, key=lambda size: (size[0] / size[1], size))
 
@@ -78,8 +67,8 @@ def upscale(size: Size, bucket: Size) -> float:
     return max(bucket[0] / size[0], bucket[1] / size[1])
 
 
-def look(data: bytes) -> Picture:
-    """A file's hash, and the size that its header and its orientation give.
+def upright_size(data: bytes) -> Size:
+    """The size that a file's header and its orientation give.
 
     Raises:
         ImageError: no image.
@@ -87,8 +76,7 @@ def look(data: bytes) -> Picture:
     with _opened(data) as image:
         width, height = image.size
         turned = _guarded(lambda: image.getexif().get(0x0112, 1)) in (5, 6, 7, 8)
-    size = (width, height) if turned else (height, width)
-    return Picture(hashlib.sha256(data).hexdigest(), size)
+    return (width, height) if turned else (height, width)
 
 
 def read_pixels(data: bytes, bucket: Size) -> torch.Tensor:

@@ -19,9 +19,9 @@ from twinflow.train.data.buckets import (
     ImageError,
     Size,
     as_model_input,
-    look,
     nearest_bucket,
     read_pixels,
+    upright_size,
     upscale,
 )
 from twinflow.train.data.cache import INDEX, Cache, Entry, Index, open_cache
@@ -42,7 +42,6 @@ class CacheOptions:
     Args:
         vae_batch, text_batch: images and prompts encoded at once.
         skip_bad: leave out images that cannot be read; they are listed in any case.
-        max_upscale: enlarging an image more than this, along an edge, is warned about.
         shard_bytes: of encodings kept back before a file is written: what a kill loses at most.
     """
 
@@ -50,7 +49,6 @@ class CacheOptions:
     vae_batch: int = 4
     text_batch: int = 16
     skip_bad: bool = False
-    max_upscale: float = MAX_UPSCALE
     shard_bytes: int = 128_000_000
 
     def __post_init__(self) -> None:
@@ -153,11 +151,11 @@ def _build(
         listed = "; ".join(f"{name}: {why}" for name, why in sorted(work.bad.items()))
         wanted = "readable" if options.skip_bad else "readable (skip_bad leaves them out)"
         raise ArgumentError("build_cache", "images", wanted, f"{len(work.bad)} that are not: {listed}")
-    large = {name: times for name, times in work.enlarged.items() if times > options.max_upscale}
+    large = {name: times for name, times in work.enlarged.items() if times > MAX_UPSCALE}
     if large:
         most = max(large, key=lambda name: large[name])
         work.warnings.append(
-            f"{len(large)} of {len(entries)} images are enlarged more than {options.max_upscale} times, the most is "
+            f"{len(large)} of {len(entries)} images are enlarged more than {MAX_UPSCALE} times, the most is "
             f"{most}, {large[most]:.1f} times: a smaller resolution would fit them"
         )
     shapes = {f"{height} {width}": list(encoders.latent_shape((height, width))) for height, width in sizes}
@@ -173,18 +171,19 @@ def _find(item: Item | str, number: int, work: _Work, encoders: Encoders, sizes:
         key = text_key(item, encoders)
         work.entries.append(Entry(f"prompt {number}", item, hashed(item), size, None, key))
         return
-    name = entry_name(item)
+    name = item.name
     try:
-        picture = look(item.path.read_bytes())
+        data = item.path.read_bytes()
+        shown = upright_size(data)
     except (ImageError, OSError) as error:
         work.bad[name] = getattr(error, "strerror", None) or str(error)
         return
-    bucket = nearest_bucket(sizes, picture.size)
+    bucket, content = nearest_bucket(sizes, shown), hashlib.sha256(data).hexdigest()
     work.paths[name] = item.path
-    work.enlarged[name] = upscale(picture.size, bucket)
-    latents = hashed(picture.sha256, bucket, RESIZE, encoders.vae_identity, encoders.family)
+    work.enlarged[name] = upscale(shown, bucket)
+    latents = hashed(content, bucket, RESIZE, encoders.vae_identity, encoders.family)
     condition = text_key(item.caption, encoders)
-    work.entries.append(Entry(name, item.caption, picture.sha256, bucket, latents, condition))
+    work.entries.append(Entry(name, item.caption, content, bucket, latents, condition))
 
 
 def _encode_prompts(
@@ -236,11 +235,6 @@ def _parts(of: list[Part], length: int) -> Iterator[tuple[int, list[Part]]]:
         yield min(first + length, len(of)), of[first : first + length]
 
 
-def entry_name(item: Item) -> str:
-    """The name that an item is known by."""
-    return item.name or str(item.path)
-
-
 def hashed(*parts: object) -> str:
     """A hash of numbers and texts."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -253,7 +247,7 @@ def text_key(words: str, encoders: Encoders) -> str:
 
 def request_of(items: Iterable[Item | str], encoders: Encoders, sizes: Sequence[Size], *how: object) -> str:
     """What a cache is built for, from what every rank knows without reading an image."""
-    told = [item if isinstance(item, str) else [entry_name(item), item.caption] for item in items]
+    told = [item if isinstance(item, str) else [item.name, item.caption] for item in items]
     return hashed(told, list(sizes), encoders.family, encoders.vae_identity, encoders.text_identity, how)
 
 
@@ -261,7 +255,7 @@ def check_request(items: Sequence[Item] | Sequence[str], encoders: Encoders, siz
     """Raises ArgumentError unless there are items of one kind, with different names, and sizes that the model takes."""
     kinds = {isinstance(item, str) for item in items}
     require(len(kinds) == 1, "build_cache", "items", "images or prompts", "both" if kinds else "none")
-    names = [entry_name(item) for item in items if isinstance(item, Item)]
+    names = [item.name for item in items if isinstance(item, Item)]
     if len({*names}) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ArgumentError("build_cache", "items", "different names", f"{twice!r} twice", verb="have")

@@ -75,9 +75,6 @@ class Cache:
         require(not lost, "open_cache", str(folder), wanted, f"{lost} missing", "cache again", "hold")
         self.uncond: Condition = collate([shards.read(index.uncond)])
 
-    def __len__(self) -> int:
-        return len(self.entries)
-
     def latents(self, entries: Sequence[Entry]) -> torch.Tensor:
         """(B, C, H, W) of entries of one size, in the autoencoder's dtype; float32 zeros for prompts without images.
 

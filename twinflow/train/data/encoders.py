@@ -3,7 +3,7 @@
 import gc
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ class Encoders:
     Args:
         folder: the pipeline on disk; for a hub name, what `DiffusionPipeline.download(name)` returns.
         dtype: of autoencoder and text encoders, and so of what is kept.
-        load: returns the pipeline, its encoders on their device; None: the folder's own, without the transformer.
         student: whose `encode_prompt` is used; None: the family's, without weights. A UNet must be given.
 
     Raises:
@@ -39,7 +38,6 @@ class Encoders:
         *,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
-        load: Callable[[], Any] | None = None,
         student: FlowModel | None = None,
     ) -> None:
         self.folder, self.dtype, self.device = Path(folder), dtype, torch.device(device)
@@ -51,7 +49,7 @@ class Encoders:
         self.vae_identity = f"{identity(self.folder / 'vae')} {dtype}"
         parts = [f"{name} {identity(self.folder / name)}" for name in texts if (self.folder / name).is_dir()]
         self.text_identity = f"{hashlib.sha256(' '.join(parts).encode()).hexdigest()} {dtype}"
-        self._load, self._kept = load or self._from_folder, False
+        self._kept = False
         self._pipe: Any = None
 
     @property
@@ -97,15 +95,12 @@ class Encoders:
 
     def _loaded(self) -> Any:
         if self._pipe is None:
-            self._pipe = self._load()
+            from diffusers import DiffusionPipeline
+
+            bare: dict[str, Any] = {self.student.component: None}
+            pipe = DiffusionPipeline.from_pretrained(self.folder, dtype=self.dtype, **bare)
+            self._pipe = pipe.to(self.device)
         return self._pipe
-
-    def _from_folder(self) -> Any:
-        from diffusers import DiffusionPipeline
-
-        bare: dict[str, Any] = {self.student.component: None}
-        pipe = DiffusionPipeline.from_pretrained(self.folder, dtype=self.dtype, **bare)
-        return pipe.to(self.device)
 
 
 @torch.no_grad()

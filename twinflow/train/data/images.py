@@ -22,7 +22,7 @@ class Item:
 
     path: Path
     caption: str
-    name: str = ""
+    name: str
 
 
 def read_folder(

@@ -14,7 +14,6 @@ from twinflow.atomic_files import partial_folder, publish_folder, remove_partial
 from twinflow.train.logging.image_grid import image_grid
 
 SUMMARY, GRID = "samples.json", "grid.png"
-_REPLACED = ".replaced"
 
 
 def write_samples(
@@ -37,11 +36,9 @@ def write_samples(
     partial = partial_folder(folder)
     try:
         remove_partials(folder.parent)
-        for left in folder.parent.glob(f".*{_REPLACED}"):
-            shutil.rmtree(left)
         partial.mkdir(parents=True)
         _fill(partial, title, columns, images, more)
-        publish_folder(folder, folder.with_name(f".{folder.name}{_REPLACED}"))
+        publish_folder(folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         wanted = f"Sampler: output_dir must take {len(images)} images"

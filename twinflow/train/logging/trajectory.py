@@ -25,10 +25,13 @@ class Trajectory:
 
     Args:
         most: points that are kept.
+
+    Attributes:
+        seen: how many points there were.
     """
 
     def __init__(self, most: int = 4096) -> None:
-        self._most, self._seen = most, 0
+        self._most, self.seen = most, 0
         self._kept: list[Point] = []
         self._random = random.Random(0)  # which points are kept is the same every time
 
@@ -40,21 +43,16 @@ class Trajectory:
 
     def _keep(self, point: Point) -> None:
         """Each of n points seen is among those kept with the same chance, whatever the order of a step's rows."""
-        self._seen += 1
+        self.seen += 1
         if len(self._kept) < self._most:
             self._kept.append(point)
-        elif (place := self._random.randrange(self._seen)) < self._most:
+        elif (place := self._random.randrange(self.seen)) < self._most:
             self._kept[place] = point
 
     @property
     def points(self) -> list[Point]:
         """Those kept, by step."""
         return sorted(self._kept)
-
-    @property
-    def seen(self) -> int:
-        """How many there were."""
-        return self._seen
 
 
 def figure(points: Iterable[Point]) -> np.ndarray:

@@ -79,14 +79,10 @@ def workload_of_run(settings: TrainSettings, student: FlowModel, text_tokens: in
 
     objective = settings.objective
     return workload_from_student(
-        student,
-        resolution=settings.resolution,
-        batch=settings.train_batch_size,
-        recipe=objective.recipe,
-        order=objective.estimate_order,
-        text_tokens=text_tokens,
+        student, resolution=settings.resolution, batch=settings.train_batch_size, recipe=objective.recipe,
+        order=objective.estimate_order, text_tokens=text_tokens,
         optimizer=_OPTIMIZERS.get(settings.optimizer, settings.optimizer),
-    )
+    )  # fmt: skip
 
 
 def held_bytes(settings: TrainSettings, workload: "Workload") -> int:

@@ -48,13 +48,9 @@ def build_student(settings: TrainSettings, folder: Path, *, weights: bool = True
     if not lora:
         return student.requires_grad_(True)
     alpha = int(settings.lora_alpha) if settings.lora_alpha == int(settings.lora_alpha) else settings.lora_alpha
+    how: dict[str, Any] = {"alpha": alpha, "targets": settings.lora_layers or None}  # peft takes fractions too
     return add_lora(
-        student,
-        settings.lora_rank,
-        alpha=alpha,  # type: ignore[arg-type]  # peft takes fractions too
-        targets=settings.lora_layers or None,
-        base_lora=settings.base_lora,
-        conditioning=settings.conditioning,
+        student, settings.lora_rank, base_lora=settings.base_lora, conditioning=settings.conditioning, **how
     )
 
 

@@ -87,15 +87,11 @@ class Evaluation:
         latents = self._cache.latents([entry]).float()
         roles = None if self._roles is None else self._roles[row : row + 1]
         draws = draw_step(self._config, latents, roles, torch.Generator().manual_seed(self._seed + row), row)
-        return TwinFlowLoss(self._config).evaluate(
-            student,
-            latents.to(self._device),
-            on_device(self._cache.condition([entry]), self._device),
-            on_device(self._cache.uncond_at(entry.size), self._device),
-            teacher=teacher,
-            draws=self._moved(draws),
-            step_rows=len(self),
-        )
+        conditions = self._cache.condition([entry]), self._cache.uncond_at(entry.size)
+        cond, uncond = (on_device(found, self._device) for found in conditions)
+        latents, draws = latents.to(self._device), self._moved(draws)
+        how: dict[str, Any] = {"teacher": teacher, "draws": draws, "step_rows": len(self)}
+        return TwinFlowLoss(self._config).evaluate(student, latents, cond, uncond, **how)
 
     def _moved(self, draws: Draws) -> Draws:
         noises = {f.name: getattr(draws, f.name) for f in fields(draws) if f.name not in ("roles", *_ON_HOST)}
