@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +19,6 @@ from twinflow.formats.manifest import MANIFEST
 from twinflow.models import FAMILIES
 from twinflow.pipelines.generator import ImageGenerator
 from twinflow.train.checkpoint.checkpoint import TENSORS
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def drawn(capsys, source, *arguments, out):
@@ -155,15 +151,6 @@ def test_an_export_that_does_not_say_its_model(exports, tmp_path, capsys):
     (path,) = drawn(capsys, export, "--model", str(saved_pipeline("sd3")), *size, out=tmp_path / "a")
     (expected,) = drawn(capsys, exports["sd3"], out=tmp_path / "b")
     assert (pixels(path) == pixels(expected)).all()
-
-
-@pytest.mark.slow  # test_training_end_to_end.py starts `python -m twinflow`, test_end_to_end.py draws afresh
-def test_in_a_process_of_its_own(exports, tmp_path, capsys):
-    command = [sys.executable, "-m", "twinflow", "sample", str(exports["sd3"]), "--prompt", "a red fox", "--out"]
-    done = subprocess.run([*command, str(tmp_path / "a")], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (expected,) = drawn(capsys, exports["sd3"], out=tmp_path / "b")
-    assert (pixels(done.stdout.strip()) == pixels(expected)).all()
 
 
 MISTAKES = {

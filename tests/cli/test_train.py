@@ -128,9 +128,7 @@ def test_a_loss_that_is_not_finite_is_exit_1(config, tmp_path, capsys):
     assert "not finite" in capsys.readouterr().err
 
 
-def test_debug_shows_the_traceback(config, capsys):
-    assert main(["train", str(config), "--debug"]) == 2
-    assert "Traceback" in capsys.readouterr().err
+def test_a_config_may_ask_for_the_traceback(config, capsys):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"debug": True}))
     assert main(["train", str(config)]) == 2
     assert "Traceback" in capsys.readouterr().err

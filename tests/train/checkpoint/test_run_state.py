@@ -17,13 +17,6 @@ from train.checkpoint.test_state_tree import same
 from twinflow.train.checkpoint.checkpoint import latest_checkpoint, read_checkpoint, write_checkpoint
 from twinflow.train.checkpoint.run_state import RunState
 
-
-@pytest.fixture(autouse=True)
-def uncompiled(monkeypatch):
-    """torchao compiles its step, which takes ten seconds here; the same operations without."""
-    monkeypatch.setattr(torch, "compile", lambda function=None, **_: function or (lambda f: f))
-
-
 CASES = (
     (True, "adamw", None), (True, "adamw", "40gb"), (True, "bitsandbytes", "40gb"), (True, "torchao", "40gb"),
     (True, "radam", "40gb"), (True, "bitsandbytes", "24gb"), (False, "adamw", None), (False, "radam", "checkpoint"),

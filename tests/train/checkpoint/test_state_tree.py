@@ -25,12 +25,6 @@ DTYPES = (
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def uncompiled(monkeypatch):
-    """torchao compiles its step, which takes ten seconds here; the same operations without."""
-    monkeypatch.setattr(torch, "compile", lambda function=None, **_: function or (lambda f: f))
-
-
 def through_bytes(tree):
     tensors, text = encode(tree)
     return decode(load(save(tensors)), text.encode())

@@ -13,16 +13,6 @@ ON = {**MODEL, "use_ema": True, "twinflow_enabled": True}
 FILE = '{"pretrained_model_name_or_path": "some/model", "learning_rate": 2e-4}'
 
 
-@pytest.fixture
-def written(tmp_path):
-    def write(text: str | bytes, name: str = "config.json") -> Path:
-        path = tmp_path / name
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return path
-
-    return write
-
-
 @pytest.mark.parametrize("given, message", [
     ({"distillation_method": "dmd"}, "distillation_method must be left out, .*, got 'dmd'; set twinflow_enabled"),
     ({"scheduled_sampling_max_step_offset": 2}, "scheduled_sampling_max_step_offset must be left out, .*, got 2; set"),

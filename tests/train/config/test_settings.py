@@ -21,16 +21,6 @@ MODEL = {"pretrained_model_name_or_path": "some/model"}
 ON = {**MODEL, "use_ema": True, "twinflow_enabled": True}
 
 
-@pytest.fixture
-def written(tmp_path):
-    def write(text: str | bytes, name: str = "config.json") -> Path:
-        path = tmp_path / name
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return path
-
-    return write
-
-
 def test_a_published_config_reads_unchanged(written):
     found = read_config(written(FILE), {})
     for name, value in json.loads(FILE).items():
