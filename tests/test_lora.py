@@ -2,24 +2,21 @@
 
 import copy
 import json
+import re
 
 import pytest
 import torch
+from helpers.batches import move
 from helpers.family_batches import FAMILIES, make_batch, make_student, relative
+from helpers.teacher_cases import T, answer
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from twinflow.conditioning import LORA_MODE, MODES
+from twinflow.export import export
 from twinflow.formats.manifest import LORA
 from twinflow.lora import add_lora, load_lora, lora_tensors
 from twinflow.teachers.adapter_slot import adapter_layers
-
-T = torch.tensor([0.9, 0.31])
-
-
-def answer(student, batch):
-    with torch.no_grad():
-        return student(batch[0], T, T, batch[1])
 
 
 def written(student, path, *, prefix="transformer.", alpha=None, rename=None, cut=None):
@@ -60,9 +57,9 @@ def test_a_new_lora_changes_nothing_and_trains_nothing_of_the_base(family, mode)
     plain, student = (make_student(family, dtype=torch.bfloat16) for _ in range(2))
     base = {name: (id(p), p.clone()) for name, p in student.network.named_parameters()}
     assert add_lora(student, 2, conditioning=mode) is student
-    batch = make_batch(family, student, 2, torch.bfloat16)
+    batch = make_batch(family, student, 4, torch.bfloat16)
     if mode is None:
-        assert torch.equal(answer(student, batch), answer(plain, batch))
+        assert torch.equal(answer(student, batch, T, T), answer(plain, batch, T, T))
     else:
         assert student.conditioning.mode == mode
     trained = {name: p for name, p in student.network.named_parameters() if p.requires_grad}
@@ -145,9 +142,9 @@ def test_a_style_lora_keeps_its_own_scale(folder, styled, tmp_path):
     """Rank 3 and alpha 12: a scale of 4, which only the file's settings tell."""
     written(styled, tmp_path / LORA, alpha=12)
     student = add_lora(make_student("sd3"), 2, base_lora=tmp_path if folder else tmp_path / LORA)
-    batch = make_batch("sd3", student, 2)
-    assert relative(answer(student, batch), answer(styled, batch)) < 1e-5
-    assert relative(answer(make_student("sd3"), batch), answer(styled, batch)) > 1e-2
+    batch = make_batch("sd3", student, 4)
+    assert relative(answer(student, batch, T, T), answer(styled, batch, T, T)) < 1e-5
+    assert relative(answer(make_student("sd3"), batch, T, T), answer(styled, batch, T, T)) > 1e-2
     trained = [name for name, p in student.named_parameters() if p.requires_grad]
     assert not any(".base." in name for name in trained) and any(".default." in name for name in trained)
 
@@ -159,12 +156,37 @@ def test_a_lora_goes_on_from_its_file(styled, tmp_path):
     for file in (tmp_path / LORA, tmp_path / "other.safetensors"):
         written(styled, file, alpha=12)
         student = add_lora(make_student("sd3"), 3, alpha=12, conditioning="dual")
-        batch = make_batch("sd3", student, 2)
+        batch = make_batch("sd3", student, 4)
         load_lora(student, tmp_path if file.name == LORA else file)
-        assert relative(answer(student, batch), answer(styled, batch)) < 1e-5
+        assert relative(answer(student, batch, T, T), answer(styled, batch, T, T)) < 1e-5
         for name, value in load_file(file).items():
             mine = lora_tensors(student.network, "default")[name.removeprefix("transformer.")]
             assert torch.equal(mine, value) and mine.requires_grad
+
+
+@pytest.mark.parametrize("mode", [None, "dual", "sign", "midpoint", "dual+sign"])
+def test_an_export_goes_on_with_its_conditioning(mode, tmp_path):
+    student, other = (move(add_lora(make_student("sd3"), 4, conditioning=mode)) for _ in range(2))
+    batch = make_batch("sd3", student, 4)
+    expected = answer(student, batch)
+    assert not torch.equal(answer(other, batch), expected)
+    load_lora(other, export(student, tmp_path))
+    assert torch.equal(answer(other, batch), expected)
+
+
+def test_an_export_of_another_mode_changes_nothing(tmp_path):
+    folder = export(move(add_lora(make_student("sd3"), 4, conditioning="dual")), tmp_path)
+    for mode in ("midpoint", "dual+sign", None):
+        student = move(add_lora(make_student("sd3"), 4, conditioning=mode))
+        before = copy.deepcopy(student.state_dict())
+        message = f"load_lora: student must have conditioning 'dual'.*, got {re.escape(repr(mode))}"
+        with pytest.raises(ValueError, match=message):
+            load_lora(student, folder)
+        assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    student = make_student("sd3")
+    with pytest.raises(ValueError, match=r"add_lora: base_lora must be a LoRA on its own, got .* second embedder"):
+        add_lora(student, 4, base_lora=folder)
+    assert student.conditioning is None and not hasattr(student.network, "peft_config")
 
 
 @pytest.mark.parametrize("student, how, message", [

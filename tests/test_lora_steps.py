@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from helpers.batches import gradients
+from helpers.batches import gradients, move
 from helpers.family_batches import FAMILIES, make_batch, make_student, relative
-from helpers.teacher_cases import TEACHERS, T, answer, move
+from helpers.teacher_cases import TEACHERS, T, answer
 from helpers.tiny_pipelines import tiny_transformer
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file

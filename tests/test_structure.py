@@ -153,7 +153,6 @@ def test_the_page_about_the_structure_names_what_is_there():
 
 # Tests that still import a test; none may come to them.
 IMPORTERS = {
-    "formats/test_saved_conditioning.py",
     "helpers/ranked_steps.py",
     "kernels/test_dual_time_embedding.py",
     "kernels/test_velocity_loss_gradient.py",

@@ -5,12 +5,14 @@ import re
 import pytest
 import torch
 from helpers.family_batches import FAMILIES, make_batch, make_student, randomised
-from models.test_loading import WEIGHTS, answer
+from helpers.teacher_cases import answer
 from safetensors.torch import load_file, save_file
 
 from twinflow.conditioning import MODES
 from twinflow.formats.manifest import Manifest, write_manifest
 from twinflow.models import load
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def saved(student, folder):
@@ -25,7 +27,7 @@ def test_a_saved_model_comes_back_with_its_conditioning(family, mode, tmp_path):
     """By its manifest, or by the names of its own weights where they tell the mode; asking for it again is fine."""
     student = randomised(make_student(family, mode))
     saved(student, tmp_path)
-    batch = make_batch(family, student, 2)
+    batch = make_batch(family, student, 4)
     expected = answer(student, batch)
     inferred = mode in ("dual", "dual+sign")
     for asked in (mode, None) if inferred else (mode,):

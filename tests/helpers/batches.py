@@ -59,9 +59,11 @@ def trained_pair(kind: str, dtype=torch.float32, **net):
 
 @torch.no_grad()
 def move(module, scale=0.1):
-    """Changes the weights, as an optimizer would."""
+    """The module, its trained weights changed as by an optimizer."""
     for parameter in module.parameters():
-        parameter += scale * torch.randn_like(parameter)
+        if parameter.requires_grad:
+            parameter += scale * torch.randn_like(parameter)
+    return module
 
 
 def gradients(module):

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from helpers.family_batches import FAMILIES, make_batch, make_student, randomised, relative
+from helpers.teacher_cases import R, T, answer
 from helpers.tiny_pipelines import saved_pipeline, tiny_transformer
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -13,13 +14,7 @@ from twinflow.conditioning import MODES, TimeConditioning, TimeEmbedder
 from twinflow.models import FAMILIES as KNOWN
 from twinflow.models import load
 
-T, R = torch.tensor([0.9, 0.31]), torch.tensor([0.2, 0.0])
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-def answer(student, batch):
-    with torch.no_grad():
-        return student(batch[0], T, R, batch[1])
 
 
 # What comes of it.
@@ -36,7 +31,7 @@ def test_modules_and_folders_give_the_familys_student(family):
         load(tiny_transformer(family), family=family.partition("_g")[0]),
     ]
     students.append(load(get_peft_model(tiny_transformer(family), LoraConfig(r=2, target_modules=["to_q"]))))
-    batch = make_batch(family, students[0], 2)
+    batch = make_batch(family, students[0], 4)
     expected = answer(students[0], batch)
     assert students[0].transformer is network and students[0].family in KNOWN
     for student in students:
@@ -72,7 +67,7 @@ def test_any_callable(options):
         asked.append(time)
         return x * 2 + cond
 
-    student, x, cond = load(network, family="generic", **options), torch.randn(2, 3, 4), torch.ones(2, 3, 4)
+    student, x, cond = load(network, family="generic", **options), torch.randn(4, 3, 4), torch.ones(4, 3, 4)
     expected = (x * 2 + cond) * (-1 if "data_ward" in options else 1)
     assert torch.equal(student(x, T, R, cond), expected)
     time = (1 - T if "reversed_time" in options else T) * options.get("time_scale", 1.0)
@@ -95,7 +90,7 @@ def test_a_generic_module_is_conditioned_where_it_says():
     place = TimeEmbedder("embed", "embed_2", scale=100.0, num_channels=8)
     net = Net()
     student = load(net, family="generic", embedder=place, conditioning="dual+sign")
-    x = torch.randn(2, 4)
+    x = torch.randn(4, 4)
     plain = Net()
     plain.embed.load_state_dict(net.embed.state_dict())
     torch.testing.assert_close(student(x, T, R, None), plain(x, T, None), rtol=1e-4, atol=1e-5)

@@ -8,15 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import (
-    DiffusionPipeline,
-    FluxPipeline,
-    QwenImagePipeline,
-    SanaPipeline,
-    StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
-    ZImagePipeline,
-)
+from diffusers import DiffusionPipeline
 from helpers.tiny_pipelines import (
     FAMILIES,
     call_arguments,
@@ -27,10 +19,6 @@ from helpers.tiny_pipelines import (
     tiny_transformer,
 )
 
-CLASSES = {
-    "qwen_image": QwenImagePipeline, "sd3": StableDiffusion3Pipeline, "sana": SanaPipeline, "flux": FluxPipeline,
-    "flux_guidance": FluxPipeline, "z_image": ZImagePipeline, "sd15": StableDiffusionPipeline,
-}  # fmt: skip
 CONDITIONS = [
     (family, names)
     for family in FAMILIES
@@ -93,9 +81,8 @@ def changed(value: object) -> object:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_folder_loads_as_its_class_and_draws_an_image(family):
+def test_the_folder_loads_and_draws_an_image(family):
     pipe = load(saved_pipeline(family))
-    assert type(pipe) is CLASSES[family]
     image = draw(pipe, family)
     assert image.shape == (1, 3, *image_size(family))
     assert image.isfinite().all() and image.std() > 0.05
@@ -120,17 +107,6 @@ def test_two_builds_and_their_reloads_have_equal_weights(family, tmp_path):
     assert 2_000 < sum(parameter.numel() for parameter in built.parameters()) < 400_000
 
 
-def test_the_folder_is_built_once():
-    assert saved_pipeline("sana") is saved_pipeline("sana")
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_guidance_is_off(family):
-    _, arguments = recorded_call(family)
-    batch = arguments.get("encoder_hidden_states", arguments.get("cap_feats"))
-    assert len(batch) == 1
-
-
 @pytest.mark.parametrize(("family", "names"), CONDITIONS, ids=[f"{family}-{names[0]}" for family, names in CONDITIONS])
 def test_every_condition_changes_the_output(family, names):
     network, arguments = recorded_call(family)
@@ -146,31 +122,3 @@ def test_the_prompt_reaches_the_latents(family):
     pipe = load(saved_pipeline(family))
     fox, dog = (draw(pipe, family, prompt, output_type="latent") for prompt in ("a red fox", "two dogs on a hill"))
     assert (fox - dog).norm() > 1e-3 * fox.norm()
-
-
-def test_the_qwen_pipeline_drops_its_whole_template_and_nothing_of_the_prompt():
-    pipe = load(saved_pipeline("qwen_image"))
-    embeds, _ = pipe.encode_prompt("a red fox")
-    kept = pipe.tokenizer("a red fox<|im_end|>\n<|im_start|>assistant\n").input_ids
-    assert embeds.shape[1] == len(kept)
-
-
-def test_the_flux_variants_differ_in_embedded_guidance():
-    assert not denoiser(load(saved_pipeline("flux"))).config.guidance_embeds
-    assert denoiser(load(saved_pipeline("flux_guidance"))).config.guidance_embeds
-
-
-def test_sd3_has_normed_queries_and_one_dual_attention_layer():
-    blocks = tiny_transformer("sd3").transformer_blocks
-    assert [block.use_dual_attention for block in blocks] == [True, False]
-    assert all(block.attn.norm_q is not None for block in blocks)
-
-
-def test_changes_of_the_transformer_are_saved(tmp_path):
-    transformer = load(tiny_pipeline("sd3", tmp_path, num_layers=3)).transformer
-    assert len(transformer.transformer_blocks) == 3
-
-
-def test_an_unknown_family_is_refused():
-    with pytest.raises(ValueError, match=r"tiny_transformer: family must be one of qwen_image, .*, got 'sdxl'"):
-        tiny_transformer("sdxl")

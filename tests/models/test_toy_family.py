@@ -11,6 +11,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models import ModelMixin
 from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
+from helpers.batches import move
 from helpers.tiny_pipelines import saved_pipeline
 from helpers.tiny_text import spread_weights
 from helpers.training_cases import quiet, settings
@@ -176,18 +177,10 @@ def condition(rows: int) -> dict[str, torch.Tensor]:
     return {"prompt_embeds": torch.randn(rows, 5, 48), "pooled_prompt_embeds": torch.randn(rows, 40)}
 
 
-@torch.no_grad()
-def scramble(student: FlowModel) -> None:
-    """Gives everything trainable weights that matter."""
-    for parameter in student.parameters():
-        if parameter.requires_grad:
-            parameter += 0.05 * torch.randn_like(parameter)
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_a_step_with_every_conditioning(mode):
     student = add_lora(load(transformer()), 2, conditioning=mode)
-    scramble(student)
+    move(student, 0.05)
     assert student.family == "toy" and ("clock_2" in student.conditioning.names) == ("dual" in mode)
     x, cond = torch.randn(4, 16, 8, 8), condition(4)
     criterion = TwinFlowLoss(TwinFlowConfig(enhanced_ratio=0.5))
@@ -199,7 +192,7 @@ def test_a_step_with_every_conditioning(mode):
 
 def test_an_export_keeps_a_second_embedder_of_any_name(tmp_path, folder):
     student = add_lora(load(folder), 2, conditioning="dual+sign")
-    scramble(student)
+    move(student, 0.05)
     saved = export(student, tmp_path / "export")
     assert read_manifest(saved).family == "toy"
     names = {name.partition(".")[0] for name in read_names(saved / CONDITIONING)}
@@ -215,7 +208,7 @@ def test_an_export_keeps_a_second_embedder_of_any_name(tmp_path, folder):
 
 def test_an_attached_export_draws_what_sample_draws(tmp_path, folder):
     student = add_lora(load(folder), 2)
-    scramble(student)
+    move(student, 0.05)
     pipe = attach(DiffusionPipeline.from_pretrained(folder), export(student, tmp_path / "export"))
     pipe.set_progress_bar_config(disable=True)
     z, cond = torch.randn(1, 16, 8, 8), student.encode_prompt(pipe, ["a fox"])
@@ -225,7 +218,7 @@ def test_an_attached_export_draws_what_sample_draws(tmp_path, folder):
 
 def test_a_whole_model_is_exported_for_both_layouts(tmp_path, folder):
     whole = load(folder, conditioning="dual")
-    scramble(whole)
+    move(whole, 0.05)
     loaded = load(export(whole, tmp_path / "whole"))
     z, cond = torch.randn(1, 16, 8, 8), condition(1)
     torch.testing.assert_close(sample(loaded, z, cond), sample(whole, z, cond))

@@ -1,12 +1,19 @@
 """What UNet students take: conditions of Stable Diffusion 1.5 and XL, stock encoders, opt-ins; and what they refuse."""
 
+import re
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusionXLPipeline
-from helpers.tiny_pipelines import saved_pipeline
+from helpers.batches import move
+from helpers.tiny_pipelines import latent_shape, saved_pipeline
 from helpers.tiny_text import clip_text_encoder, clip_tokenizer
 from helpers.tiny_unet import OPT_IN, SHAPE, prompts, sd15_scheduler, tiny_model, tiny_unet
 
+from twinflow.export import export
+from twinflow.formats.manifest import LORA, read_names
+from twinflow.lora import add_lora
+from twinflow.models import load
 from twinflow.models.unet import UNetModel
 
 SDXL = dict(
@@ -50,62 +57,63 @@ def test_prompts_are_encoded_by_the_stock_pipelines():
     assert default.unique().tolist() == [0, 8 * pipe.vae_scale_factor]
 
 
-def message(call):
-    with pytest.raises(ValueError) as raised:
-        call()
-    return str(raised.value)
+def test_a_lora_goes_out_as_a_file_that_the_stock_pipeline_takes(tmp_path):
+    pipe = DiffusionPipeline.from_pretrained(saved_pipeline("sd15"))
+    student = move(add_lora(load(pipe.unet, scheduler=pipe.scheduler, **OPT_IN), 4, conditioning="midpoint"), 0.05)
+    folder = export(student, tmp_path / "lora")
+    names = read_names(folder / LORA)
+    assert names and all(name.startswith("unet.") for name in names)
+    stock = DiffusionPipeline.from_pretrained(saved_pipeline("sd15"))
+    x, prompt = torch.randn(latent_shape("sd15", 2)), student.encode_prompt(pipe, ["a cat", "a dog"])["prompt_embeds"]
+    with torch.no_grad():
+        plain = stock.unet(x, 500, prompt).sample
+        stock.load_lora_weights(folder)
+        found, expected = stock.unet(x, 500, prompt).sample, student.transformer(x, 500, prompt).sample
+    assert torch.equal(found, expected) and not torch.allclose(found, plain, atol=1e-3)
 
 
-@pytest.mark.parametrize("enabled", [False, True])
-@pytest.mark.parametrize("allowed", [False, True])
-def test_it_needs_both_opt_ins(enabled, allowed):
-    unet, scheduler = tiny_unet(), sd15_scheduler()
-    options = {"diff2flow_enabled": enabled, "twinflow_allow_diff2flow": allowed, "conditioning": "dual"}
-    if enabled and allowed:
-        assert UNetModel(unet, scheduler=scheduler, **options).prediction_type == "epsilon"
-        return
-    assert message(lambda: UNetModel(unet, scheduler=scheduler, **options)) == (
-        "TwinFlow is only supported for flow-matching models. Enable diff2flow bridging explicitly to run with "
-        "epsilon/v_prediction targets."
-    )
-    assert not hasattr(unet, "time_embedding_2")
-
-
-def test_what_cannot_be_bridged_is_refused():
-    unet, alphas = tiny_unet(), sd15_scheduler().alphas_cumprod
-    unavailable = "TwinFlow diff2flow bridge requested but unavailable."
-    flow = FlowMatchEulerDiscreteScheduler()
-    assert message(lambda: UNetModel(unet, scheduler=flow, **OPT_IN)) == unavailable
-    absent = "alphas_cumprod tensor is required to build a DiffusionToFlowBridge."
-    assert message(lambda: UNetModel(unet, prediction_type="eps", **OPT_IN)) == absent
-    for kind in ("sample", None):
-        wanted = f"Unsupported prediction_type for diff2flow bridge: {kind}"
-        both = {"alphas_cumprod": alphas, "prediction_type": kind, **OPT_IN}
-        assert message(lambda both=both: UNetModel(unet, **both)) == wanted
-    given = {"scheduler": sd15_scheduler(), "prediction_type": "v", **OPT_IN}
-    assert "must be None beside a scheduler" in message(lambda: UNetModel(unet, **given))
-    assert "timesteps must be one of fractional, nearest" in message(lambda: tiny_model(timesteps="linear"))
-    zero = DDIMScheduler(rescale_betas_zero_snr=True)
-    assert "must be v_prediction where alphas_cumprod reaches 0" in message(
-        lambda: UNetModel(unet, scheduler=zero, **OPT_IN)
-    )
-    zero.register_to_config(prediction_type="v_prediction")
-    assert UNetModel(unet, scheduler=zero, **OPT_IN).bridge.sigma_range[1] == 1
-    assert UNetModel(unet, alphas_cumprod=alphas, prediction_type="vpred", **OPT_IN).prediction_type == "v_prediction"
-
-
-@pytest.mark.parametrize(
-    ("changes", "name"),
-    [
-        ({"in_channels": 9}, "in_channels 4, got 9"),
-        ({"num_class_embeds": 3}, "num_class_embeds None, got 3"),
-        ({"class_embed_type": "timestep"}, "class_embed_type None, got 'timestep'"),
-        ({"addition_embed_type": "text"}, "addition_embed_type None or 'text_time', got 'text'"),
-    ],
+BOTH = (
+    "TwinFlow is only supported for flow-matching models. Enable diff2flow bridging explicitly to run with "
+    "epsilon/v_prediction targets."
 )
-def test_other_unets_are_refused(changes, name):
-    assert message(lambda: tiny_model(unet=tiny_unet(**changes))) == (
-        f"load: transformer must be a text-to-image UNet with {name}"
-    )
-    fourier = tiny_unet(time_embedding_type="fourier")
-    assert "UNet with fourier time features" in message(lambda: tiny_model(unet=fourier, conditioning="dual"))
+UNAVAILABLE = "TwinFlow diff2flow bridge requested but unavailable."
+ABSENT = "alphas_cumprod tensor is required to build a DiffusionToFlowBridge."
+UNSUPPORTED = "Unsupported prediction_type for diff2flow bridge: "
+ALPHAS = sd15_scheduler().alphas_cumprod
+ZERO = DDIMScheduler(rescale_betas_zero_snr=True)
+TEXT = "load: transformer must be a text-to-image UNet with "
+REFUSED = [
+    *((dict.fromkeys(OPT_IN, False) | {name: True}, {}, BOTH) for name in ("", *OPT_IN)),
+    (dict(scheduler=FlowMatchEulerDiscreteScheduler()), {}, UNAVAILABLE),
+    (dict(scheduler=None, prediction_type="eps"), {}, ABSENT),
+    *(
+        (dict(scheduler=None, alphas_cumprod=ALPHAS, prediction_type=k), {}, f"{UNSUPPORTED}{k}")
+        for k in ("sample", None)
+    ),
+    (dict(prediction_type="v"), {}, "must be None beside a scheduler"),
+    (dict(timesteps="linear"), {}, "timesteps must be one of fractional, nearest"),
+    (dict(scheduler=ZERO), {}, "must be v_prediction where alphas_cumprod reaches 0"),
+    (dict(conditioning="dual"), dict(time_embedding_type="fourier"), "UNet with fourier time features"),
+    ({}, dict(in_channels=9), f"{TEXT}in_channels 4, got 9"),
+    ({}, dict(num_class_embeds=3), f"{TEXT}num_class_embeds None, got 3"),
+    ({}, dict(class_embed_type="timestep"), f"{TEXT}class_embed_type None, got 'timestep'"),
+    ({}, dict(addition_embed_type="text"), f"{TEXT}addition_embed_type None or 'text_time', got 'text'"),
+]
+
+
+@pytest.mark.parametrize("options, changes, message", REFUSED)
+def test_refused(options, changes, message):
+    unet = tiny_unet(**changes)
+    names = list(unet.state_dict())
+    options = {"scheduler": sd15_scheduler()} | OPT_IN | {name: value for name, value in options.items() if name}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        UNetModel(unet, **options)
+    assert list(unet.state_dict()) == names
+
+
+def test_what_can_be_bridged():
+    assert UNetModel(tiny_unet(), scheduler=sd15_scheduler(), **OPT_IN).prediction_type == "epsilon"
+    zero = DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    assert UNetModel(tiny_unet(), scheduler=zero, **OPT_IN).bridge.sigma_range[1] == 1
+    v = UNetModel(tiny_unet(), alphas_cumprod=ALPHAS, prediction_type="vpred", **OPT_IN)
+    assert v.prediction_type == "v_prediction"

@@ -1,7 +1,5 @@
 """The scheduler's grids: published defaults, what stock pipelines send, what a user asks for."""
 
-import inspect
-
 import numpy as np
 import pytest
 import torch
@@ -22,13 +20,6 @@ def test_published_grid_by_number_of_steps(steps, times):
     assert scheduler.sigmas.tolist() == pytest.approx(grid, abs=1e-4)
     assert scheduler.timesteps.tolist() == pytest.approx([1000 * s for s in grid[:-1]], abs=0.1)
     assert scheduler.num_inference_steps == steps and scheduler.timesteps.dtype == torch.float32
-
-
-@pytest.mark.parametrize("names", [("gap_start", "gap_end"), ("rfba_gap_start", "rfba_gap_end")])
-def test_gaps_that_are_asked_for_are_kept(names):
-    scheduler = TwinFlowScheduler(**dict.fromkeys(names, 0.0))
-    scheduler.set_timesteps(4)
-    assert scheduler.sigmas.tolist() == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.0])
 
 
 def test_shift_is_honoured():
@@ -128,9 +119,3 @@ def test_a_foreign_configuration_keeps_its_shift():
     assert scheduler.shift == scheduler.config.shift == 3.0
     scheduler.set_timesteps(2, mu=0.5)
     assert scheduler.sigmas.tolist() == pytest.approx([3 * s / (1 + 2 * s) for s in (0.999, 0.6, 0.0)])
-
-
-def test_signatures_that_pipelines_look_at():
-    laid = inspect.signature(TwinFlowScheduler.set_timesteps).parameters
-    assert {"sigmas", "timesteps", "mu", "device", "num_inference_steps"} <= set(laid)
-    assert "generator" in inspect.signature(TwinFlowScheduler.step).parameters

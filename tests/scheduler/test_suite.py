@@ -57,16 +57,6 @@ def test_a_configuration_is_equal_after_reading_it_back(config, tmp_path):
 
 
 @configs
-def test_step_shapes(config):
-    sample, residual = dummy()
-    scheduler = TwinFlowScheduler(**config)
-    scheduler.set_timesteps(10)
-    first = scheduler.step(residual, 0, sample).prev_sample
-    second = scheduler.step(residual, 1, sample).prev_sample
-    assert first.shape == second.shape == sample.shape
-
-
-@configs
 def test_tuple_and_dict_outputs_agree(config):
     sample, residual = dummy()
     scheduler = TwinFlowScheduler(**config)
@@ -81,25 +71,6 @@ def test_tuple_and_dict_outputs_agree(config):
     assert outputs[0].prev_sample is outputs[0][0]
 
 
-def test_public_api():
-    sample, _ = dummy()
-    scheduler = TwinFlowScheduler()
-    for name in ("init_noise_sigma", "order", "step", "set_timesteps", "scale_model_input", "add_noise", "config"):
-        assert hasattr(scheduler, name)
-    assert scheduler.scale_model_input(sample, 0.0).shape == sample.shape
-
-
-@configs
-def test_add_noise_at_a_timestep_of_the_grid(config):
-    sample, _ = dummy()
-    scheduler = TwinFlowScheduler(**config)
-    scheduler.set_timesteps(100)
-    noise = torch.randn_like(sample)
-    noised = scheduler.add_noise(sample, noise, scheduler.timesteps[5][None])
-    sigma = scheduler.sigmas[5]
-    torch.testing.assert_close(noised, sigma * noise + (1 - sigma) * sample)
-
-
 @configs
 def test_compatible_schedulers_keep_the_configuration(config):
     scheduler = TwinFlowScheduler(**config)
@@ -110,18 +81,6 @@ def test_compatible_schedulers_keep_the_configuration(config):
         assert kept == dict(scheduler.config)
         added = set(back.config) - set(scheduler.config)
         assert not added & set(inspect.signature(TwinFlowScheduler.__init__).parameters)
-
-
-def test_attributes():
-    scheduler = TwinFlowScheduler()
-    scheduler.dummy_attribute = 5
-    scheduler.register_to_config(test_attribute=5)
-    assert scheduler.dummy_attribute == 5
-    with pytest.warns(FutureWarning, match="test_attribute"):
-        assert scheduler.test_attribute == 5
-    with pytest.raises(AttributeError) as error:
-        scheduler.does_not_exist  # noqa: B018
-    assert str(error.value) == "'TwinFlowScheduler' object has no attribute 'does_not_exist'"
 
 
 def test_no_keyword_catches_all():

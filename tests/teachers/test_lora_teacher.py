@@ -5,9 +5,9 @@ import gc
 
 import pytest
 import torch
-from helpers.batches import gradients
+from helpers.batches import gradients, move
 from helpers.family_batches import FAMILIES, make_batch, relative
-from helpers.teacher_cases import TEACHERS, R, T, answer, move
+from helpers.teacher_cases import TEACHERS, R, T, answer
 from helpers.tiny_pipelines import tiny_transformer
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
