@@ -5,6 +5,7 @@ from helpers.family_batches import make_batch, make_student, randomised
 
 from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss
 from twinflow.lora import add_lora
+from twinflow.memory.modulation.defer import defer_modulation
 from twinflow.memory.modulation.streamed_weights import StreamedWeights
 
 FAMILIES = ("qwen_image", "sd3", "flux", "flux_guidance", "z_image")
@@ -19,6 +20,19 @@ def student_of(family: str, conditioning: str = "dual", dtype=torch.float32, tar
             if "lora_B" in name:
                 parameter.copy_(torch.randn_like(parameter) / 4)
     return randomised(student)
+
+
+def plain_and_deferred(*arguments, **options):
+    """The same student twice, the second with its modulation deferred."""
+    for deferred in (False, True):
+        student = student_of(*arguments, **options)
+        if deferred:
+            defer_modulation(student)
+        yield student
+
+
+def grads(student) -> dict[str, torch.Tensor]:
+    return {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
 
 
 def trained(student, steps=2, micro_batch=1, config=None, teacher=None, rows=4, batch=None) -> dict[str, torch.Tensor]:

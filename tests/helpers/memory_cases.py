@@ -3,10 +3,9 @@
 import gc
 
 import torch
-from helpers.family_batches import make_batch, make_student
+from helpers.family_batches import make_student
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss
 from twinflow.lora import add_lora
 
 FAMILIES = ("qwen_image", "sd3", "sana", "flux", "z_image")
@@ -18,32 +17,6 @@ def student_of(family: str, lora: bool, seed: int = 0):
     torch.manual_seed(seed)
     student = make_student(family, conditioning=None if lora else "dual")
     return add_lora(student, rank=2, conditioning="dual+sign") if lora else student
-
-
-def trained(student, steps: int, micro_batch: int | None, config=None) -> dict[str, torch.Tensor]:
-    """Gradients of the last step, and weights after it."""
-    torch.manual_seed(1)
-    teacher = EMATeacher(student, 0.9)
-    criterion = TwinFlowLoss(config or TwinFlowConfig())
-    parameters = {n: p for n, p in student.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3)
-    generator = torch.Generator().manual_seed(2)
-    batch = make_batch(student.family, student, 4)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        if micro_batch is None:
-            criterion(student, *batch, teacher=teacher, generator=generator).loss.backward()
-        else:
-            criterion.backward(student, *batch, micro_batch=micro_batch, teacher=teacher, generator=generator)
-        optimizer.step()
-    grads = {f"grad {n}": p.grad.clone() for n, p in parameters.items() if p.grad is not None}
-    return grads | {n: p.detach().clone() for n, p in parameters.items()}
-
-
-def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    different = [name for name in a if not torch.equal(a[name], b[name])]
-    assert not different, different[:5]
 
 
 def has_storage(x: torch.Tensor) -> bool:

@@ -98,35 +98,23 @@ def test_groups_and_generators():
     assert len(adamw_8bit(p for p in many).param_groups[0]["params"]) == len(many)
 
 
-@pytest.mark.parametrize(
-    "given, options, error, message",
-    [
-        (parameters, {"library": "apex"}, ValueError, "library must be one of bitsandbytes, torchao, got 'apex'"),
-        (list, {}, ValueError, "parameters must be one or more, got none"),
-        (lambda: [{"params": []}], {}, ValueError, "parameters must be one or more, got none"),
-        (lambda: [3], {}, TypeError, "parameters must be tensors or groups of them, got int"),
-        (
-            lambda: [torch.empty(2, device="meta")],
-            {},
-            ValueError,
-            "parameters must be on cpu, cuda, xpu, got one on meta",
-        ),
-    ],
-)
+@pytest.mark.parametrize("given, options, error, message", [
+    (parameters, {"library": "apex"}, ValueError, "library must be one of bitsandbytes, torchao, got 'apex'"),
+    (list, {}, ValueError, "parameters must be one or more, got none"),
+    (lambda: [{"params": []}], {}, ValueError, "parameters must be one or more, got none"),
+    (lambda: [3], {}, TypeError, "parameters must be tensors or groups of them, got int"),
+    (lambda: [torch.empty(2, device="meta")], {}, ValueError, "parameters must be on cpu, cuda, xpu, got one on meta"),
+])  # fmt: skip
 def test_bad_values(given, options, error, message):
     with pytest.raises(error, match=f"adamw_8bit: {message}"):
         adamw_8bit(given(), **options)
 
 
-def test_sharded_parameters(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        sharded = nn.Parameter(torch.distributed.tensor.distribute_tensor(torch.ones(4, 4), mesh))
-        with pytest.raises(ValueError, match="library must be 'torchao' for sharded parameters, got 'bitsandbytes'"):
-            adamw_8bit([sharded])
-    finally:
-        torch.distributed.destroy_process_group()
+def test_sharded_parameters(one_rank):
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    sharded = nn.Parameter(torch.distributed.tensor.distribute_tensor(torch.ones(4, 4), mesh))
+    with pytest.raises(ValueError, match="library must be 'torchao' for sharded parameters, got 'bitsandbytes'"):
+        adamw_8bit([sharded])
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

@@ -7,8 +7,9 @@ import bitsandbytes.functional
 import pytest
 import torch
 import torchao.quantization
+from helpers.deferred_cases import assert_equal, trained
 from helpers.family_batches import make_student
-from helpers.memory_cases import assert_equal, student_of, trained
+from helpers.memory_cases import student_of
 from helpers.quantised_cases import Q, linear
 from helpers.tiny_pipelines import tiny_transformer
 from peft import LoraConfig

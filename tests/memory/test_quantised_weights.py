@@ -7,7 +7,6 @@ import bitsandbytes.functional
 import pytest
 import torch
 import torchao.quantization
-from helpers.export_cases import contents
 from helpers.family_batches import make_batch, relative
 from helpers.memory_cases import student_of
 from helpers.quantised_cases import ERROR, FORMS, TIMES, linear, pair, partly_trained
@@ -15,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from twinflow import EMATeacher, FrozenTeacher
-from twinflow.export import export
 from twinflow.memory.quantised_base import quantise_base, quantised_form
 from twinflow.memory.quantised_linear import dequantised, pack
 
@@ -121,11 +119,3 @@ def test_a_state_dict_holds_the_bytes(tmp_path):
     quantise_base(other, "nf4")
     other.load_state_dict(load_file(tmp_path / "state.safetensors"))
     assert torch.equal(other(x, *TIMES, cond), student(x, *TIMES, cond))
-
-
-def test_the_exported_lora_is_the_same_file(tmp_path):
-    plain, quantised = student_of("sd3", True), student_of("sd3", True)
-    quantise_base(quantised, "nf4")
-    for name, student in (("plain", plain), ("quantised", quantised)):
-        export(student, tmp_path / name)
-    assert contents(tmp_path / "plain") == contents(tmp_path / "quantised")

@@ -145,23 +145,6 @@ def test_active_dropout_draws_the_same(saved):
         assert same(seeded(), plain)
 
 
-@pytest.mark.parametrize("saved", [*SAVED, MIXED], ids=str)
-def test_autocast(saved):
-    net, given = Net(lora=True), inputs()
-
-    def cast():
-        with torch.autocast("cpu", torch.bfloat16):
-            out = net(*given)
-        out.float().square().sum().backward()
-        found = [out.detach(), given[0].grad, *gradients(net).values()]
-        given[0].grad = None
-        return found
-
-    plain = cast()
-    with selective_recompute(net, saved):
-        assert same(cast(), plain)
-
-
 @pytest.mark.parametrize("saved", SAVED)
 def test_meta(saved):
     """A forecast runs without data: the same operations again as on a device."""

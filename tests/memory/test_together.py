@@ -4,11 +4,12 @@ import gc
 
 import pytest
 import torch
+from helpers.deferred_cases import assert_equal, trained
 from helpers.family_batches import make_batch
-from helpers.memory_cases import FAMILIES, LEVELS, OFFLOAD, assert_equal, fail_once, live_storages, student_of, trained
+from helpers.memory_cases import FAMILIES, LEVELS, OFFLOAD, fail_once, live_storages, student_of
 
 from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss
-from twinflow.memory import PRESETS, MemoryPreset, apply_memory, selective_recompute
+from twinflow.memory import PRESETS, MemoryPreset, apply_memory, defer_modulation, quantise_base, selective_recompute
 from twinflow.memory.apply import AppliedMemory
 from twinflow.memory.offload.activations import offload_activations
 
@@ -76,22 +77,25 @@ def test_compiled_blocks_with_everything(level):
 
 
 def test_fifty_steps_leave_what_two_leave():
+    """Of all mechanisms at once, by either way to differentiate."""
     student = student_of("qwen_image", True)
+    quantise_base(student.network, "nf4", skip=student.modulation_layers())
     teacher, criterion = EMATeacher(student, 0.9), TwinFlowLoss()
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad])
-    batch = make_batch("qwen_image", student, 2)
-    offload = offload_activations(**OFFLOAD)
-    counts = {}
-    with selective_recompute(student, "products"):
-        handle = offload.attach(student)
+    batch, counts = make_batch("qwen_image", student, 2), {}
+    with defer_modulation(student), selective_recompute(student, "products"):
+        handle = offload_activations(**OFFLOAD).attach(student)
         for step in range(50):
-            criterion.backward(student, *batch, teacher=teacher)
+            if step % 2:
+                criterion.backward(student, *batch, teacher=teacher)
+            else:
+                criterion(student, *batch, teacher=teacher).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             if step in (1, 49):
                 counts[step] = live_storages()
         handle.remove()
-    assert counts[49] == counts[1]
+    assert counts[49] <= counts[1]  # less where other tests' garbage goes
 
 
 def test_an_exception_in_the_middle_leaves_the_model_usable():
@@ -150,15 +154,12 @@ def test_auto_asks_the_planner():
         assert applied.preset.name == "batch" and applied.micro_batch is None
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (("80",), "preset must be auto or 80gb.*got '80'"),
-        (("auto",), "memory_gb must be given where the student is on cpu, got None"),
-        (("80gb", {"batch": 4}), "batch must be left out where preset is not 'auto', got preset '80gb'"),
-        (("80gb", {"memory_gb": 4}), "memory_gb must be left out where preset is not 'auto'"),
-    ],
-)
+@pytest.mark.parametrize("arguments, message", [
+    (("80",), "preset must be auto or 80gb.*got '80'"),
+    (("auto",), "memory_gb must be given where the student is on cpu, got None"),
+    (("80gb", {"batch": 4}), "batch must be left out where preset is not 'auto', got preset '80gb'"),
+    (("80gb", {"memory_gb": 4}), "memory_gb must be left out where preset is not 'auto'"),
+])  # fmt: skip
 def test_bad_presets(arguments, message):
     name, options = arguments[0], (arguments[1] if len(arguments) > 1 else {})
     with pytest.raises(ValueError, match=message):

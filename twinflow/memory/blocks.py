@@ -1,6 +1,8 @@
-"""`repeated_blocks()`: the blocks of a network in order of execution, and what stands around and inside them."""
+"""`repeated_blocks()`: the blocks of a network in order of execution, what stands around them, and their forwards."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import MethodType
+from typing import Any
 
 from torch import nn
 
@@ -79,6 +81,27 @@ def checkpoint_wrapped(model: nn.Module, block: str) -> str | None:
         if hasattr(module, "_checkpoint_wrapped_module") and (_is_inside(name, block) or _is_inside(block, name)):
             return name
     return None
+
+
+def replace_forward(module: nn.Module, function: Callable[..., Any]) -> Callable[[], None]:
+    """Gives a module another forward: a method, so that a deep copy of the module runs it with the copy's weights.
+
+    Args:
+        function: of the module and the call's arguments.
+
+    Returns:
+        What undoes it, unless another forward has been put in its place since.
+    """
+    before, installed = vars(module).get("forward"), MethodType(function, module)
+    module.__dict__["forward"] = installed
+
+    def undo() -> None:
+        if vars(module).get("forward") is installed:
+            del module.__dict__["forward"]
+            if before is not None:
+                module.__dict__["forward"] = before
+
+    return undo
 
 
 def _is_inside(name: str, outer: str) -> bool:

@@ -17,6 +17,7 @@ from twinflow.memory.blocks import (
     checkpoint_wrapped,
     named_blocks,
     repeated_blocks,
+    replace_forward,
 )
 from twinflow.memory.saved_products import KeptProducts, compile_policy
 
@@ -125,20 +126,12 @@ class _Forward:
         self.name, self.level, self.switches = name, level, switches
         self.rank = adapter_rank(block)
         self.active = True
-        self.block = block
-        self._before = vars(block).get("forward")
-        self._installed = _recomputing(self, _unbound(block), codes)
-        block.__dict__["forward"] = self._installed
+        self._undo = replace_forward(block, _recomputing(self, _unbound(block), codes))
 
     def remove(self) -> None:
         """Leaves the block as it was; where something has been put around this since, passes calls on."""
         self.active = False
-        if vars(self.block).get("forward") is not self._installed:
-            return
-        if self._before is None:
-            del self.block.__dict__["forward"]
-        else:
-            self.block.__dict__["forward"] = self._before
+        self._undo()
 
     def eager(self, run: MethodType, args: tuple, kwargs: dict[str, Any]) -> Any:
         """One recomputed call; every tensor is handed on by position, as only those go through saved-tensor hooks."""
@@ -163,8 +156,8 @@ class _Forward:
         return checkpoint(run, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
-def _recomputing(attached: _Forward, own: Callable[..., Any], codes: _Codes) -> MethodType:
-    """A bound method, so that a deep copy of the block runs with the copy's weights.
+def _recomputing(attached: _Forward, own: Callable[..., Any], codes: _Codes) -> Callable[..., Any]:
+    """The forward of a block that recomputes.
 
     torch.compile counts compilations by code object, up to 8: each class and level has one, as classes have without.
     """
@@ -185,7 +178,7 @@ def _recomputing(attached: _Forward, own: Callable[..., Any], codes: _Codes) -> 
         FunctionType(code, globals(), own.__name__, None, forward.__closure__), own
     )
     function.attached = attached
-    return MethodType(function, attached.block)
+    return function
 
 
 def _attached(block: nn.Module) -> _Forward | None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.deferred_cases import FAMILIES, assert_equal, count_sweeps, student_of, trained
+from helpers.deferred_cases import FAMILIES, assert_equal, count_sweeps, grads, plain_and_deferred, student_of, trained
 from helpers.family_batches import make_batch
 from helpers.tiny_pipelines import latent_shape
 
@@ -17,10 +17,7 @@ ALL_TERMS = TwinFlowConfig(recipe="all_terms")
 @pytest.mark.parametrize("backward_inside", [True, False])
 def test_autocast_of_a_float32_base(backward_inside):
     results = []
-    for deferred in (False, True):
-        student = student_of("sd3", "dual+sign")
-        if deferred:
-            defer_modulation(student)
+    for student in plain_and_deferred("sd3", "dual+sign"):
         torch.manual_seed(1)
         batch, teacher = make_batch("sd3", student, 4), EMATeacher(student, 0.9)
         draws = TwinFlowLoss().draw(batch[0], torch.Generator().manual_seed(2))
@@ -30,24 +27,21 @@ def test_autocast_of_a_float32_base(backward_inside):
                 loss.backward()
         if not backward_inside:
             loss.backward()
-        results.append({n: p.grad for n, p in student.named_parameters() if p.grad is not None})
+        results.append(grads(student))
     assert_equal(*results)
 
 
 @pytest.mark.slow
 def test_the_whole_model_compiled():
     results = []
-    for deferred in (False, True):
+    for student in plain_and_deferred("qwen_image", "dual+sign"):
         torch._dynamo.reset()
-        student = student_of("qwen_image", "dual+sign")
-        if deferred:
-            defer_modulation(student)
         compiled = torch.compile(student, backend="eager")
         torch.manual_seed(1)
         batch, teacher = make_batch("qwen_image", student, 2), EMATeacher(compiled, 0.9)
         draws = TwinFlowLoss().draw(batch[0], torch.Generator().manual_seed(2))
         TwinFlowLoss().backward(compiled, *batch, teacher=teacher, draws=draws)
-        results.append({n: p.grad for n, p in student.named_parameters() if p.grad is not None})
+        results.append(grads(student))
     torch._dynamo.reset()
     assert_equal(*results)
 
@@ -55,10 +49,7 @@ def test_the_whole_model_compiled():
 def test_prompts_of_several_lengths():
     """A call is made in parts then, each with vectors of its own."""
     results = []
-    for deferred in (False, True):
-        student = student_of("qwen_image")
-        if deferred:
-            defer_modulation(student)
+    for student in plain_and_deferred("qwen_image"):
         torch.manual_seed(3)
         x, cond, uncond = make_batch("qwen_image", student, 4)
         cond["prompt_lengths"] = torch.tensor([3, 7, 3, 5])
@@ -71,12 +62,9 @@ def test_prompts_of_several_lengths():
 def test_compiled_blocks(backend):
     """The compiled model without deferring is the measure: its bits differ from eager's."""
     results, graphs = [], []
-    for deferred in (False, True):
+    for student in plain_and_deferred("qwen_image", "dual+sign"):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        student = student_of("qwen_image", "dual+sign")
-        if deferred:
-            defer_modulation(student)
         selective_recompute(student, "input")
         student.network.compile_repeated_blocks(backend=backend, fullgraph=True)
         results.append(trained(student, 1))
@@ -90,17 +78,14 @@ def test_compiled_blocks(backend):
 def test_gradients_add_to_those_that_are_there():
     """Parts of an optimizer step: the second adds to the first's, in rounding of float32."""
     results = []
-    for deferred in (False, True):
-        student = student_of("sd3")
-        if deferred:
-            defer_modulation(student)
+    for student in plain_and_deferred("sd3"):
         torch.manual_seed(4)
         batches = [make_batch("sd3", student, 4) for _ in range(2)]
         criterion, teacher = TwinFlowLoss(), EMATeacher(student, 0.9)
         generator = torch.Generator().manual_seed(5)
         for batch in batches:
             criterion.backward(student, *batch, teacher=teacher, generator=generator, step_rows=8)
-        results.append({n: p.grad for n, p in student.named_parameters() if p.grad is not None})
+        results.append(grads(student))
     assert_equal(*results)
 
 
@@ -109,15 +94,12 @@ def test_outside_of_a_step(family, monkeypatch):
     """Sampling, evaluation and a user's own call."""
     results = []
     seen = count_sweeps(monkeypatch)
-    for deferred in (False, True):
-        student = student_of(family)
-        if deferred:
-            defer_modulation(student)
+    for student in plain_and_deferred(family):
         torch.manual_seed(6)
         x, cond, uncond = make_batch(family, student, 3)
         t, r = torch.tensor([0.9, 0.5, 0.1]), torch.tensor([0.2, 0.5, 0.0])
         student(x, t, r, cond).square().mean().backward()
-        found = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
+        found = grads(student)
         z = torch.randn(latent_shape(family, 3))
         found["sample"] = sample(student, z, cond, steps=2)
         evaluated = TwinFlowLoss(TwinFlowConfig(enhanced_ratio=0, estimate_order=0))
@@ -131,10 +113,7 @@ def test_outside_of_a_step(family, monkeypatch):
 
 def test_a_graph_that_outlives_its_step_and_is_used_twice():
     results = []
-    for deferred in (False, True):
-        student = student_of("qwen_image")
-        if deferred:
-            defer_modulation(student)
+    for student in plain_and_deferred("qwen_image"):
         torch.manual_seed(8)
         batch, criterion = make_batch("qwen_image", student, 4), TwinFlowLoss()
         teacher, generator = EMATeacher(student, 0.9), torch.Generator().manual_seed(9)
@@ -152,10 +131,7 @@ def test_a_graph_that_outlives_its_step_and_is_used_twice():
 def test_pieces_that_are_differentiated_together(how):
     """Random states by row make pieces of single rows also where the graph is one; or a caller keeps their losses."""
     results = []
-    for deferred in (False, True):
-        student = student_of("qwen_image")
-        if deferred:
-            defer_modulation(student)
+    for student in plain_and_deferred("qwen_image"):
         torch.manual_seed(1)
         batch, teacher = make_batch("qwen_image", student, 4), EMATeacher(student, 0.9)
         criterion, kept = TwinFlowLoss(TwinFlowConfig(rng_align="rows")), []
@@ -183,16 +159,14 @@ def by_micro_batch(student, backward):
     TwinFlowLoss().backward(
         student, *batch, backward=backward, teacher=teacher, generator=torch.Generator().manual_seed(2)
     )
-    return {n: p.grad for n, p in student.named_parameters() if p.requires_grad and p.grad is not None}
+    return grads(student)
 
 
 @pytest.mark.parametrize("left_out", [0, 2, 3])
 def test_a_piece_that_is_not_differentiated(left_out):
     results = []
-    for deferred in (False, True):
-        student, seen = student_of("qwen_image"), []
-        if deferred:
-            defer_modulation(student)
+    for student in plain_and_deferred("qwen_image"):
+        seen = []
 
         def backward(loss, seen=seen):
             seen.append(loss)
@@ -214,13 +188,11 @@ def test_pieces_in_another_order_are_refused():
 
 def test_kept_pieces_may_be_differentiated_twice():
     results = []
-    for deferred in (False, True):
-        student, kept = student_of("qwen_image"), []
-        if deferred:
-            defer_modulation(student)
+    for student in plain_and_deferred("qwen_image"):
+        kept = []
         by_micro_batch(student, kept.append)
         sum(kept).backward(retain_graph=True)
         sum(kept).backward()
-        results.append({n: p.grad for n, p in student.named_parameters() if p.requires_grad and p.grad is not None})
+        results.append(grads(student))
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, rtol=1e-5, atol=1e-8, msg=lambda t, n=name: f"{n}: {t}")

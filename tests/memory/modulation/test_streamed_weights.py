@@ -65,15 +65,12 @@ def test_weights_visit_in_order_through_two_buffers(bias, reverse, monkeypatch):
         assert all(p.storage_offset() * p.element_size() % GRAIN == 0 for p in layer.parameters())
 
 
-@pytest.mark.parametrize(
-    "sizes, largest, expected",
-    [
-        ([64], 1 << 32, [(64, [0])]),
-        ([65], 1 << 32, [(128, [0])]),
-        ([48, 48, 48], 128, [(128, [0, 1]), (64, [2])]),
-        ([300, 10], 128, [(512, [0, 1])]),
-    ],
-)
+@pytest.mark.parametrize("sizes, largest, expected", [
+    ([64], 1 << 32, [(64, [0])]),
+    ([65], 1 << 32, [(128, [0])]),
+    ([48, 48, 48], 128, [(128, [0, 1]), (64, [2])]),
+    ([300, 10], 128, [(512, [0, 1])]),
+])  # fmt: skip
 def test_slabs(sizes, largest, expected):
     assert slabs(sizes, largest) == expected
 

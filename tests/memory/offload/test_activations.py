@@ -9,16 +9,10 @@ import pytest
 import torch
 from helpers.batches import gradients
 from helpers.family_batches import make_batch, make_student
-from helpers.offload_cases import KB, Net, copies, drained, equal, make
+from helpers.memory_cases import live_storages
+from helpers.offload_cases import KB, Net, drained, equal, make
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-
-from twinflow import EMATeacher, TwinFlowConfig, TwinFlowLoss
-
-
-@pytest.fixture(params=["at once", "late"])
-def transfers(request, monkeypatch):
-    yield from copies(request.param, monkeypatch)
 
 
 @pytest.mark.parametrize("window", [0, 3 * KB, 1 << 20])
@@ -60,25 +54,6 @@ def test_a_real_transformer(family, checkpointed, transfers):
     before = offload.stats.tensors
     student(x, t, r, cond).square().sum().backward()
     assert offload.stats.tensors == before and "forward" not in vars(student)
-
-
-def test_a_step_row_by_row(transfers):
-    """Attached once; the teacher's copy of the student computes with its own weights, and saves nothing."""
-    student, results = make_student("sd3", "dual+sign"), []
-    batch, criterion = make_batch("sd3", student, 4), TwinFlowLoss(TwinFlowConfig())
-    draws, offload = criterion.draw(batch[0]), make()
-    for attached in (False, True):
-        handle = offload.attach(student) if attached else None
-        teacher = EMATeacher(student, 0.9)
-        with torch.no_grad():
-            for value in teacher.parameters().values():
-                value += 0.01
-        out = criterion.backward(student, *batch, teacher=teacher, draws=draws, micro_batch=1, update_teacher=False)
-        results.append((out.loss, gradients(student)))
-    handle.remove()
-    assert torch.equal(results[0][0], results[1][0])
-    equal(results[1][1], results[0][1])
-    assert offload.stats.bytes_restored > 0 and drained(offload)
 
 
 @pytest.mark.parametrize("budget_gb", [0.05, 3e-4])
@@ -151,12 +126,6 @@ def test_backward_on_other_threads_while_forward_goes_on():
 
 
 # Nothing stays behind.
-
-
-def live_storages():
-    gc.collect()
-    tensors = [value for value in gc.get_objects() if issubclass(type(value), torch.Tensor)]
-    return len({value.untyped_storage()._cdata for value in tensors if value.layout is torch.strided})
 
 
 def test_fifty_steps_leave_what_two_leave(transfers):

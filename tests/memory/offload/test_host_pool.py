@@ -5,10 +5,9 @@ import random
 import pytest
 import torch
 
-from twinflow.memory.host_memory import available_host_bytes
 from twinflow.memory.offload import host_pool
 from twinflow.memory.offload.activations import offload_activations
-from twinflow.memory.offload.host_pool import GRAIN, HostPool
+from twinflow.memory.offload.host_pool import GRAIN, HostPool, available_host_bytes
 
 
 def test_slabs_are_powers_of_two_and_waste_nothing():

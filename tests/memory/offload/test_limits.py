@@ -8,12 +8,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from twinflow.memory.offload.activations import offload_activations
 
-
-@pytest.fixture(params=["at once", "late"])
-def transfers(request, monkeypatch):
-    yield from copies(request.param, monkeypatch)
-
-
 # What is taken.
 
 

@@ -57,14 +57,11 @@ def test_lora(name, preset):
     both(Workload(architecture=shorter(name), batch=2, lora_rank=8), PRESETS[preset])
 
 
-@pytest.mark.parametrize(
-    "name, preset",
-    [
-        ("sana-1.6b", "attention"),
-        pytest.param("sd3.5-medium", "batch", marks=pytest.mark.slow),
-        pytest.param("z-image", "rows", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("name, preset", [
+    ("sana-1.6b", "attention"),
+    pytest.param("sd3.5-medium", "batch", marks=pytest.mark.slow),
+    pytest.param("z-image", "rows", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_all_weights_under_autocast(name, preset):
     both(Workload(architecture=shorter(name), batch=2, lora_rank=None, base="float32"), PRESETS[preset])
 

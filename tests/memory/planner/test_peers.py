@@ -1,18 +1,16 @@
 """Forecasts of what else a user might run: full depth from three blocks, and what must hold between the rows."""
 
 import gc
-from dataclasses import replace
 
 import environment
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import family_batches
-from helpers.forecasts import Planner
+from helpers.forecasts import Planner, shorter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from twinflow.lora import add_lora
-from twinflow.memory.planner.architectures import architecture_of
 from twinflow.memory.planner.gpus import GPUS
 from twinflow.memory.planner.peers.forecast import peer_forecasts
 from twinflow.memory.planner.peers.networks import LiveDerivative
@@ -21,36 +19,19 @@ from twinflow.memory.planner.workload import Workload
 from twinflow.memory.presets import PRESETS
 
 LABELS = ["published schedule", "dmd2", "sana-sprint"]
-SHORTER = {
-    "qwen-image": {"num_layers": 5},
-    "sana-1.6b": {"num_layers": 5},
-    "sd3.5-medium": {"num_layers": 11, "dual_attention_layers": [0, 1, 2, 3, 4]},
-    "flux.1": {"num_layers": 5, "num_single_layers": 5},
-    "z-image": {"n_layers": 5},
-}
 
 
 def short(name, batch=2, full=False, **settings):
-    architecture = architecture_of(name)
-    architecture = replace(architecture, config={**architecture.config, **SHORTER[name]})
     trained = dict(lora_rank=None, base="float32") if full else dict(lora_rank=8)
-    return Workload(architecture=architecture, batch=batch, **{**trained, **settings})
+    return Workload(architecture=shorter(name), batch=batch, **{**trained, **settings})
 
 
 def rows(workload, **settings):
     return {forecast.label: forecast for forecast in peer_forecasts(workload, **settings)}
 
 
-SLOW = [
-    pytest.param(name, full, marks=pytest.mark.slow)
-    for name, full in (
-        ("qwen-image", False),
-        ("sana-1.6b", False),
-        ("sd3.5-medium", True),
-        ("flux.1", False),
-        ("z-image", False),
-    )
-]
+CASES = (("qwen-image", False), ("sana-1.6b", False), ("sd3.5-medium", True), ("flux.1", False), ("z-image", False))
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
 
 
 @pytest.mark.parametrize("name, full", [("sana-1.6b", True), *SLOW])

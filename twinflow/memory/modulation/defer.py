@@ -10,8 +10,9 @@ from torch import nn
 
 from twinflow.distributed import unwrap
 from twinflow.errors import ArgumentError, ArgumentTypeError, require
+from twinflow.memory.blocks import replace_forward
 from twinflow.memory.modulation.layers import activation_before, deferrable_layers
-from twinflow.memory.modulation.patches import hide_from_ddp, passed_on, refuse_moves, replace_forward, sliced
+from twinflow.memory.modulation.patches import hide_from_ddp, passed_on, refuse_moves, sliced
 from twinflow.memory.modulation.step import DeferredStep, Entry, connect
 from twinflow.memory.modulation.streamed_weights import StreamedWeights
 from twinflow.memory.modulation.table import ModulationTable

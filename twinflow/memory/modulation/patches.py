@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Collection
 from types import MethodType
-from typing import Any
 
 import torch
 from torch import nn
@@ -10,25 +9,6 @@ from torch import nn
 from twinflow.memory.modulation.table import Slot
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"  # where DDP looks for names
-
-
-def replace_forward(module: nn.Module, function: Callable[..., Any]) -> Callable[[], None]:
-    """Gives a module another forward, a method of it, so that a deep copy's is the copy's.
-
-    Args:
-        module: the module.
-        function: of the module and the call's arguments.
-
-    Returns:
-        What undoes it.
-    """
-    installed = module.__dict__["forward"] = MethodType(function, module)
-
-    def undo() -> None:
-        if module.__dict__.get("forward") is installed:
-            del module.__dict__["forward"]
-
-    return undo
 
 
 def sliced(slot: Slot, units: torch.Tensor, active: Callable[[], bool]) -> Callable[..., torch.Tensor]:

@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 from twinflow.errors import ArgumentError
-from twinflow.memory.host_memory import available_host_bytes
-from twinflow.memory.offload.host_pool import Ticket, host_slabs, transfers_for
+from twinflow.memory.offload.host_pool import Ticket, available_host_bytes, host_slabs, transfers_for
 
 LARGEST_SLAB = 1 << 32  # bytes; torch rounds pinned memory up to powers of two, which slabs of many layers make cheap
 GRAIN = 512  # bytes; each layer starts on a multiple of it

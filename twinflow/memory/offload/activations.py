@@ -8,7 +8,6 @@ device beside what the running node uses, and the host waits for nothing.
 
 import functools
 import math
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +16,9 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from twinflow.errors import ArgumentError, require, require_type
-from twinflow.memory.host_memory import available_host_bytes
+from twinflow.memory.blocks import replace_forward
 from twinflow.memory.offload.hooks import DEVICES, OffloadHooks, OffloadStats
-from twinflow.memory.offload.host_pool import HostPool
+from twinflow.memory.offload.host_pool import HostPool, available_host_bytes
 
 __all__ = ["AttachedOffload", "OffloadStats", "offload_activations"]
 
@@ -105,21 +104,18 @@ class AttachedOffload:
     """An offload around the calls of a module, until `remove()`."""
 
     def __init__(self, offload: offload_activations, module: nn.Module) -> None:
-        self._module, self._offloads = module, [offload]
-        self._others: Callable | None = module.__dict__.get("forward")
-        module.__dict__["forward"] = self._forward = _offloaded(module, self._others, self._offloads)
+        self._offloads = [offload]
+        self._undo = replace_forward(module, _offloaded(module, self._offloads))
 
     def remove(self) -> None:
         """Ends it, for copies of the module too; what is in the pool stays until its graph is gone."""
         self._offloads.clear()
-        if self._module.__dict__.get("forward") is self._forward:
-            del self._module.__dict__["forward"]
-            if self._others is not None:
-                self._module.__dict__["forward"] = self._others
+        self._undo()
 
 
-def _offloaded(module: nn.Module, others: Callable | None, offloads: list[offload_activations]) -> types.MethodType:
+def _offloaded(module: nn.Module, offloads: list[offload_activations]) -> Callable[..., Any]:
     """A module's forward, or what others put in its place, inside the offload while there is one."""
+    others = vars(module).get("forward")
 
     @functools.wraps(type(module).forward)
     def forward(called: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -130,7 +126,7 @@ def _offloaded(module: nn.Module, others: Callable | None, offloads: list[offloa
         with offloads[0]:
             return call(*args, **kwargs)
 
-    return types.MethodType(forward, module)  # bound, so that a deep copy of the module calls the copy
+    return forward
 
 
 def window_bytes(budget: int) -> int:

@@ -1,7 +1,8 @@
-"""`HostPool`: host memory for offloaded tensors; `Transfers`: the copies to it and back, by device."""
+"""Host memory: what there is, slabs of it, `HostPool`; `Transfers`: the copies to it and back, by device."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,31 @@ import torch
 GRAIN = 4096  # bytes; every buffer starts and ends on a multiple of it
 
 Extent = tuple[int, int, int]  # number of a slab, [start, stop) in its bytes
+
+
+def available_host_bytes(meminfo: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Memory that can be taken without swapping, bytes: the kernel's figure, or a container's limit if that is less.
+
+    Args:
+        meminfo: where the kernel says it (MemAvailable).
+        group: where a container's limit and use are (cgroup v2).
+
+    Returns:
+        None where neither says.
+    """
+    found = []
+    try:
+        lines = [line.split() for line in meminfo.read_text().splitlines()]
+        found += [int(line[1]) * 1024 for line in lines if line[0] == "MemAvailable:"]
+    except OSError:
+        pass
+    try:
+        limit, used = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        if limit != "max":
+            found.append(max(int(limit) - int(used), 0))
+    except OSError:
+        pass
+    return min(found, default=None)
 
 
 def host_slabs(sizes: Iterable[int], pinned: bool, where: str) -> Iterator[torch.Tensor]:

@@ -1,5 +1,6 @@
 """`Planner` and its `Forecast`: what a training step will take, without a GPU and without weights."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -27,15 +28,13 @@ CUBLAS_BYTES = 2 * 4 * 2**20 + 8 * 16 * 2**10  # one handle's workspace, as torc
 _MICRO_BATCHES = 4  # of a step that are run: one of each role, the gradients there from the second on
 _DRAWN = 64  # steps whose rows are averaged for the time
 SPARE = 0.01  # share of a card that a step leaves free
-PARTS = (
-    "weights", "adapters", "optimizer", "ema", "gradients", "step", "saved", "transient", "workspace", "encoders",
-)  # fmt: skip
 LABELS = {
     "weights": "weights", "adapters": "adapters, conditioning", "optimizer": "optimizer states", "ema": "EMA",
     "gradients": "gradients", "step": "latents, noise, targets", "saved": "saved activations",
     "transient": "transient", "workspace": "kernels' workspace", "encoders": "text encoders",
     "context": "CUDA context",
 }  # fmt: skip
+PARTS = tuple(LABELS)[:-1]  # of a peak, which is without the context
 
 
 @dataclass(frozen=True)
@@ -155,13 +154,12 @@ class Planner:
         sweeps, waiting = (d.sweeps, d.waiting()) if (d := simulation.deferral) is not None else (0, 0)
         resident += waiting * (workload.batch - rows) // rows
         host = peak.most_notes.get("host", 0)
-        where = peak.name + (f", {peak.block}" if peak.block else "")
         total = None
         if cost is not None:
             total = self._step_cost(costs, draws, schedule, sweeps * model.deferred_bytes)
             total = total + self._update_cost(held, workload.optimizer)
         return Forecast(
-            self.workload, preset, _parts(peak, held, resident, preset, host), where, total,
+            self.workload, preset, peak_parts(peak, [held], resident, host, preset.offload_gb), peak.where, total,
             offloaded_bytes=min(host, int(preset.offload_gb * 1e9)), deferred_bytes=model.deferred_bytes,
         )  # fmt: skip
 
@@ -238,20 +236,22 @@ class Planner:
         return Cost(0, moved, moved / (self._gpu.memory_gb_s * 1e9))
 
 
-def _parts(peak: Peak, held: StaticMemory, resident: int, preset: MemoryPreset, host: int) -> dict[str, int]:
+def peak_parts(
+    peak: Peak, held: Sequence[StaticMemory], resident: int = 0, host: int = 0, offload_gb: float = 0.0
+) -> dict[str, int]:
     """The peak's bytes, split.
 
     Args:
         peak: of the timeline.
         held: at all times.
         resident: of the step's own tensors, of rows that did not run.
-        preset: how it is run.
         host: bytes of activations that would move to the host.
+        offload_gb: what may move there, GB.
     """
     gradients, step = peak.notes["gradients"], peak.notes["step"]
-    saved, budget = max(peak.start - gradients - step, 0), int(preset.offload_gb * 1e9)
-    return {
-        "weights": held.weights, "adapters": held.adapters, "optimizer": held.optimizer, "ema": held.ema,
+    saved, budget = max(peak.start - gradients - step, 0), int(offload_gb * 1e9)
+    at_all_times = {n: sum(getattr(one, n) for one in held) for n in ("weights", "adapters", "optimizer", "ema")}
+    return at_all_times | {
         "gradients": gradients, "step": step + resident,
         "saved": saved + max(host - budget, 0),  # what finds no room stays
         "transient": peak.total - peak.workspace - gradients - step - saved + min(window_bytes(budget), host),

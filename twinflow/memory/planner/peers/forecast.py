@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 from twinflow.memory.planner.costs import Cost, CostOf
-from twinflow.memory.planner.forecast import CUBLAS_BYTES, Forecast, Planner
+from twinflow.memory.planner.forecast import Forecast, Planner, peak_parts
 from twinflow.memory.planner.gpus import GPU
 from twinflow.memory.planner.peers.networks import PeerRun, frozen_copy, width_of
 from twinflow.memory.planner.peers.steps import Heads, dmd2_step, sana_sprint_step
 from twinflow.memory.planner.simulation.meta_student import as_trained, meta_network
 from twinflow.memory.planner.simulation.shortened_model import ShortenedModel, shorten
 from twinflow.memory.planner.simulation.static_memory import TRAFFIC, static_memory
-from twinflow.memory.planner.simulation.timeline import Peak, splice
+from twinflow.memory.planner.simulation.timeline import splice
 from twinflow.memory.planner.workload import Workload
 from twinflow.memory.presets import MemoryPreset
 from twinflow.models import FlowModel
@@ -93,22 +93,8 @@ def _forecast(workload: Workload, peer: _Peer, reduction: ShortenedModel, gpu: G
     run.run(peer.step)
     peak, costs = splice(run.regions, reduction.repeats)
     held = [static_memory(module, None, workload.optimizer, reduction) for module in peer.modules()]
-    names = ("weights", "adapters", "optimizer", "ema")
-    parts = {name: sum(getattr(one, name) for one in held) for name in names} | _passing(peak)
-    where = peak.name + (f", {peak.block}" if peak.block else "")
     total = None
     if gpu is not None:
         moved = TRAFFIC[workload.optimizer] * sum(one.trained for one in held)
         total = sum(costs.values(), Cost(0, moved, moved / (gpu.memory_gb_s * 1e9)))
-    return Forecast(workload, WHOLE_BATCH, parts, where, total, label=peer.label)
-
-
-def _passing(peak: Peak) -> dict[str, int]:
-    """What comes and goes within a step."""
-    gradients, step = peak.notes["gradients"], peak.notes["step"]
-    saved = max(peak.start - gradients - step, 0)
-    return {
-        "gradients": gradients, "step": step, "saved": saved,
-        "transient": peak.total - peak.workspace - gradients - step - saved,
-        "workspace": peak.workspace + CUBLAS_BYTES,
-    }  # fmt: skip
+    return Forecast(workload, WHOLE_BATCH, peak_parts(peak, held), peak.where, total, label=peer.label)

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -13,11 +13,10 @@ from torch import nn
 from twinflow.memory.blocks import repeated_blocks
 from twinflow.memory.planner.architectures import Architecture
 from twinflow.memory.planner.simulation.autocast import MetaAutocast
-from twinflow.memory.planner.simulation.fused_attention import fused_attention, replaced, workspace
+from twinflow.memory.planner.simulation.fused_attention import replaced, workspace
 from twinflow.memory.planner.simulation.meta_student import META, meta_network, quantise, random_condition
-from twinflow.memory.planner.simulation.run import mark_block
-from twinflow.memory.planner.simulation.storage_tracker import Cost, StorageTracker, aligned, tensors
-from twinflow.memory.planner.simulation.timeline import Region
+from twinflow.memory.planner.simulation.run import Simulation, mark_block
+from twinflow.memory.planner.simulation.storage_tracker import Cost, StorageTracker, tensors
 from twinflow.memory.planner.workload import Workload
 from twinflow.memory.recompute import selective_recompute
 from twinflow.models import FlowModel
@@ -72,8 +71,8 @@ def _is_sizing() -> bool:
     return False
 
 
-class PeerRun:
-    """Runs a step of several networks, every block checkpointed, and follows its memory.
+class PeerRun(Simulation):
+    """Runs a step of several networks, every block checkpointed.
 
     Args:
         workload: batch, latents and prompts.
@@ -87,6 +86,8 @@ class PeerRun:
         times: (B, 1, 1, 1), float32.
     """
 
+    _live: LiveDerivative
+
     def __init__(
         self,
         workload: Workload,
@@ -94,13 +95,9 @@ class PeerRun:
         heads: nn.Module | None = None,
         cost: Cost | None = None,
     ) -> None:
-        self.workload, self.networks, self.heads, self._cost = workload, networks, heads, cost
+        self.networks, self.heads = networks, heads
         self._modules: dict[str, nn.Module] = {**networks, **({} if heads is None else {"heads": heads})}
-        self._trained = [p for module in self._modules.values() for p in module.parameters() if p.requires_grad]
-        self._autocast = MetaAutocast() if workload.base == "float32" else None
-        self._holding = False  # whether a graph is held
-        self._step_bytes = 0
-        self.regions: list[Region] = []
+        super().__init__(workload, self._modules.values(), cost)
         any_network, rows = next(iter(networks.values())), workload.batch
         self.latents = torch.empty(rows, *workload.latent, device=META, dtype=torch.bfloat16)
         self.noise, self.times = torch.empty_like(self.latents), torch.empty(rows, 1, 1, 1, device=META)
@@ -109,20 +106,16 @@ class PeerRun:
     def run(self, step: Callable[["PeerRun"], None]) -> None:
         """Follows one step."""
         torch.func.jvp(torch.neg, (self.times,), (self.times,))  # torch loads its rules now, while nothing is replaced
-        self._live = LiveDerivative(workspace, self._cost)
-        with ExitStack() as stack:
-            stack.callback(self._release)
-            for name, network in self.networks.items():
-                stack.callback(selective_recompute(network.network, "input").remove)
-                for block_name, block in repeated_blocks(network.network).items():
-                    mark_block(stack, partial(self._mark_of, name), block_name, block)
-            for context in (fused_attention(), self._autocast, self._live):
-                if context is not None:
-                    stack.enter_context(context)
-            self._live.watch((self.latents, self.noise, self.times, self.cond, self.uncond))
+        live = LiveDerivative(workspace, self._cost)
+        with self._following(live, ExitStack(), self._attach):
+            live.watch((self.latents, self.noise, self.times, self.cond, self.uncond))
             step(self)
-            self._mark("between")
-        self.regions = self._live.regions
+
+    def _attach(self, stack: ExitStack) -> None:
+        for name, network in self.networks.items():
+            stack.callback(selective_recompute(network.network, "input").remove)
+            for block_name, block in repeated_blocks(network.network).items():
+                mark_block(stack, partial(self._mark_of, name), block_name, block)
 
     def call(self, name: str, x_t: torch.Tensor, times: torch.Tensor, cond: Condition) -> torch.Tensor:
         """A network's velocity in float32, with a graph where gradients are on.
@@ -131,14 +124,10 @@ class PeerRun:
             name: of the network.
             x_t: (B, C, H, W). times: (B, 1, 1, 1). cond: of B rows.
         """
-        if not self._holding:
-            self._step_bytes = self._live.live - self._gradients()
-        self._mark_of(name, "forward" if torch.is_grad_enabled() else _PLAIN)
         t = times.flatten()
-        with nullcontext() if self._autocast is None else self._autocast.cached():
+        with self._calling(f"{name} {'forward' if torch.is_grad_enabled() else _PLAIN}"):
             velocity = self.networks[name](x_t, t, t, cond)
         self._holding = self._holding or velocity.requires_grad
-        self._mark("between")
         return velocity.float()
 
     def features(self, name: str, x_t: torch.Tensor, times: torch.Tensor, cond: Condition) -> torch.Tensor:
@@ -157,11 +146,8 @@ class PeerRun:
     def judge(self, features: torch.Tensor) -> torch.Tensor:
         """The heads' logits, with a graph."""
         assert self.heads is not None
-        self._mark("heads forward")
-        with nullcontext() if self._autocast is None else self._autocast.cached():
-            logits = self.heads(features)
-        self._mark("between")
-        return logits
+        with self._calling("heads forward", network=False):
+            return self.heads(features)
 
     def tangent(
         self, name: str, x_t: torch.Tensor, times: torch.Tensor, cond: Condition, d: tuple[torch.Tensor, torch.Tensor]
@@ -188,13 +174,6 @@ class PeerRun:
         self._mark("between")
         return derivative.float()
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Adds gradients to `.grad` of everything that is trained."""
-        self._mark("backward")
-        loss.backward()
-        self._holding = False
-        self._mark("between")
-
     def forget(self, name: str) -> None:
         """Lets go of gradients, of `heads` or of a network block by block, so that its repeated ones are known."""
         if name in self.networks:
@@ -204,20 +183,8 @@ class PeerRun:
         self._mark_of(name, "update")
         self._modules[name].zero_grad()
 
-    def _release(self) -> None:
-        self._live.close()
-        for parameter in self._trained:
-            parameter.grad = None
-
     def _mark_of(self, network: str, kind: str, block: str | None = None) -> None:
         self._mark(f"{network} {'derivative' if self._live.deriving else kind}", block)
-
-    def _mark(self, name: str, block: str | None = None) -> None:
-        self._live.mark(name, block)
-        self._live.regions[-1].notes = {"gradients": self._gradients(), "step": self._step_bytes}
-
-    def _gradients(self) -> int:
-        return sum(aligned(p.grad.untyped_storage().nbytes()) for p in self._trained if p.grad is not None)
 
 
 def _attention_with_scores(

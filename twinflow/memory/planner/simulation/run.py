@@ -1,14 +1,14 @@
 """`StepSimulation`: a planned step on the meta device, followed storage by storage."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
-from twinflow.memory.blocks import repeated_blocks
+from twinflow.memory.blocks import repeated_blocks, replace_forward
 from twinflow.memory.offload.activations import offload_activations
 from twinflow.memory.planner.simulation.autocast import MetaAutocast
 from twinflow.memory.planner.simulation.deferral import SimulatedDeferral
@@ -29,8 +29,74 @@ from twinflow.teachers.teachers import EMATeacher
 WORST_LAST = ("mul", "any", "adv", "e2e")
 
 
-class StepSimulation:
-    """Runs a student's step and follows its memory.
+class Simulation:
+    """A run on the meta device, followed storage by storage in regions.
+
+    Args:
+        workload: what is trained.
+        modules: whose gradients are counted.
+        cost: of an operation; None: not summed.
+
+    Attributes:
+        regions: the timeline of the last run, with bytes of gradients, of the step's own tensors and on the host noted.
+    """
+
+    def __init__(self, workload: Workload, modules: Iterable[nn.Module], cost: Cost | None) -> None:
+        self.workload, self._cost = workload, cost
+        self._trained = [p for module in modules for p in module.parameters() if p.requires_grad]
+        self._autocast = MetaAutocast() if workload.base == "float32" else None
+        self._holding = False  # whether a graph is held
+        self._step_bytes = 0
+        self._offload: offload_activations | None = None
+        self.regions: list[Region] = []
+
+    @contextmanager
+    def _following(self, live: StorageTracker, stack: ExitStack, attach: Callable[[ExitStack], None]) -> Iterator[None]:
+        """Runs what is inside as a GPU would, with what `attach` puts on the networks, and keeps its regions."""
+        self._live = live
+        with stack:
+            stack.callback(self._release)
+            attach(stack)
+            for context in (fused_attention(), self._autocast, live):
+                if context is not None:
+                    stack.enter_context(context)
+            yield
+            self._mark("between")
+        self.regions = live.regions
+
+    @contextmanager
+    def _calling(self, name: str, network: bool = True) -> Iterator[None]:
+        """A call; before a network's, without a graph, all that lives is the step's own."""
+        if network and not self._holding:
+            self._step_bytes = self._live.live - self._gradients()
+        self._mark(name)
+        with nullcontext() if self._autocast is None else self._autocast.cached():
+            yield
+        self._mark("between")
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds gradients to `.grad` of everything that is trained."""
+        self._mark("backward")
+        loss.backward()
+        self._holding = False
+        self._mark("between")
+
+    def _release(self) -> None:
+        self._live.close()
+        for parameter in self._trained:
+            parameter.grad = None
+
+    def _mark(self, name: str, block: str | None = None) -> None:
+        self._live.mark(name, block)
+        moved = 0 if self._offload is None else self._offload.stats.pool_bytes
+        self._live.regions[-1].notes = {"gradients": self._gradients(), "step": self._step_bytes, "host": moved}
+
+    def _gradients(self) -> int:
+        return sum(aligned(p.grad.untyped_storage().nbytes()) for p in self._trained if p.grad is not None)
+
+
+class StepSimulation(Simulation):
+    """Runs a student's step; names of regions are `without gradient`, `forward`, `backward`, `between`, `modulation`.
 
     Args:
         workload, preset: what is asked.
@@ -40,8 +106,6 @@ class StepSimulation:
         window: device bytes for offloaded tensors on their way; without any, every block does alike.
 
     Attributes:
-        regions: the timeline of the last run; names are `without gradient`, `forward`, `backward`, `between`, and
-            `modulation` while deferred weights pass.
         deferral: of the last run; None: none.
     """
 
@@ -55,15 +119,9 @@ class StepSimulation:
         cost: Cost | None = None,
         window: int = 0,
     ) -> None:
-        self._window = window
-        self.workload, self.preset, self.student, self.teacher = workload, preset, student, teacher
-        self._reduction, self._cost = reduction, cost
-        self._holding = False  # whether a graph is held
-        self._step_bytes = 0
-        self._trained = [p for p in student.parameters() if p.requires_grad]
-        self._autocast = MetaAutocast() if workload.base == "float32" else None
-        self.regions: list[Region] = []
-        self._offload: offload_activations | None = None
+        super().__init__(workload, [student], cost)
+        self.preset, self.student, self.teacher, self._window = preset, student, teacher, window
+        self._reduction = reduction
         self.deferral: SimulatedDeferral | None = None
 
     def run(self, draws: Draws, schedule: str = "planned") -> None:
@@ -75,48 +133,18 @@ class StepSimulation:
         """
         latents = torch.empty(len(draws.t), *self.workload.latent, device=META, dtype=torch.bfloat16)
         cond, uncond = (random_condition(self.student, n, self.workload.tokens) for n in (len(draws.t), 1))
-        self._live = StorageTracker(workspace, self._cost)
-        with ExitStack() as stack:
-            stack.enter_context(_no_collections())
-            stack.callback(self._release)
-            self._attach(stack)
-            for context in (fused_attention(), self._autocast, self._live):
-                if context is not None:
-                    stack.enter_context(context)
-            self._live.watch((latents, cond, uncond, draws.z, draws.z_fake, draws.z_rectify))
+        live, micro_batch = StorageTracker(workspace, self._cost), self.preset.micro_batch
+        with _no_collections(), self._following(live, ExitStack(), self._attach):
+            live.watch((latents, cond, uncond, draws.z, draws.z_fake, draws.z_rectify))
             criterion = TwinFlowLoss(self.workload.config)
             arguments: dict[str, Any] = dict(teacher=self.teacher, draws=draws)
-            if schedule == "published" or self.preset.micro_batch is None:
+            if schedule == "published" or micro_batch is None:
                 loss = criterion(self.student, latents, cond, uncond, schedule=schedule, **arguments).loss
-                self._backward(loss)
+                self.backward(loss)
                 del loss
             else:
-                micro_batch = self.preset.micro_batch
-                criterion.backward(
-                    self.student, latents, cond, uncond, micro_batch=micro_batch, backward=self._backward, **arguments
-                )
-            self._mark("between")
-        self.regions = self._live.regions
-
-    def _release(self) -> None:
-        self._live.close()
-        for parameter in self._trained:
-            parameter.grad = None
-
-    def _mark(self, name: str, block: str | None = None) -> None:
-        self._live.mark(name, block)
-        moved = 0 if self._offload is None else self._offload.stats.pool_bytes
-        notes = {"gradients": self._gradients(), "step": self._step_bytes, "host": moved}
-        self._live.regions[-1].notes = notes
-
-    def _gradients(self) -> int:
-        return sum(aligned(p.grad.untyped_storage().nbytes()) for p in self._trained if p.grad is not None)
-
-    def _backward(self, loss: torch.Tensor) -> None:
-        self._mark("backward")
-        loss.backward()
-        self._holding = False
-        self._mark("between")
+                arguments |= dict(micro_batch=micro_batch, backward=self.backward)
+                criterion.backward(self.student, latents, cond, uncond, **arguments)
 
     def _attach(self, stack: ExitStack) -> None:
         """The preset's mechanisms, and marks around networks and blocks."""
@@ -140,22 +168,15 @@ class StepSimulation:
     def _mark_network(self, stack: ExitStack, network: nn.Module) -> None:
         inner: Callable[..., torch.Tensor] = network.forward
 
-        def forward(*args: Any) -> torch.Tensor:
+        def forward(_network: nn.Module, *args: Any) -> torch.Tensor:
             if self.deferral is not None and self.deferral.rehearsing:
                 return inner(*args)
             graded = torch.is_grad_enabled()
-            if not self._holding:
-                self._step_bytes = self._live.live - self._gradients()
-            self._mark("forward" if graded else "without gradient")
-            self._holding = self._holding or graded
-            with nullcontext() if self._autocast is None else self._autocast.cached():
-                velocity = inner(*args)
-            self._mark("between")
-            return velocity
+            with self._calling("forward" if graded else "without gradient"):
+                self._holding = self._holding or graded
+                return inner(*args)
 
-        before = vars(network).get("forward")
-        network.forward = forward
-        stack.callback(_restore_forward, network, before)
+        stack.callback(replace_forward(network, forward))
 
 
 def mark_block(stack: ExitStack, mark: Callable[[str, str], None], name: str, block: nn.Module) -> None:
@@ -198,13 +219,6 @@ def _no_collections() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _restore_forward(network: nn.Module, before: Any) -> None:
-    if before is None:
-        del network.forward
-    else:
-        network.forward = before
 
 
 def worst_draws(workload: Workload, rows: int) -> Draws:

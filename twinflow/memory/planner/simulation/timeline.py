@@ -69,6 +69,11 @@ class Peak:
     notes: Mapping[str, int]
     most_notes: Mapping[str, int] = field(default_factory=dict)
 
+    @property
+    def where(self) -> str:
+        """The region, in words."""
+        return self.name + (f", {self.block}" if self.block else "")
+
 
 def splice(regions: Sequence[Region], repeats: Mapping[str, Repeat]) -> tuple[Peak, dict[str, Any]]:
     """The peak and the summed costs of a timeline in which some blocks' regions stand for several.
