@@ -4,7 +4,6 @@ import argparse
 import errno
 import logging
 import os
-import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -34,7 +33,6 @@ _EPILOG = f"""{EXAMPLES}
 
 `twinflow COMMAND --help` shows the options of a command, with examples."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_FUNCTION = re.compile(r"^[A-Za-z_]+: (?=.* must )")  # of messages that are texts alone
 _DEBUG = "show the traceback of an error"
 
 
@@ -128,7 +126,7 @@ def _message(error: object) -> str:
         return error.strerror
     if type(error).__name__ == "OutOfMemoryError":
         return f"no memory left: {str(error).split('. ')[0]}"  # torch goes on for a paragraph
-    return _FUNCTION.sub("", str(error)) or type(error).__name__
+    return str(error) or type(error).__name__
 
 
 def _quiet_libraries() -> None:

@@ -64,7 +64,7 @@ def load_library(name: str, where: str) -> Any:
         ImportError: it is not installed.
     """
     if importlib.util.find_spec(name) is None:
-        raise ImportError(f"{where}: {name} must be installed (pip install 'twinflow[quant]')")
+        raise ModuleNotFoundError(f"{where}: {name} must be installed (pip install 'twinflow[quant]')", name=name)
     loggers = [logging.getLogger(noisy) for noisy in _NOISY]
     levels = [logger.level for logger in loggers]
     try:

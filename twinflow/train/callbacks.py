@@ -76,11 +76,8 @@ def build_callbacks(
     """
     device, (cache, held) = parts.loop.device, data
     how: dict[str, Any] = {"device": device, "autocast": lambda: autocast(settings, device)}
-    sampler = (
-        None
-        if prompts is None
-        else Sampler(settings, folder, prompts, RunFolder(settings.output_dir), stop=stop, **how)
-    )
+    run = RunFolder(settings.output_dir)
+    sampler = None if prompts is None else Sampler(settings, folder, prompts, run, stop=stop, **how)
     evaluation = None
     if settings.eval_steps and held:
         evaluation = Evaluation(settings.objective, cache, held, seed=settings.validation_seed, **how)

@@ -83,8 +83,8 @@ def _forecast(settings: TrainSettings, folder: Path, console: Console) -> None:
     student = build_student(settings, folder, weights=False)
     try:
         planner = Planner(workload_of_run(settings, student))
-    except ValueError as error:
-        return say(f"  no forecast: {str(error).removeprefix('plan: ')}")
+    except ArgumentError as error:
+        return say(f"  no forecast: {error.without_function}")
     usable = torch.cuda.mem_get_info()[0] / 1e9 if torch.cuda.is_available() else None
     named = settings.memory_preset
     presets: list[MemoryPreset] = [p for p in planner.presets.values() if named in ("auto", p.name)]
@@ -100,8 +100,8 @@ def _forecast(settings: TrainSettings, folder: Path, console: Console) -> None:
         try:
             with console.status(f"forecast of {preset.name} ..."):
                 found = planner.forecast(preset)
-        except ValueError as error:
-            return say(f"  no forecast: {str(error).removeprefix('plan: ')}")
+        except ArgumentError as error:
+            return say(f"  no forecast: {error.without_function}")
         fits = "" if usable is None else ("yes" if found.fits(usable) else "no")
         first = fits == "yes" and not chosen and named == "auto"
         chosen = chosen or fits == "yes"

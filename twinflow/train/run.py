@@ -147,7 +147,7 @@ def _stoppable() -> Iterator[None]:
         with terminable():
             yield
     except KeyboardInterrupt:
-        raise TrainingStopped("train: stopped before its steps; the same command goes on") from None
+        raise TrainingStopped("stopped before its steps; the same command goes on") from None
 
 
 @contextmanager
@@ -156,7 +156,7 @@ def _room(doing: str, device: torch.device, advice: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise TrainingStopped(f"train: no memory left on {device} while {doing}: {advice}") from error
+        raise TrainingStopped(f"no memory left on {device} while {doing}: {advice}") from error
 
 
 def _begin(settings: TrainSettings, run: RunFolder, display: Display) -> Path | None:
@@ -274,7 +274,7 @@ def _run(
         raise TrainingStopped(f"{error}; {_standing(run)}; lower learning_rate or twinflow_target_clamp") from error
     except torch.OutOfMemoryError as error:
         said = after_out_of_memory(settings, parts.model, parts.memory, loop.device)
-        raise TrainingStopped(f"train: no memory left on {loop.device}: {said}; {_standing(run)}") from error
+        raise TrainingStopped(f"no memory left on {loop.device}: {said}; {_standing(run)}") from error
 
 
 def _part(settings: TrainSettings, run: RunFolder, parts: Assembled, display: Display, stop: StopRequest) -> None:

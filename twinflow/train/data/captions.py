@@ -113,7 +113,8 @@ def _parquet(table: Path) -> Iterator[Row]:
     try:
         import pyarrow.parquet as parquet  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except ImportError:
-        raise ImportError(f"read_folder: {table} needs pyarrow, got none installed; pip install pyarrow") from None
+        said = f"read_folder: {table} needs pyarrow, got none installed; pip install pyarrow"
+        raise ModuleNotFoundError(said, name="pyarrow") from None
     try:
         rows = parquet.read_table(table).to_pylist()
     except Exception as error:  # whatever pyarrow finds in a file that anyone may have written

@@ -52,7 +52,7 @@ class Decoder:
             wide = row.to(self.device, torch.promote_types(vae.dtype, torch.float32))
             pixels = self._autoencoder.decode(vae, wide).to(wide.dtype)
             if not (row.isfinite().all() and pixels.isfinite().all()):
-                raise FloatingPointError("decode: latents and images must be finite, got others")
+                raise FloatingPointError("latents and images must be finite, got others")
             levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round()  # numpy and torch round halves to even
             images.append(levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
         return np.concatenate(images)

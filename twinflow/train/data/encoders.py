@@ -124,7 +124,7 @@ def encode_images(pipe: Any, pixels: torch.Tensor, autoencoder: type[Autoencoder
     latents = autoencoder.encode(vae, pixels.to(vae.device, vae.dtype)).to(vae.dtype).cpu()
     if not latents.isfinite().all():
         name = type(vae).__name__
-        raise FloatingPointError(f"encode_images: latents must be finite, got others from a {name} in {vae.dtype}")
+        raise FloatingPointError(f"latents must be finite, got others from a {name} in {vae.dtype}")
     return latents
 
 

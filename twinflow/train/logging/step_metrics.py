@@ -95,6 +95,6 @@ def require_finite(records: list[dict[str, Any]]) -> None:
         bad = [name for name, value in record["terms"].items() if not math.isfinite(value)]
         if not math.isfinite(record["loss"]) or bad:
             terms = f" (its {', '.join(bad)} term)" if bad else ""
-            raise FloatingPointError(f"train: the loss of step {record['step']} is not finite{terms}")
+            raise FloatingPointError(f"the loss of step {record['step']} is not finite{terms}")
         if not math.isfinite(record["grad_norm"]):
-            raise FloatingPointError(f"train: the gradients of step {record['step']} are not finite")
+            raise FloatingPointError(f"the gradients of step {record['step']} are not finite")
