@@ -63,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif debug:
             traceback.print_exc()
         elif exit_status != 2 or os.environ.get("RANK", "0") == "0":  # a mistake is the same on every rank
-            print_error(name, "stopped" if isinstance(error, KeyboardInterrupt) else error)
+            message = "stopped" if isinstance(error, KeyboardInterrupt) else _message(error)
+            print(f"{f'twinflow {name}'.strip()}: {' '.join(message.split())}", file=sys.stderr)
         return exit_status
 
 
@@ -105,17 +106,8 @@ def _status(error: BaseException) -> int | None:
     return 2 if isinstance(error, (ValueError, ArgumentTypeError, ImportError)) else None
 
 
-def print_error(command: str, error: object) -> None:
-    """Prints an error as a line on standard error, without the function that raised it or a system error's number.
-
-    Args:
-        command: name of the command; "": none.
-        error: the error, or its message.
-    """
-    print(f"{f'twinflow {command}'.strip()}: {' '.join(_message(error).split())}", file=sys.stderr)
-
-
-def _message(error: object) -> str:
+def _message(error: BaseException) -> str:
+    """What to say of an error, without the function that raised it or a system error's number."""
     if isinstance(error, (ArgumentError, ArgumentTypeError)):
         return error.without_function
     if isinstance(error, ModuleNotFoundError):

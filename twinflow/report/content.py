@@ -29,11 +29,12 @@ def content(run: Run) -> dict[str, Any]:
         if column in columns:
             series = {"label": title.lower(), "column": column, "unit": unit, "colour": colour, "raw": raw}
             charts.append({"id": key, "title": title, "height": 190, "zero": True, "series": [series], "points": []})
+    dots = [[step, round(sigma, 4), round(r, 4), sign] for step, sigma, r, sign in run.series.trajectory.points]
     ends = [min(first, run.series.last), max(run.series.last, first + 1)]
     return {
         "run": {**drawn, "resumes": run.resumes, "range": ends},
         "charts": charts,
-        "scatter": {"title": TITLE, "labels": list(SIGNS.values()), "points": _dots(run)},
+        "scatter": {"title": TITLE, "labels": list(SIGNS.values()), "points": dots},
         "samples": samples_content(run.sets, run.base),
         "total": run.total,
     }  # fmt: skip
@@ -56,10 +57,6 @@ def _loss_chart(run: Run) -> dict[str, Any]:
             "points": [points] if held else []}  # fmt: skip
 
 
-def _dots(run: Run) -> list[list[float]]:
-    return [[step, round(sigma, 4), round(r, 4), sign] for step, sigma, r, sign in run.series.trajectory.points]
-
-
 def samples_content(sets: list[SampleSet], base: SampleSet | None) -> dict[str, Any]:
     """The samples as a table: a row per prompt and seed, a column per way to sample, a set per time."""
     beside = base.images if base else []
@@ -72,7 +69,8 @@ def samples_content(sets: list[SampleSet], base: SampleSet | None) -> dict[str, 
     return {
         "rows": [{"prompt": prompt, "seed": seed} for prompt, seed in rows],
         "columns": [{**_titled(k, column), "base": False} for k, column in enumerate(columns)],
-        "baseColumns": [{**_titled(k, column), "title": "Base model", "under": _words(column), "base": True}
+        "baseColumns": [{**_titled(k, column), "title": "Base model", "base": True,
+                         "under": f"{_count(column[0])}, guidance {column[2]:g}"}
                         for k, column in enumerate(base_columns)],
         "sets": [{"step": part.step, "weights": WEIGHTS.get(part.weights, part.weights),
                   "images": _table(part.images, rows, columns, uris)} for part in sets],
@@ -90,10 +88,6 @@ def _columns(images: list[Sample]) -> list[tuple[int, str, float]]:
 
 def _count(steps: int) -> str:
     return f"{steps} step{'s' * (steps != 1)}"
-
-
-def _words(way: tuple[int, str, float]) -> str:
-    return f"{_count(way[0])}, guidance {way[2]:g}"
 
 
 def _titled(number: int, way: tuple[int, str, float]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """`dry_run()`: the resolved settings, the plan of a step and the forecast of its memory, before anything is loaded."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich import box
@@ -29,7 +30,7 @@ def dry_run(settings: TrainSettings, console: Console) -> None:
     Raises:
         ValueError: data that cannot be trained on, or a model that does not go with the settings.
     """
-    say = _sayer(console)
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     say(describe(settings))
     say("\ndata")
     say(_data(settings))
@@ -40,11 +41,7 @@ def dry_run(settings: TrainSettings, console: Console) -> None:
         folder = configurations(settings.pretrained_model_name_or_path)
     except ArgumentError as error:
         return say(f"  no forecast: {error.without_function}")
-    _forecast(settings, folder, console)
-
-
-def _sayer(console: Console) -> Any:
-    return lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)
+    _forecast(settings, folder, console, say)
 
 
 def _data(settings: TrainSettings) -> str:
@@ -75,11 +72,10 @@ def step_plan(settings: TrainSettings) -> str:
     return "\n".join(f"  {line}" for line in (head, names, *shown, total))
 
 
-def _forecast(settings: TrainSettings, folder: Path, console: Console) -> None:
+def _forecast(settings: TrainSettings, folder: Path, console: Console, say: Callable[[str], None]) -> None:
     """The presets that apply and their peaks; of a named one, its own."""
     from twinflow.memory.planner.forecast import Planner
 
-    say = _sayer(console)
     student = build_student(settings, folder, weights=False)
     try:
         planner = Planner(workload_of_run(settings, student))

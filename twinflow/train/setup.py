@@ -66,7 +66,8 @@ def assemble(
         ValueError, ImportError: a model, a preset or a library that does not go with the settings.
     """
     device = accelerator.device
-    _seed(settings.seed)
+    random.seed(settings.seed)  # torch's stream is seeded by `build_student`
+    np.random.seed(settings.seed)
     model = build_student(settings, folder)
     counts = [sum(p.numel() for p in of) for of in (trained_parameters(model).values(), model.parameters())]
     planned = settings.memory_preset == "auto" and device.type == "cuda"
@@ -91,12 +92,6 @@ def assemble(
         autocast=lambda: autocast(settings, device), device=device,
     )  # fmt: skip
     return Assembled(loop, model, teacher, memory, *counts)
-
-
-def _seed(seed: int) -> None:
-    """Seeds the global streams that `build_student` does not."""
-    random.seed(seed)
-    np.random.seed(seed)
 
 
 def _compile(model: FlowModel) -> None:

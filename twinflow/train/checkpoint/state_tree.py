@@ -137,11 +137,12 @@ class _Encoder:
                 return {"array": self.stored(torch.from_numpy(np.array(value, order="C")), path)}
             except (TypeError, ValueError):
                 raise ArgumentTypeError("encode", path, "an array of native numbers", value.dtype) from None
-        if _is_torchao(value):
+        kind = type(value)
+        if kind.__name__ == "OptimState8bit" and kind.__module__.startswith("torchao."):
             parts = [self.stored(getattr(value, part), f"{path}.{part}") for part in _PARTS]
             dtype = str(value.dtype).removeprefix("torch.")
             return {"torchao 8-bit": [*parts, bool(value.signed), dtype]}
-        what = f"{type(value).__module__}.{type(value).__qualname__}"
+        what = f"{kind.__module__}.{kind.__qualname__}"
         raise ArgumentTypeError("encode", path, "a plain value or a dense tensor with data", what)
 
     def stored(self, tensor: torch.Tensor, path: str) -> str:
@@ -156,11 +157,6 @@ class _Encoder:
         self._memories.add(memory)
         self.tensors[name] = cpu
         return name
-
-
-def _is_torchao(value: Any) -> bool:
-    kind = type(value)
-    return kind.__name__ == "OptimState8bit" and kind.__module__.startswith("torchao.")
 
 
 class _Decoder:

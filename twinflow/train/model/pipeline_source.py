@@ -60,22 +60,17 @@ def _json_files(name: str) -> str:
 
 
 def _downloaded(name: str, download: Callable[[str], str]) -> Path:
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub import errors
 
     page = _PAGE.format(name)
     try:
         return Path(download(name))
     except Exception as error:
-        cause = _cause(error, (GatedRepoError, RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError))
-        if isinstance(cause, GatedRepoError):
+        cause = _cause(error, (errors.HfHubHTTPError, errors.LocalEntryNotFoundError))
+        if isinstance(cause, errors.GatedRepoError):
             how = f"accept its terms at {page}, then run `hf auth login`"
             raise _error("a model you may have", f"{name!r}, which is gated: {how}") from None
-        if isinstance(cause, RepositoryNotFoundError):
+        if isinstance(cause, errors.RepositoryNotFoundError):
             how = f"see {page}; if it is private, run `hf auth login`"
             raise _error("a model that exists", f"{name!r}: {how}") from None
         if isinstance(error, (OSError, ConnectionError)) or cause is not None:
