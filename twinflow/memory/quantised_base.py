@@ -86,11 +86,7 @@ def quantise_base(
 
 
 def quantised_form(model: nn.Module) -> str | None:
-    """The form of a model's quantised base; None: it has none.
-
-    Args:
-        model: any module.
-    """
+    """The form of a model's quantised base; None: it has none."""
     return next((p.packing.form for p in model.parameters() if isinstance(p, PackedWeight)), None)
 
 

@@ -116,8 +116,6 @@ class _Forward:
     """A block's forward that recomputes, in place of its own.
 
     Args:
-        name, block: the block.
-        level: what it keeps.
         switches: modules whose own gradient checkpointing must stay off.
         codes: what `_recomputing` shares between the blocks of a model.
     """

@@ -1,7 +1,9 @@
 """What a block keeps of its forward for the backward: attention outputs and base-weight matrix products.
 
 `KeptProducts` gives `torch.utils.checkpoint` two dispatch modes. The first holds the outputs of the chosen operations;
-the second, in the recomputed forward, hands them out instead of running the operation, by order of occurrence.
+the second, in the recomputed forward, hands them out instead of running the operation, by order of occurrence. torch's
+own `create_selective_checkpoint_contexts` holds outputs where no saved-tensor hook sees them, so that none could be
+offloaded, and refuses products that are changed in place and a second backward: it serves compiled blocks alone.
 """
 
 import functools
@@ -10,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -21,6 +24,7 @@ _WEIGHT = {
     "_weight_int4pack_mm_for_cpu": None, "_weight_int4pack_mm_with_scales_and_zeros": None,
     "int8_linear_matmul": None, "int8_scaled_mm": None, "gemv_4bit": None,
 }  # fmt: skip
+_HELD = object()
 _BATCHED = ("bmm", "baddbmm")  # linear attention, and attention that is not fused
 _ATTENTION = ("attention", "attn")
 
@@ -42,7 +46,6 @@ def keeps(level: str, rank: int, op: Any, args: tuple) -> bool:
     Args:
         level: `attention` or `products`.
         rank: largest rank of the block's adapters; products with a matrix as thin as that are theirs, and cheap.
-        op, args: the operation and its positional arguments.
     """
     kind = _kind(op)
     if kind is None or (kind[0] == "product" and level != "products"):
@@ -63,12 +66,13 @@ def compile_policy(level: str, rank: int, context: Any, op: Any, *args: Any, **k
 
 @dataclass
 class _Product:
-    """One kept operation."""
+    """One kept operation: its outputs, or `_HELD` for each tensor of them once autograd holds it, from `first` on."""
 
     op: Any
     shapes: tuple[tuple[int, ...], ...]
-    outputs: tuple[Any, ...]  # once kept, numbers of tensors stand for them
-    single: bool
+    outputs: list[Any]
+    spec: pytree.TreeSpec
+    first: int = 0
     changed: bool = False  # the forward changes it in place: its value before that is a copy
 
 
@@ -86,25 +90,16 @@ class _Keep(torch.autograd.Function):
 
 
 class KeptProducts:
-    """The kept operations of one forward of one block.
-
-    Args:
-        block: its name, for messages.
-        level, rank: as in `keeps`.
-    """
+    """The kept operations of one forward of one block; level and rank as of `keeps`."""
 
     def __init__(self, block: str, level: str, rank: int) -> None:
-        self.block, self.level, self.rank = block, level, rank
+        self.block, self.keeps = block, functools.partial(keeps, level, rank)
         self.products: list[_Product] = []
         self._node: torch.Tensor | None = None
 
     def contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """The modes of the forward and of its recomputation."""
         return _Keeping(self), _Returning(self)
-
-    def keeps(self, op: Any, args: tuple) -> bool:
-        """As `keeps`."""
-        return keeps(self.level, self.rank, op, args)
 
     def __enter__(self) -> "KeptProducts":
         return self
@@ -116,10 +111,9 @@ class KeptProducts:
         """
         tensors: list[torch.Tensor] = []
         for product in self.products:
-            outputs, product.outputs = product.outputs, ()
-            for value in outputs:
-                product.outputs += (_Place(len(tensors)) if isinstance(value, torch.Tensor) else value,)
-                tensors += [value.detach()] if isinstance(value, torch.Tensor) else []
+            product.first = len(tensors)
+            tensors += [value.detach() for value in product.outputs if isinstance(value, torch.Tensor)]
+            product.outputs = [_HELD if isinstance(value, torch.Tensor) else value for value in product.outputs]
         if tensors and not failed:
             self._node = _Keep.apply(torch.empty(0, device="cpu", requires_grad=True), *tensors)
 
@@ -127,13 +121,6 @@ class KeptProducts:
         """The kept tensors, as the hooks around the block give them back."""
         node: Any = None if self._node is None else self._node.grad_fn
         return () if node is None else node.saved_tensors
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Number of a kept tensor."""
-
-    number: int
 
 
 class _Keeping(TorchDispatchMode):
@@ -153,8 +140,7 @@ class _Keeping(TorchDispatchMode):
             self._copy_before(op, args, kwargs or {})
         result = op(*args, **(kwargs or {}))
         if self._kept.keeps(op, args):
-            single = not isinstance(result, (tuple, list))
-            product = _Product(op, _shapes(args), (result,) if single else tuple(result), single)
+            product = _Product(op, _shapes(args), *pytree.tree_flatten(result))
             self._kept.products.append(product)
             for i, value in enumerate(product.outputs):
                 if isinstance(value, torch.Tensor):
@@ -169,9 +155,7 @@ class _Keeping(TorchDispatchMode):
                 continue
             product, place = self._by_storage.pop(value.untyped_storage()._cdata, (None, 0))
             if product is not None:
-                outputs = list(product.outputs)
-                outputs[place] = outputs[place].clone()
-                product.outputs, product.changed = tuple(outputs), True
+                product.outputs[place], product.changed = product.outputs[place].clone(), True
 
 
 class _Returning(TorchDispatchMode):
@@ -199,8 +183,8 @@ class _Returning(TorchDispatchMode):
         self._next += 1
         # An alias each time: autograd writes the graph of this recomputation into what is returned.
         take = torch.Tensor.clone if product.changed else torch.Tensor.detach
-        outputs = [take(self._saved[v.number]) if isinstance(v, _Place) else v for v in product.outputs]
-        return outputs[0] if product.single else tuple(outputs)
+        saved = iter(self._saved[product.first :])
+        return pytree.tree_unflatten([take(next(saved)) if v is _HELD else v for v in product.outputs], product.spec)
 
     def _expected(self, op: Any, shapes: tuple) -> _Product:
         products = self._kept.products

@@ -50,12 +50,7 @@ def _named(names: Sequence[str]) -> str:
 
 
 def activation_before(network: nn.Module, name: str) -> nn.Module | None:
-    """The module between the time embedding and a layer: `silu` beside it, or the one before it in a sequence.
-
-    Args:
-        network: the transformer.
-        name: of the layer in it.
-    """
+    """The module between the time embedding and a layer: `silu` beside it, or the one before it in a sequence."""
     path, _, last = name.rpartition(".")
     holder = network.get_submodule(path)
     if isinstance(holder, nn.Sequential):

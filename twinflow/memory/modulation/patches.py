@@ -31,11 +31,7 @@ def sliced(slot: Slot, units: torch.Tensor, active: Callable[[], bool]) -> Calla
 
 
 def passed_on(active: Callable[[], bool]) -> Callable[..., torch.Tensor]:
-    """The forward of an activation before modulation layers, which has been applied already.
-
-    Args:
-        active: as for `sliced`.
-    """
+    """The forward of an activation before modulation layers, which has been applied already."""
 
     def forward(module: nn.Module, carrier: torch.Tensor) -> torch.Tensor:
         return carrier if active() else type(module).forward(module, carrier)
@@ -49,9 +45,6 @@ def refuse_moves(
     """Makes a module refuse to be moved or cast; what would change nothing, as `to` its own device, does nothing.
 
     Args:
-        module: the module.
-        device: where it is.
-        dtypes: of its parameters.
         active: says whether it still must; a copy of the module asks too.
 
     Returns:
@@ -81,10 +74,6 @@ def refuse_moves(
 
 def hide_from_ddp(module: nn.Module, parameters: Collection[torch.Tensor]) -> Callable[[], None]:
     """Makes DDP's wrapper pass over frozen parameters that are on another device than the rest.
-
-    Args:
-        module: that is wrapped later.
-        parameters: some of its own.
 
     Returns:
         What undoes it.

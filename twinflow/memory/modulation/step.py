@@ -35,12 +35,7 @@ class Entry:
 
 
 class DeferredStep:
-    """What is computed in advance for one step.
-
-    Args:
-        table: of the network.
-        plan: the step's calls.
-    """
+    """What is computed in advance for one step."""
 
     def __init__(self, table: ModulationTable, plan: Plan) -> None:
         self._table, self.plan = table, plan
@@ -106,7 +101,6 @@ def connect(table: ModulationTable, micro_batches: Sequence[Sequence[Entry]]) ->
     """Makes carriers differentiable: the weights are passed once, when the last micro-batch is differentiated.
 
     Args:
-        table: of the network.
         micro_batches: entries whose carriers become differentiable, by micro-batch, in the order of their backward.
     """
     gathered = _Gathered(table, micro_batches)

@@ -40,11 +40,7 @@ class StreamedWeights:
             self._take_memory()
 
     def sweep(self, reverse: bool = False) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
-        """Number, weight and bias of each layer on the device; valid until the next one is asked for.
-
-        Args:
-            reverse: from the last to the first.
-        """
+        """Number, weight and bias of each layer on the device; valid until the next one is asked for."""
         order = list(range(len(self._layers)))
         if reverse:
             order.reverse()
@@ -120,7 +116,6 @@ def slabs(sizes: Sequence[int], largest: int = LARGEST_SLAB) -> list[tuple[int, 
     """Powers of two that hold all of some sizes in order, each whole, with little left over.
 
     Args:
-        sizes: bytes.
         largest: bytes of a slab, at most, unless one size alone needs more.
 
     Returns:

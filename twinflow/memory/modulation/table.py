@@ -103,11 +103,7 @@ class ModulationTable:
 
 
 class Autocast:
-    """Autocast as it is now, to be entered again in backward.
-
-    Args:
-        device: whose autocast.
-    """
+    """Autocast as it is now, to be entered again in backward."""
 
     def __init__(self, device: torch.device) -> None:
         self._kind = device.type if torch.amp.is_autocast_available(device.type) else None

@@ -103,13 +103,7 @@ class SavedStorage:
 
 
 class SavedTensor:
-    """What autograd holds for a tensor: a view of a record, or the tensor itself where it is not for offload.
-
-    Args:
-        tensor: what is saved.
-        record: of its storage; None: it stays.
-        number: in the order of packing.
-    """
+    """What autograd holds for a tensor: a view of a record, or the tensor itself where it is not for offload."""
 
     def __init__(self, tensor: torch.Tensor, record: SavedStorage | None = None, number: int = 0) -> None:
         self.record, self.number, self.epoch = record, number, -1

@@ -42,7 +42,6 @@ def host_slabs(sizes: Iterable[int], pinned: bool, where: str) -> Iterator[torch
 
     Args:
         sizes: bytes; torch rounds pinned memory up to powers of two.
-        pinned: whether it is.
         where: function and amount, for the message.
 
     Raises:
@@ -163,12 +162,7 @@ class Transfers:
 
 
 class CudaTransfers(Transfers):
-    """Copies on a stream for each direction; streams wait for each other, the host for nothing.
-
-    Args:
-        device: with its index.
-        pinned: whether the host memory is; copies of pageable memory hold the host up.
-    """
+    """Copies on a stream for each direction; streams wait for each other, the host for nothing."""
 
     def __init__(self, device: torch.device, pinned: bool) -> None:
         super().__init__(asynchronous=pinned)

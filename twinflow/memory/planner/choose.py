@@ -22,7 +22,6 @@ def choose(planner: Planner, usable_gb: float, known: list[Forecast] | None = No
     """The fastest way to run a step within a budget, with weights as they are if that fits.
 
     Args:
-        planner: of the workload.
         usable_gb: what the allocator can hand out, GB (1e9 bytes).
         known: forecasts that were made already.
 

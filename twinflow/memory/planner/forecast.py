@@ -109,7 +109,6 @@ class Planner:
     """Forecasts steps of one workload.
 
     Args:
-        workload: what is trained.
         gpu: the card whose speed times are for; None: no times.
         whole: run every block instead of three of each kind: minutes instead of seconds, for the same result.
     """
@@ -127,7 +126,6 @@ class Planner:
         """The peak and the least time of a step; the same on every call, and torch's random state stays.
 
         Args:
-            preset: how it is run.
             schedule: `planned` or `published`.
 
         Raises:
@@ -210,8 +208,6 @@ class Planner:
 
         Args:
             costs: by region of the simulated step.
-            draws: of that step.
-            schedule: its schedule.
             streamed: bytes of weights that pass from the host.
         """
         assert self._gpu is not None
@@ -242,7 +238,6 @@ def peak_parts(
     """The peak's bytes, split.
 
     Args:
-        peak: of the timeline.
         held: at all times.
         resident: of the step's own tensors, of rows that did not run.
         host: bytes of activations that would move to the host.

@@ -12,11 +12,6 @@ from twinflow.memory.planner.report import with_and_without
 WIDE = 150  # columns of a terminal that has room for a column per card
 
 
-def fastest(found: list[Forecast], usable_gb: float) -> Forecast | None:
-    """The first of a workload's forecasts, in the order of the presets, that fits; None: none does."""
-    return next((forecast for forecast in found if forecast.fits(usable_gb)), None)
-
-
 def cards() -> dict[float, str]:
     """Usable GB -> the cards that have as much, from the smallest on."""
     return {
@@ -31,7 +26,10 @@ def rows(groups: list[list[Forecast]]) -> list[list[str]]:
     Args:
         groups: forecasts of every preset that applies, one list per workload.
     """
-    return [[*_workload(found), *(_cell(found, usable) for usable in cards())] for found in groups]
+    return [
+        [(w := found[0].workload).architecture.name, w.trains, w.recipe, *(_cell(found, usable) for usable in cards())]
+        for found in groups
+    ]
 
 
 def head() -> list[str]:
@@ -45,11 +43,7 @@ def deferral_head() -> list[str]:
 
 
 def deferral_rows(groups: list[list[Forecast]]) -> list[list[str]]:
-    """Where deferring pays: a row per workload whose modulation can be; peaks and seconds of `checkpoint` and `40gb`.
-
-    Args:
-        groups: as of `rows`.
-    """
+    """A row per workload whose modulation can be deferred: peaks and seconds of `checkpoint` and `40gb`."""
     found = []
     for plain, deferred in map(with_and_without, groups):
         if plain is not None and deferred is not None:
@@ -69,46 +63,37 @@ def overview(groups: list[list[Forecast]], gpu: str, width: int = WIDE) -> Itera
         gpu: the card whose speed times are for.
         width: columns of the terminal; a narrow one gets a line per model and card.
     """
-    workload = groups[0][0].workload
+    workload, narrow, names = groups[0][0].workload, width < WIDE, head()
     size = f"{workload.size[1]}x{workload.size[0]}, batch {workload.batch}, recipe {workload.recipe}"
-    shown = _table(f"fastest preset that fits, and its peak in GB; {size}")
-    wide, names = width >= WIDE, head()
-    for name in [*names[:2], *names[3:]] if wide else [*names[:2], "card (usable GB)", "fastest preset", "peak GB"]:
-        shown.add_column(name)
-    for found in groups:
-        lines = [_cell(found, usable) for usable in cards()]
-        if wide:
-            shown.add_row(*_workload(found)[:2], *map(_dimmed, lines))
+    columns = ["card (usable GB)", "fastest preset", "peak GB"] if narrow else names[3:]
+    shown = _table(f"fastest preset that fits, and its peak in GB; {size}", [*names[:2], *columns])
+    for model, trained, _, *cells in rows(groups):
+        if not narrow:
+            shown.add_row(model, trained, *(f"[dim]{c}[/dim]" if c.startswith("no:") else c for c in cells))
             continue
-        for i, (card, cell) in enumerate(zip(names[3:], lines, strict=True)):
+        for card, cell in zip(names[3:], cells, strict=True):
             preset, _, peak = cell.partition(" ")
-            named = _workload(found)[:2] if i == 0 else ["", ""]
-            shown.add_row(*named, card, preset.replace("no:", "none; needs"), peak, end_section=card == names[-1])
+            shown.add_row(model, trained, card, preset.replace("no:", "none; needs"), peak)
+            model = trained = ""
+        shown.add_section()
     yield shown
-    if deferral_rows(groups):
-        pays = _table(f"where deferring the modulation of a LoRA's base pays; least s/step on {gpu}")
-        for i, name in enumerate(deferral_head()):
-            pays.add_column(name, justify="right" if i else "left")
-        for row in deferral_rows(groups):
-            pays.add_row(*row)
+    pays = _table(f"where deferring the modulation of a LoRA's base pays; least s/step on {gpu}", deferral_head())
+    for column in pays.columns[1:]:
+        column.justify = "right"
+    for row in deferral_rows(groups):
+        pays.add_row(*row)
+    if pays.row_count:
         yield pays
 
 
-def _workload(found: list[Forecast]) -> list[str]:
-    workload = found[0].workload
-    return [workload.architecture.name, workload.trains, workload.recipe]
-
-
 def _cell(found: list[Forecast], usable_gb: float) -> str:
-    best = fastest(found, usable_gb)
+    """The first that fits, in the order of the presets, or the least that is needed."""
+    best = next((forecast for forecast in found if forecast.fits(usable_gb)), None)
     if best is None:
         return f"no: {min(forecast.needed for forecast in found) / 1e9:.1f}"
     return f"{best.name} {best.peak / 1e9:.1f}"
 
 
-def _dimmed(cell: str) -> str:
-    return f"[dim]{cell}[/dim]" if cell.startswith("no:") else cell
-
-
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+def _table(title: str, columns: list[str]) -> Table:
+    look = dict(title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    return Table(*columns, title=title, **look)  # type: ignore[arg-type]

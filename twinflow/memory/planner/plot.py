@@ -19,7 +19,6 @@ def picture(groups: list[list[Forecast]], path: Path) -> None:
 
     Args:
         groups: forecasts, one list per workload.
-        path: of the file.
     """
     import matplotlib
 

@@ -29,10 +29,7 @@ def table(found: list[Forecast], usable_gb: float, best: Forecast | None, width:
     """A line per forecast, the chosen one marked.
 
     Args:
-        found: of one workload.
         usable_gb: what the card's allocator can hand out, GB.
-        best: the chosen one.
-        width: columns of the terminal.
     """
     shown = Table(
         box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=headline(found[0].workload),

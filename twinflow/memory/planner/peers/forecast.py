@@ -47,7 +47,6 @@ def peer_forecasts(workload: Workload, gpu: GPU | None = None, whole: bool = Fal
     what else their steps leave out is said at `dmd2_step` and `sana_sprint_step`, and would only add to them.
 
     Args:
-        workload: what is trained.
         gpu: the card whose speed times are for; None: no times.
         whole: run every block instead of three of each kind.
 

@@ -26,12 +26,7 @@ Condition = dict[str, torch.Tensor]
 
 
 def frozen_copy(architecture: Architecture, base: str) -> FlowModel:
-    """A network that is not trained.
-
-    Args:
-        architecture: of the model, or a reduction of it.
-        base: of its weights, one of `twinflow.memory.planner.workload.BASES`.
-    """
+    """A network that is not trained."""
     network = meta_network(architecture, base)
     network.requires_grad_(False)
     quantise(network, base)
@@ -75,10 +70,8 @@ class PeerRun(Simulation):
     """Runs a step of several networks, every block checkpointed.
 
     Args:
-        workload: batch, latents and prompts.
         networks: name -> network on the meta device.
         heads: a discriminator's, if any.
-        cost: of an operation; None: not summed.
 
     Attributes:
         regions: the timeline of the last run; names begin with a network's, or are `between`.

@@ -100,10 +100,6 @@ def _discriminator_update(run: PeerRun) -> None:
 class Heads(nn.Module):
     """The discriminator's heads on a teacher's features, with spectrally normalised convolutions.
 
-    Args:
-        width: of the features.
-        dtype: of the weights.
-
     Source: SANA-Sprint (arXiv 2503.09641), whose heads are those of StyleGAN-T (arXiv 2301.09515).
     """
 

@@ -53,11 +53,9 @@ class SimulatedDeferral:
     """A student's modulation, deferred on the meta device as on a card, with the carriers of the whole model.
 
     Args:
-        stack: takes the removal.
         student: with as many blocks as `reduction` says.
         reduction: which blocks stand for several.
         mark: begins a region of the timeline: its name, and the block it belongs to.
-        live: bytes now.
 
     Attributes:
         rehearsing: whether the student is run up to its time embedding only.

@@ -31,12 +31,7 @@ def fused_attention() -> Iterator[None]:
 
 @contextmanager
 def replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
-    """Replaces an attribute by what `make` gives for it, and puts it back as it was.
-
-    Args:
-        owner, name: whose attribute.
-        make: attribute -> replacement.
-    """
+    """Replaces an attribute by what `make` gives for it, and puts it back as it was."""
     own = name in vars(owner)
     before = getattr(owner, name)
     setattr(owner, name, make(before))
@@ -78,10 +73,6 @@ def workspace(func: Any, args: tuple, kwargs: dict, result: Any) -> int:
     """Bytes that a CUDA kernel allocates inside itself while it runs.
 
     They are the float32 sums of attention's backward, and nf4's scales in float32, one per 64 values.
-
-    Args:
-        func: the operation, as torch dispatches it.
-        args, kwargs, result: of its call.
     """
     if func is _DEQUANTISE and args[2] == "nf4":
         return 4 * result.numel() // 64

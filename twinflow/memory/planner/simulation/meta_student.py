@@ -33,7 +33,6 @@ def meta_student(workload: Workload, architecture: Architecture, defer: bool = F
     """A student of an architecture, made and conditioned as training would.
 
     Args:
-        workload: how it is trained.
         architecture: the workload's own, or a reduction of it.
         defer: its modulation is to be deferred, whose layers are then not quantised.
     """
@@ -44,7 +43,6 @@ def meta_network(architecture: Architecture, base: str) -> FlowModel:
     """A model of an architecture as it is loaded, without conditioning or adapters.
 
     Args:
-        architecture: the model, or a reduction of it.
         base: one of `twinflow.memory.planner.workload.BASES`; a quantised one is loaded in bf16.
     """
     import diffusers
@@ -66,10 +64,7 @@ def as_trained(network: FlowModel, workload: Workload, conditioning: str | None,
     """Gives a model the conditioning and the LoRA of a workload.
 
     Args:
-        network: from `meta_network`.
-        workload: how it is trained.
         conditioning: its mode; None: it stays plain.
-        defer: as in `meta_student`.
     """
     if workload.lora_rank is not None:
         add_lora(network, workload.lora_rank, targets=workload.lora_targets, conditioning=conditioning)

@@ -33,7 +33,6 @@ class Simulation:
     """A run on the meta device, followed storage by storage in regions.
 
     Args:
-        workload: what is trained.
         modules: whose gradients are counted.
         cost: of an operation; None: not summed.
 
@@ -99,10 +98,8 @@ class StepSimulation(Simulation):
     """Runs a student's step; names of regions are `without gradient`, `forward`, `backward`, `between`, `modulation`.
 
     Args:
-        workload, preset: what is asked.
         student, teacher: on the meta device, with as many blocks as `reduction` says.
         reduction: which blocks stand for several.
-        cost: of an operation; None: not summed.
         window: device bytes for offloaded tensors on their way; without any, every block does alike.
 
     Attributes:
@@ -183,9 +180,7 @@ def mark_block(stack: ExitStack, mark: Callable[[str, str], None], name: str, bl
     """Begins a region whenever a block is called or its backward begins, for as long as the stack stays open.
 
     Args:
-        stack: takes the hooks' removal.
         mark: called with `forward`, `without gradient` or `backward`, and the block's name.
-        name, block: the block.
     """
 
     def before(module: nn.Module, args: Any) -> None:
@@ -222,12 +217,7 @@ def _no_collections() -> Iterator[None]:
 
 
 def worst_draws(workload: Workload, rows: int) -> Draws:
-    """Draws of a step of some rows, the one with most to hold last.
-
-    Args:
-        workload: for the objective and the latents.
-        rows: its batch.
-    """
+    """Draws of a step of some rows, the one with most to hold last."""
     roles = None
     if workload.recipe == "partition":
         roles = tuple(WORST_LAST[(i - rows) % len(WORST_LAST)] for i in range(rows))

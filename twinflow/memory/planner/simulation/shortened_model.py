@@ -34,8 +34,6 @@ def shorten(architecture: Architecture, preset: MemoryPreset, whole: bool = Fals
     """Shortens every run of blocks that are alike and keep alike to its first, a middle one and its last.
 
     Args:
-        architecture: of the whole model.
-        preset: what its blocks keep.
         whole: leave it as it is.
 
     Raises:

@@ -46,8 +46,6 @@ def static_memory(
 
     Args:
         student, teacher: on any device; teacher None: no average is kept.
-        optimizer: one of `twinflow.memory.planner.workload.OPTIMIZERS`.
-        reduction: what the small model's blocks stand for.
         elsewhere: layers whose parameters are not on the device.
     """
     full = all(p.requires_grad for p in student.parameters())

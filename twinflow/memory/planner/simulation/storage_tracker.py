@@ -38,7 +38,6 @@ class StorageTracker(TorchDispatchMode):
     Args:
         workspace: (operation, arguments, keywords, result) -> bytes that it holds while it runs; None: none.
         cost: likewise -> what it costs, anything with `+`; None: nothing is summed.
-        rounding: of one storage's bytes.
 
     Attributes:
         live: bytes now.
@@ -59,12 +58,7 @@ class StorageTracker(TorchDispatchMode):
         self.mark("start")
 
     def mark(self, name: str, block: str | None = None) -> None:
-        """Ends the current region and begins another.
-
-        Args:
-            name: of the region.
-            block: the repeated block that it belongs to, if any.
-        """
+        """Ends the current region and begins another."""
         if self.regions:
             self.regions[-1].end = self.live
         self.regions.append(Region(name, block, self.live, self.live, self.live))
