@@ -7,6 +7,7 @@ beside what a GPU measures.
 """
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -23,21 +24,13 @@ from twinflow.memory.planner.overview import deferral_head, deferral_rows, head,
 from twinflow.memory.planner.peers.forecast import peer_forecasts
 from twinflow.memory.planner.plot import picture
 from twinflow.memory.planner.report import as_json
-from twinflow.memory.planner.workload import Workload, workload_of
+from twinflow.memory.planner.workload import workload_of
+from twinflow.objective.config import RECIPES
 
 GPU = GPUS["a100-80gb"]  # whose speed the times are for
 RANK = 64
 PICTURED = (("qwen-image", RANK), ("sana-1.6b", None))
 BATCHES = (1, 4, 24)
-
-
-def trainings(model: str) -> list[Workload]:
-    """LoRA and all weights, by both recipes."""
-    return [
-        workload_of(model, lora_rank=rank, recipe=recipe)
-        for rank in (RANK, None)
-        for recipe in ("partition", "all_terms")
-    ]
 
 
 def by_batch() -> list[dict[str, Any]]:
@@ -46,15 +39,8 @@ def by_batch() -> list[dict[str, Any]]:
     for model, rank in PICTURED:
         for batch in BATCHES:
             planner = Planner(workload_of(model, lora_rank=rank, batch=batch))
-            found = [f for f in forecasts(planner) if f.preset.micro_batch == 1]
-            lines.append(
-                {
-                    "model": model,
-                    "trained": planner.workload.trains,
-                    "batch": batch,
-                    "peak_bytes": {f.name: f.peak for f in found},
-                }
-            )
+            peaks = {f.name: f.peak for f in forecasts(planner) if f.preset.micro_batch == 1}
+            lines.append({"model": model, "trained": planner.workload.trains, "batch": batch, "peak_bytes": peaks})
     return lines
 
 
@@ -64,10 +50,10 @@ def main() -> None:
     parser.add_argument("--png", type=Path, default=environment.ROOT / "docs" / "will_it_fit.png")
     options = parser.parse_args()
     groups: list[list[Forecast]] = []
-    for model in architectures():
-        for workload in trainings(model):
-            print(f"{model}, {workload.trains}, {workload.recipe} ...", flush=True)
-            groups.append(forecasts(Planner(workload, GPU)))
+    for model, rank, recipe in itertools.product(architectures(), (RANK, None), RECIPES):
+        workload = workload_of(model, lora_rank=rank, recipe=recipe)
+        print(f"{model}, {workload.trains}, {recipe} ...", flush=True)
+        groups.append(forecasts(Planner(workload, GPU)))
     pictured = []
     for model, rank in PICTURED:
         print(f"{model} beside its peers ...", flush=True)

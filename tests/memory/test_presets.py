@@ -57,19 +57,35 @@ def test_a_base_in_another_form_is_refused():
         trained(student, 1)
 
 
-@pytest.mark.parametrize(
-    "make, name, error, message",
-    [
-        (lambda: nn.ModuleList([nn.Linear(2, 2)]), MemoryPreset("mine", defer=True), TypeError,
-         "student must be from twinflow.models.load for preset 'mine', got ModuleList"),
-        (lambda: student_of("sana"), "40gb", ValueError, "must have modulation layers .* got sana without any"),
-        (lambda: make_student("sd3", "dual"), "24gb", ValueError, "modulation must be frozen, got training of"),
-    ],
-)  # fmt: skip
-def test_refusals_leave_nothing(make, name, error, message):
+def lora():
+    return student_of("sd3")
+
+
+def checkpointed():
+    student = lora()
+    student.network.enable_gradient_checkpointing()
+    return student
+
+
+@pytest.mark.parametrize("make, preset, options, parts", [
+    (lora, "80", {}, "preset must be auto or 80gb"),
+    (lora, "auto", {}, "memory_gb must be given where the student is on cpu, got None"),
+    (lora, "80gb", {"batch": 4}, "batch must be left out where preset is not 'auto', got preset '80gb'"),
+    (lora, "80gb", {"memory_gb": 4}, "memory_gb must be left out where preset is not 'auto'"),
+    (lora, MemoryPreset("huge", "input", 1, 1e6), {}, "budget_gb must be at most the host memory available, "),
+    (checkpointed, "80gb", {}, "must have its own gradient checkpointing off, got it on; call"),
+    (lambda: nn.ModuleList([nn.Linear(2, 2)]), MemoryPreset("mine", defer=True), {},
+     "student must be from twinflow.models.load for preset 'mine', got ModuleList"),
+    (lambda: student_of("sana"), "40gb", {}, "modulation layers that read its time embedding, got sana without any"),
+    (lambda: make_student("sd3", "dual"), "24gb", {}, "modulation must be frozen, got training of"),
+])  # fmt: skip
+def test_refusals_leave_nothing(make, preset, options, parts, caplog):
+    caplog.set_level("INFO", "twinflow")
     student = make()
-    with pytest.raises(error, match=message):
-        apply_memory(student, name)
+    with pytest.raises((ValueError, TypeError)) as error:
+        apply_memory(student, preset, **options)
+    assert parts in str(error.value)
+    assert not any(record.name.startswith("twinflow") for record in caplog.records)
     assert not any("forward" in vars(m) for m in student.modules())
     assert quantised_form(student) is None
 

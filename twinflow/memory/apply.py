@@ -13,6 +13,7 @@ from torch import nn
 from twinflow.distributed import unwrap
 from twinflow.errors import ArgumentError, ArgumentTypeError, require_type
 from twinflow.memory.adamw_8bit import adamw_8bit
+from twinflow.memory.blocks import Attached
 from twinflow.memory.modulation.defer import defer_modulation
 from twinflow.memory.modulation.layers import deferrable_layers
 from twinflow.memory.offload.activations import offload_activations
@@ -26,8 +27,8 @@ logger = logging.getLogger(__name__)
 SPARE_BYTES = 300_000_000  # of a card, for the allocator's fragments
 
 
-class AppliedMemory:
-    """A preset at work on a model, until `remove`; a context manager too.
+class AppliedMemory(Attached):
+    """A preset at work on a model, until `remove()`; a quantised base stays, which has lost its bits.
 
     Attributes:
         preset: what was applied.
@@ -35,13 +36,9 @@ class AppliedMemory:
     """
 
     def __init__(self, preset: MemoryPreset, removals: list[Callable[[], None]]) -> None:
-        self.preset, self._removals = preset, removals
+        super().__init__(removals)
+        self.preset = preset
         self.micro_batch = preset.micro_batch
-
-    def remove(self) -> None:
-        """Takes everything off the model again, but for a quantised base, which has lost its bits."""
-        while self._removals:
-            self._removals.pop()()
 
     def adamw(self, parameters: Iterable[Any], **settings: Any) -> torch.optim.Optimizer:
         """AdamW as the preset counts on: `adamw_8bit`, or torch's own, fused.
@@ -53,12 +50,6 @@ class AppliedMemory:
         if self.preset.optimizer == "adamw8bit":
             return adamw_8bit(parameters, **settings)
         return torch.optim.AdamW(parameters, fused=True, **settings)
-
-    def __enter__(self) -> "AppliedMemory":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.remove()
 
 
 def apply_memory(

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from twinflow.errors import ArgumentError, require
 
+_Attached = TypeVar("_Attached", bound="Attached")
 _DECLARED = ("_repeated_blocks", "_no_split_modules")  # where a diffusers class names its blocks' classes
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")  # what compiled and checkpointed modules hold
 _UNET_STAGES = ("down_blocks", "mid_block", "up_blocks")
@@ -81,6 +82,24 @@ def checkpoint_wrapped(model: nn.Module, block: str) -> str | None:
         if hasattr(module, "_checkpoint_wrapped_module") and (_is_inside(name, block) or _is_inside(block, name)):
             return name
     return None
+
+
+class Attached:
+    """What is attached to a model until `remove()`; as a context manager it is removed at the end."""
+
+    def __init__(self, removals: list[Callable[[], None]]) -> None:
+        self._removals = removals
+
+    def remove(self) -> None:
+        """Takes it off again, what came last first; a second call does nothing."""
+        while self._removals:
+            self._removals.pop()()
+
+    def __enter__(self: _Attached) -> _Attached:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
 
 
 def replace_forward(module: nn.Module, function: Callable[..., Any]) -> Callable[[], None]:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from twinflow.errors import ArgumentError, require
 from twinflow.memory.blocks import (
+    Attached,
     adapter_rank,
     checkpoint_switches,
     checkpoint_wrapped,
@@ -26,8 +27,8 @@ _Codes = dict[tuple[object, str], CodeType]
 SAVED = ("input", "attention", "products", "all")  # from least memory to most
 
 
-class SelectiveRecompute:
-    """What `selective_recompute` attached to a model; as a context manager it is removed at the end.
+class SelectiveRecompute(Attached):
+    """What `selective_recompute` attached to a model.
 
     Attributes:
         blocks: names of the blocks, in order of execution.
@@ -35,20 +36,9 @@ class SelectiveRecompute:
     """
 
     def __init__(self, forwards: dict[str, "_Forward"]) -> None:
+        super().__init__([forward.remove for forward in forwards.values()])
         self.blocks = tuple(forwards)
         self.saved = tuple(forward.level for forward in forwards.values())
-        self._forwards = list(forwards.values())
-
-    def remove(self) -> None:
-        """Gives the blocks their own forwards back; a second call does nothing."""
-        while self._forwards:
-            self._forwards.pop().remove()
-
-    def __enter__(self) -> "SelectiveRecompute":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.remove()
 
 
 def selective_recompute(

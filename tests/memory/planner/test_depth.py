@@ -27,39 +27,28 @@ def both(workload: Workload, preset: MemoryPreset, schedule: str = "planned") ->
     assert few.cost.moved == pytest.approx(every.cost.moved, rel=1e-9)
 
 
-DEFERRED = ("qwen-image", "sd3.5-medium", "flux.1", "z-image")
-QUICK_DEFERRED = {("qwen-image", "24gb", "partition")}
+def slow_but(quick, *lists):
+    """Every case; all but the quick ones are slow."""
+    cases = itertools.product(*lists)
+    return [pytest.param(*case, marks=[] if case in quick else pytest.mark.slow) for case in cases]
 
 
-@pytest.mark.parametrize(
-    "name, preset, recipe",
-    [
-        pytest.param(*case, marks=[] if case in QUICK_DEFERRED else pytest.mark.slow)
-        for case in itertools.product(DEFERRED, ("40gb", "24gb", "16gb"), ("partition", "all_terms"))
-    ],
-)
+DEFERRED = ("qwen-image", "sd3.5-medium", "flux.1", "z-image"), ("40gb", "24gb", "16gb"), ("partition", "all_terms")
+LORA = SHORTER, ("rows", "80gb", "checkpoint", "checkpoint-offload")
+
+
+@pytest.mark.parametrize("name, preset, recipe", slow_but([("qwen-image", "24gb", "partition")], *DEFERRED))
 def test_deferred_modulation(name, preset, recipe):
     both(Workload(architecture=shorter(name), batch=2, lora_rank=8, recipe=recipe), PRESETS[preset])
 
 
-QUICK = {("flux.1", "80gb"), ("sana-1.6b", "checkpoint-offload")}
-
-
-@pytest.mark.parametrize(
-    "name, preset",
-    [
-        pytest.param(name, preset, marks=[] if (name, preset) in QUICK else pytest.mark.slow)
-        for name in SHORTER
-        for preset in ("rows", "80gb", "checkpoint", "checkpoint-offload")
-    ],
-)
+@pytest.mark.parametrize("name, preset", slow_but([("flux.1", "80gb"), ("sana-1.6b", "checkpoint-offload")], *LORA))
 def test_lora(name, preset):
     both(Workload(architecture=shorter(name), batch=2, lora_rank=8), PRESETS[preset])
 
 
 @pytest.mark.parametrize("name, preset", [
-    ("sana-1.6b", "attention"),
-    pytest.param("sd3.5-medium", "batch", marks=pytest.mark.slow),
+    ("sana-1.6b", "attention"), pytest.param("sd3.5-medium", "batch", marks=pytest.mark.slow),
     pytest.param("z-image", "rows", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_all_weights_under_autocast(name, preset):

@@ -10,7 +10,7 @@ from torch import nn
 
 from twinflow.distributed import unwrap
 from twinflow.errors import ArgumentError, ArgumentTypeError, require
-from twinflow.memory.blocks import replace_forward
+from twinflow.memory.blocks import Attached, replace_forward
 from twinflow.memory.modulation.layers import activation_before, deferrable_layers
 from twinflow.memory.modulation.patches import hide_from_ddp, passed_on, refuse_moves, sliced
 from twinflow.memory.modulation.step import DeferredStep, Entry, connect
@@ -23,8 +23,8 @@ DEVICES = ("cuda", "cpu")
 _ALONE = NetworkCall("call", "student", (0,), (("main", 1),), (0.0,), (0.0,))  # a call outside of a step
 
 
-class DeferredModulation:
-    """What `defer_modulation` attached to a model; as a context manager it is removed at the end.
+class DeferredModulation(Attached):
+    """What `defer_modulation` attached to a model.
 
     Attributes:
         layers: name within the network -> layer, in order of execution.
@@ -37,6 +37,7 @@ class DeferredModulation:
     def __init__(
         self, student: FlowModel, layers: dict[str, nn.Linear], device: torch.device, pin_memory: bool
     ) -> None:
+        super().__init__([])
         self.layers, self.device = layers, device
         self._student = student
         network = student.network
@@ -50,7 +51,6 @@ class DeferredModulation:
         self._step: DeferredStep | None = None
         self._announced: NetworkCall | None = None
         self._captured = 0
-        self._removals: list[Callable[[], None]] = []
         assert student.modulation is not None
         source = network.get_submodule(student.modulation.source)
         self._removals.append(source.register_forward_hook(torch.compiler.disable(self._embedded)).remove)
@@ -82,14 +82,7 @@ class DeferredModulation:
         """
         self._weights.bring_back()
         self.active = False
-        while self._removals:
-            self._removals.pop()()
-
-    def __enter__(self) -> "DeferredModulation":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.remove()
+        super().remove()
 
     def __str__(self) -> str:
         return (

@@ -2,12 +2,13 @@
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from twinflow.memory.modulation.table import Autocast, ModulationTable
+from twinflow.memory.modulation.table import ModulationTable, autocast_as_now
 from twinflow.objective.plan import NetworkCall, Plan
 
 # Whether the backward that runs now was asked to keep its graph; True where torch does not say: it is freed with it.
@@ -129,7 +130,7 @@ class _Gathered:
         self._gradients: list[list[torch.Tensor | None]] = [[None] * len(micro_batch) for micro_batch in micro_batches]
         self._complete = False
         first = next((e for micro_batch in self._embeddings for e in micro_batch), None)
-        self._autocast = None if first is None else Autocast(first.device)
+        self._autocast = nullcontext if first is None else autocast_as_now(first.device)
 
     def add(self, micro_batch: int, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """Takes a micro-batch's gradients; of the last micro-batch gives those of its embeddings.
@@ -159,8 +160,7 @@ class _Gathered:
         embeddings = [embedding for held in self._embeddings for embedding in held]
         carriers = [gradient for held in self._gradients for gradient in held]
         self._gradients = [[None] * len(held) for held in self._gradients]
-        assert self._autocast is not None
-        with torch.no_grad(), self._autocast.again():
+        with torch.no_grad(), self._autocast():
             found = iter(self._table.gradients(embeddings, carriers))
         by_piece = [[next(found) for _ in held] for held in self._embeddings]
         for held, theirs in zip(self._embeddings[:-1], by_piece[:-1], strict=True):

@@ -72,8 +72,8 @@ class StreamedWeights:
         if self._device.type == "meta":
             return None
         ticket = None
-        for view, place in zip(_stretches(buffer, self._layers[number]), self._places[number], strict=True):
-            ticket = self._transfers.load(view, [place], None)
+        for (_, start, stop), place in zip(_layout(self._layers[number]), self._places[number], strict=True):
+            ticket = self._transfers.load(buffer[start:stop], [place], None)
         return ticket
 
     def _take_memory(self) -> None:
@@ -91,18 +91,18 @@ class StreamedWeights:
 
     def _fill(self, slab: torch.Tensor, numbers: list[int]) -> None:
         """Moves some layers' parameters into a slab."""
-        start = 0
+        first = 0
         for number in numbers:
-            layer, stretch = self._layers[number], slab[start : start + self._sizes[number]]
-            start += self._sizes[number]
             self._places.append([])
-            for parameter, inside in zip(_held(layer), _stretches(stretch, layer), strict=True):
+            for parameter, start, stop in _layout(self._layers[number]):
+                inside = slab[first + start : first + stop]
                 place = torch.from_numpy(inside.numpy())  # a storage of its own size: what is saved is no slab
                 view = place.view(parameter.dtype).view(parameter.shape)
                 view.copy_(parameter.data)
                 self._homes.append((parameter, parameter.device))
                 parameter.data = view
                 self._places[-1].append(place)
+            first += self._sizes[number]
 
     def _check_host(self, largest: int) -> None:
         on_host = all(p.device.type == "cpu" for layer in self._layers for p in layer.parameters())
@@ -135,31 +135,21 @@ def slabs(sizes: Sequence[int], largest: int = LARGEST_SLAB) -> list[tuple[int, 
     return found
 
 
-def _held(layer: nn.Linear) -> list[torch.Tensor]:
-    return [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
+def _layout(layer: nn.Linear) -> list[tuple[torch.Tensor, int, int]]:
+    """Weight and bias, if it has one, each with its [start, stop) in bytes of memory for both."""
+    found, start = [], 0
+    for parameter in [layer.weight] if layer.bias is None else [layer.weight, layer.bias]:
+        stop = start + parameter.numel() * parameter.element_size()
+        found.append((parameter, start, stop))
+        start = -(-stop // GRAIN) * GRAIN
+    return found
 
 
 def _layer_bytes(layer: nn.Linear) -> int:
-    return sum(_padded(p.numel() * p.element_size()) for p in _held(layer))
-
-
-def _padded(nbytes: int) -> int:
-    return -(-nbytes // GRAIN) * GRAIN
-
-
-def _stretches(memory: torch.Tensor, layer: nn.Linear) -> list[torch.Tensor]:
-    """Where a layer's parameters lie in memory for both (uint8)."""
-    found, start = [], 0
-    for parameter in _held(layer):
-        nbytes = parameter.numel() * parameter.element_size()
-        found.append(memory[start : start + nbytes])
-        start += _padded(nbytes)
-    return found
+    return -(-_layout(layer)[-1][2] // GRAIN) * GRAIN
 
 
 def _views(memory: torch.Tensor, layer: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A layer's weight and bias in memory."""
-    parts = zip(_stretches(memory, layer), _held(layer), strict=True)
-    weight, bias = [*(part.view(p.dtype).view(p.shape) for part, p in parts), None][:2]
-    assert weight is not None
-    return weight, bias
+    weight, *bias = [memory[start:stop].view(p.dtype).view(p.shape) for p, start, stop in _layout(layer)]
+    return weight, bias[0] if bias else None

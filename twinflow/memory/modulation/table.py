@@ -3,6 +3,7 @@
 The vectors of one embedding's rows lie in a carrier, (B, units, D): each layer's output is some of its units.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -102,16 +103,13 @@ class ModulationTable:
         return carrier.narrow(1, slot.first, slot.count).flatten(1)
 
 
-class Autocast:
-    """Autocast as it is now, to be entered again in backward."""
+def autocast_as_now(device: torch.device) -> Callable[[], Any]:
+    """Makes contexts, to be entered in backward, with a device's autocast as it is now, off included.
 
-    def __init__(self, device: torch.device) -> None:
-        self._kind = device.type if torch.amp.is_autocast_available(device.type) else None
-        self._enabled = self._kind is not None and torch.is_autocast_enabled(self._kind)
-        self._dtype = torch.get_autocast_dtype(self._kind) if self._enabled and self._kind else None
-
-    def again(self) -> Any:
-        """A context with autocast as it was, off included, and without its cache of weights."""
-        if self._kind is None:
-            return nullcontext()
-        return torch.autocast(self._kind, dtype=self._dtype, enabled=self._enabled, cache_enabled=False)
+    They are without its cache of weights.
+    """
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind):
+        return nullcontext
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    return functools.partial(torch.autocast, kind, dtype=dtype, enabled=enabled, cache_enabled=False)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from twinflow.errors import ArgumentError, require, require_type
-from twinflow.memory.blocks import replace_forward
+from twinflow.memory.blocks import Attached, replace_forward
 from twinflow.memory.offload.hooks import DEVICES, OffloadHooks, OffloadStats
 from twinflow.memory.offload.host_pool import HostPool, available_host_bytes
 
@@ -100,17 +100,12 @@ class offload_activations:
         return AttachedOffload(self, module)
 
 
-class AttachedOffload:
-    """An offload around the calls of a module, until `remove()`."""
+class AttachedOffload(Attached):
+    """An offload around the calls of a module and its copies; what is in the pool stays until its graph is gone."""
 
     def __init__(self, offload: offload_activations, module: nn.Module) -> None:
-        self._offloads = [offload]
-        self._undo = replace_forward(module, _offloaded(module, self._offloads))
-
-    def remove(self) -> None:
-        """Ends it, for copies of the module too; what is in the pool stays until its graph is gone."""
-        self._offloads.clear()
-        self._undo()
+        offloads = [offload]
+        super().__init__([replace_forward(module, _offloaded(module, offloads)), offloads.clear])
 
 
 def _offloaded(module: nn.Module, offloads: list[offload_activations]) -> Callable[..., Any]:
