@@ -206,6 +206,7 @@ def render(text: str) -> str:
         "fit": fit,
         "deferral": deferral,
         "kernels": kernels,
+        "compiled": lambda: (RESULTS / "compiled_kernels.md").read_text().strip(),
         "training": training,
     }
     for name, make in parts.items():

@@ -224,20 +224,21 @@ _TRITON_DTYPES = {0: tl.float32, 1: tl.float64, 2: tl.bfloat16, 3: tl.float16}  
 
 
 def launch_triton(table: np.ndarray, decay: float, on_device: torch.Tensor | None, device: torch.device) -> None:
-    """One launch for each combination of dtypes in the table; the decay is `on_device`'s where that is given."""
-    has_copy = table["address"][:, 2] != 0
-    kinds = (table["dtype"][:, :3] * (1, 4, 16)).sum(1) + 64 * has_copy
+    """One launch for each combination of dtypes and alignment in the table; the decay is `on_device`'s where given."""
+    has_copy, types = table["address"][:, 2] != 0, table["dtype"][:, :3]
+    # float64 is 8 bytes an access anyway, and spills registers in the wider form.
+    whole = (table["address"] % 16 == 0).all(1) & (types != _registry.DTYPE_CODES[torch.float64]).all(1)
+    kinds = (types * (1, 4, 16)).sum(1) + 64 * has_copy + 128 * whole
     bits = int(np.float64(decay).view(np.int64))
     for kind in np.unique(kinds[table["count"] > 0]).tolist():
         rows = table[(kinds == kind) & (table["count"] > 0)]
         t, s, c = (_TRITON_DTYPES[kind >> shift & 3] for shift in (0, 2, 4))
-        # float64 is 8 bytes an access anyway, and spills registers in the wider form.
-        aligned = not (rows["address"] % 16).any() and tl.float64 not in (t, s, c)
+        aligned = kind >= 128
         chunk, block, num_warps = launch_config(int(rows["count"].max()), aligned)
         device_table, chunk_pair = _chunk_tables(rows.tobytes(), chunk, device)
         _ema_update_kernel[(len(chunk_pair),)](
             device_table, chunk_pair, bits, device_table if on_device is None else on_device, T=t, S=s, C=c,
-            HAS_COPY=kind >= 64, DECAY_ON_DEVICE=on_device is not None, ALIGNED=aligned,
+            HAS_COPY=bool(kind & 64), DECAY_ON_DEVICE=on_device is not None, ALIGNED=aligned,
             CHUNK=chunk, BLOCK=block, num_warps=num_warps, enable_fp_fusion=False,
         )  # fmt: skip
 

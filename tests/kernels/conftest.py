@@ -23,6 +23,15 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def watched_accesses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Triton's interpreter no kernel touches what is not its own, or reads what was never written."""
+    if _backend.interpreting():
+        from helpers.red_zones import watch_kernels
+
+        watch_kernels(monkeypatch)
+
+
 @pytest.fixture(params=("baseline", "avx2", "avx512"))
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a C++ test once for each instruction set that the machine has; `_C.set_isa` may be called inside."""

@@ -127,6 +127,18 @@ def test_many_tensors(backend, device):
 
 
 @pytest.mark.parametrize("backend, device", BACKENDS)
+def test_tensors_of_several_chunks(backend, device):
+    """Two chunks and a part of one, between small tensors: each element from its own source."""
+    targets = [torch.randn(count, device=device) for count in (3, 40_001, 5)]
+    sources = [torch.randn_like(x) for x in targets]
+    expected = [kernel.ema_update_ref(x, y, 0.25) for x, y in zip(targets, sources, strict=True)]
+    with _backend.override(backend):
+        ema_update_(targets, sources, 0.25)
+    for x, wanted in zip(targets, expected, strict=True):
+        torch.testing.assert_close(x, wanted)
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
 def test_misaligned_views(backend, device, dtype):
     """Slices at every offset of a vector: right inside, untouched outside, the bits of an aligned tensor."""

@@ -7,12 +7,9 @@ and not made. So signatures, constants and warps are those of real launches, and
 import importlib
 import pkgutil
 import re
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +21,6 @@ from triton.runtime.jit import JITFunction
 import twinflow_kernels
 from twinflow_kernels import _backend
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
     torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16",
     torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8",
@@ -42,6 +38,20 @@ class Launch:
     constants: tuple[tuple[str, Any], ...]
     aligned: tuple[str, ...]
     options: tuple[tuple[str, Any], ...]
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * dict(self.options).get("num_warps", 4)
+
+    @property
+    def whole_accesses(self) -> bool:
+        """Whether every address and row is a multiple of 16 and a thread has 16 bytes of each tensor to move."""
+        constants = dict(self.constants)
+        if "ALIGNED" in constants:  # addresses from a table
+            return constants["ALIGNED"] and constants["BLOCK"] >= 2048
+        moved = [name for name, kind in self.types if kind.startswith("*") or name == "row_size"]
+        return set(moved) <= set(self.aligned) and constants["BLOCK"] >= 1024
 
 
 def kernels() -> dict[str, JITFunction]:
@@ -113,30 +123,9 @@ def reached(launched: set[str], functions: dict[str, JITFunction]) -> set[str]:
     return found
 
 
-def compile_launch(launch: Launch, kernel: JITFunction, capability: int) -> str:
-    """Compiles one launch for sm_<capability> and returns the PTX."""
+def compile_launch(launch: Launch, kernel: JITFunction, capability: int) -> bytes:
+    """Compiles one launch for sm_<capability>, as Triton does on such a GPU, and returns the cubin."""
     aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned}
     source = ASTSource(kernel, dict(launch.types), constexprs=dict(launch.constants), attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
-    return compiled.asm["ptx"]
-
-
-def spilled_bytes(text: str) -> int:
-    """The most bytes that any kernel in a `ptxas -v` report stores to or loads from memory for want of registers."""
-    found = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
-    assert found, f"no resource usage in the compiler's report: {text}"
-    return max(int(number) for pair in found for number in pair)
-
-
-def triton_spills(ptx: str, launch: Launch, capability: int) -> int:
-    """Assembles PTX with Triton's own ptxas, as Triton does, and returns the spilled bytes."""
-    arch = re.search(r"\.target (sm_\w+)", ptx)[1]
-    ptxas = TOOLS / ("ptxas-blackwell" if capability >= 90 else "ptxas")  # as Triton chooses
-    fmad = [] if dict(launch.options).get("enable_fp_fusion", True) else ["--fmad=false"]
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        command = [ptxas, "-v", *fmad, f"--gpu-name={arch}", file.name, "-o", "/dev/null"]
-        done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return spilled_bytes(done.stderr + done.stdout)
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options=dict(launch.options)).asm["cubin"]
