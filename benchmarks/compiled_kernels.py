@@ -89,7 +89,7 @@ def cell(launch: aot.Launch, kernel: Any) -> dict[str, Any]:
 def table(cells: list[dict[str, Any]]) -> str:
     """A line per variant."""
     lines = [
-        "| kernel | tensors | registers | threads resident | barriers | instructions a byte, of a copy's | copy's bandwidth |",
+        "| kernel | tensors | registers | threads resident | barriers | instructions, of a copy's | copy's bandwidth |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for c in cells:
