@@ -15,16 +15,13 @@ from twinflow.memory.offload.activations import offload_activations
 ALL_TERMS = TwinFlowConfig(recipe="all_terms")
 
 
-@pytest.mark.parametrize(
-    "family, config",
-    [
-        *(pytest.param(family, None, id=f"{family}-partition") for family in FAMILIES),
-        *(
-            pytest.param(family, ALL_TERMS, id=f"{family}-all_terms", marks=[] if family == "sd3" else pytest.mark.slow)
-            for family in FAMILIES
-        ),
-    ],
-)
+CASES = [
+    pytest.param(family, config, marks=pytest.mark.slow if config and family != "sd3" else [])
+    for config in (None, ALL_TERMS) for family in FAMILIES
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family, config", CASES)
 def test_five_steps_are_the_same_bits(family, config):
     rows = 4 if config is None else 2
     for dtype, micro_batch in ((torch.float32, 1), (torch.bfloat16, None)):

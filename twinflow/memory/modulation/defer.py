@@ -1,8 +1,10 @@
 """`defer_modulation()`: a step's modulation vectors all at its beginning, from weights that stay in host memory."""
 
+import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -12,14 +14,14 @@ from twinflow.distributed import unwrap
 from twinflow.errors import ArgumentError, ArgumentTypeError, require
 from twinflow.memory.blocks import Attached, replace_forward
 from twinflow.memory.modulation.layers import activation_before, deferrable_layers
-from twinflow.memory.modulation.patches import hide_from_ddp, passed_on, refuse_moves, sliced
 from twinflow.memory.modulation.step import DeferredStep, Entry, connect
 from twinflow.memory.modulation.streamed_weights import StreamedWeights
-from twinflow.memory.modulation.table import ModulationTable
+from twinflow.memory.modulation.table import ModulationTable, Slot
 from twinflow.models import FlowModel
 from twinflow.objective.plan import NetworkCall, Plan
 
 DEVICES = ("cuda", "cpu")
+_IGNORED = "_ddp_params_and_buffers_to_ignore"  # where DDP looks for names
 _ALONE = NetworkCall("call", "student", (0,), (("main", 1),), (0.0,), (0.0,))  # a call outside of a step
 
 
@@ -42,7 +44,8 @@ class DeferredModulation(Attached):
         self._student = student
         network = student.network
         silus = [activation_before(network, name) for name in layers]
-        applied = [_same if silu is None else silu.forward for silu in silus]  # their own, before they are replaced
+        # Their own forwards, before they are replaced.
+        applied = [nn.Identity() if silu is None else silu.forward for silu in silus]
         weights = StreamedWeights(list(layers.values()), device, pin_memory)
         self._weights = weights
         self.host_bytes = weights.nbytes
@@ -56,16 +59,16 @@ class DeferredModulation(Attached):
         self._removals.append(source.register_forward_hook(torch.compiler.disable(self._embedded)).remove)
         for layer, slot in zip(layers.values(), self.table.slots, strict=True):
             units = torch.arange(slot.first, slot.first + slot.count, device=device)
-            self._removals.append(replace_forward(layer, sliced(slot, units, self._is_active)))
+            self._removals.append(replace_forward(layer, _sliced(slot, units, self._is_active)))
         for silu in silus:
             if silu is not None:
-                self._removals.append(replace_forward(silu, passed_on(self._is_active)))
+                self._removals.append(replace_forward(silu, _passed_on(self._is_active)))
         dtypes = {parameter.dtype for parameter in student.parameters()}
         for module in {id(m): m for m in (student, student.transformer, network, *layers.values())}.values():
-            self._removals.append(refuse_moves(module, device, dtypes, self._is_active))
-        self._removals.append(hide_from_ddp(student, [p for layer in layers.values() for p in layer.parameters()]))
+            self._removals.append(_refuse_moves(module, device, dtypes, self._is_active))
+        self._removals.append(_hide_from_ddp(student, [p for layer in layers.values() for p in layer.parameters()]))
         student.deferral = self
-        self._removals.append(self._forget_me)
+        self._removals.append(functools.partial(setattr, student, "deferral", None))
 
     def __deepcopy__(self, memo: object) -> "DeferredModulation":
         """A copy of the model, as a teacher's, takes its vectors from here."""
@@ -159,9 +162,6 @@ class DeferredModulation(Attached):
     def _is_active(self) -> bool:
         return self.active
 
-    def _forget_me(self) -> None:
-        self._student.deferral = None
-
 
 class _Embedded(Exception):
     """Ends a rehearsed call."""
@@ -230,5 +230,73 @@ def _bring_rest(model: nn.Module, deferred: set[nn.Linear], device: torch.device
                 held.data = held.data.to(device)
 
 
-def _same(embedding: torch.Tensor) -> torch.Tensor:
-    return embedding
+def _sliced(slot: Slot, units: torch.Tensor, active: Callable[[], bool]) -> Callable[..., torch.Tensor]:
+    """A modulation layer's forward: its part of the carrier that comes in the embedding's place.
+
+    Args:
+        slot: which part.
+        units: the same on the device.
+        active: says whether a carrier comes; else, as in a copy that outlived the deferral, the layer does its own.
+    """
+
+    def forward(module: nn.Module, carrier: torch.Tensor) -> torch.Tensor:
+        if not active():
+            return type(module).forward(module, carrier)
+        if torch.compiler.is_compiling():  # places as data: blocks that are alike are compiled once
+            return carrier.index_select(1, units).flatten(1)
+        return carrier.narrow(1, slot.first, slot.count).flatten(1)
+
+    return forward
+
+
+def _passed_on(active: Callable[[], bool]) -> Callable[..., torch.Tensor]:
+    """The forward of an activation before modulation layers, which has been applied already."""
+
+    def forward(module: nn.Module, carrier: torch.Tensor) -> torch.Tensor:
+        return carrier if active() else type(module).forward(module, carrier)
+
+    return forward
+
+
+def _refuse_moves(
+    module: nn.Module, device: torch.device, dtypes: Collection[torch.dtype], active: Callable[[], bool]
+) -> Callable[[], None]:
+    """Makes a module refuse to be moved or cast; what would change nothing, as `to` its own device, does nothing.
+
+    Args:
+        active: says whether it still must; a copy of the module asks too.
+
+    Returns:
+        What undoes it.
+    """
+
+    def stay(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        if not active():
+            return type(module)._apply(module, change, recurse)
+        for dtype in dtypes:
+            before = torch.empty(0, dtype=dtype, device=device)
+            after = change(before)
+            if (after.device, after.dtype) != (before.device, before.dtype):
+                raise RuntimeError(
+                    f"defer_modulation: the model must stay on {device} and in its dtype while its modulation is "
+                    f"deferred, got a change to {after.dtype} on {after.device}; remove() the deferral first"
+                )
+        return module
+
+    module.__dict__["_apply"] = MethodType(stay, module)
+    return functools.partial(module.__dict__.pop, "_apply", None)
+
+
+def _hide_from_ddp(module: nn.Module, parameters: Collection[torch.Tensor]) -> Callable[[], None]:
+    """Makes DDP's wrapper pass over frozen parameters on another device than the rest; returns what undoes it."""
+    hidden = {id(parameter) for parameter in parameters}
+    names = [name for name, parameter in module.named_parameters() if id(parameter) in hidden]
+    before = list(getattr(module, _IGNORED, ()))
+    module.__dict__[_IGNORED] = before + names
+
+    def undo() -> None:
+        del module.__dict__[_IGNORED]
+        if before:
+            module.__dict__[_IGNORED] = before
+
+    return undo

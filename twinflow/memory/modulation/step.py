@@ -75,10 +75,8 @@ class DeferredStep:
             RuntimeError: the call is not the one that was planned.
         """
         if not self.entries:
-            raise RuntimeError(
-                "defer_modulation: a step must make the calls of its plan, got one more; call the student outside of "
-                "TwinFlowLoss only between steps"
-            )
+            hint = "call the student outside of TwinFlowLoss only between steps"
+            raise RuntimeError(f"defer_modulation: a step must make the calls of its plan, got one more; {hint}")
         entry = self.entries.popleft()
         shapes = tuple(entry.embedding.shape), tuple(embedding.shape)
         if shapes[0] != shapes[1] or not _alike(entry.embedding, embedding):
@@ -140,10 +138,8 @@ class _Gathered:
         """
         last = micro_batch + 1 == len(self._gradients)
         if self._complete and not last:
-            raise RuntimeError(
-                "defer_modulation: the micro-batches of a step must be differentiated in order or together, got the "
-                "last one before others"
-            )
+            wanted = "differentiated in order or together, got the last one before others"
+            raise RuntimeError(f"defer_modulation: the micro-batches of a step must be {wanted}")
         self._gradients[micro_batch] = list(gradients)
         if not last:
             return [None]
