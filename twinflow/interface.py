@@ -82,6 +82,31 @@ class Teacher:
         """Continues from a saved state."""
 
 
+class TeacherWeights:
+    """Where a teacher's own weights live; a call with them leaves the student as it is.
+
+    Attributes:
+        sources, targets: name -> trainable parameter of the student, and the tensor that stands for it.
+    """
+
+    sources: dict[str, nn.Parameter]
+    targets: dict[str, torch.Tensor]
+
+    def velocity(self, x_t: torch.Tensor, t: torch.Tensor, r: torch.Tensor, cond: Any) -> torch.Tensor:
+        """The network's velocity with these weights."""
+        raise NotImplementedError
+
+    def settle(self) -> None:
+        """Puts shards back in place of parameters that a call without gradient has left gathered."""
+
+    def copy_buffers(self) -> None:
+        """Takes the student's buffers anew, where these weights have buffers of their own."""
+
+    def saved_buffers(self) -> dict[str, torch.Tensor]:
+        """The buffers of their own that a state holds."""
+        return {}
+
+
 def check_same_student(teacher_student: Student, student: Student) -> None:
     """Raises ArgumentError where a teacher was made from another module than the student's."""
     made_from, used_with = unwrap(teacher_student), unwrap(student)

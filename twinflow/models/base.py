@@ -44,7 +44,7 @@ class FlowModel(nn.Module):
     """A diffusers transformer as a student: unpacked latents in, noise-ward velocity out.
 
     A family says how its transformer is called (`velocity`), where its time goes in (`time_embedder`), which entries a
-    condition must have (`condition_widths`) and how a pipeline encodes prompts (`encode_prompt`).
+    condition must have (`condition_settings`) and how a pipeline encodes prompts (`encode_prompt`).
 
     Args:
         transformer: the diffusers module, perhaps inside peft's wrapper; used as it is.
@@ -62,6 +62,7 @@ class FlowModel(nn.Module):
     component: ClassVar[str] = "transformer"  # its name in pipelines
     second_embedder: ClassVar[str]  # path that the second time embedder of the `dual` modes gets; saved files have it
     lora_targets: ClassVar[tuple[str, ...]]  # the published code's choice
+    condition_settings: ClassVar[dict[str, str]]  # entry of a condition -> setting that is its width
     prompt_multiple: ClassVar[int] = 1  # prompts are padded to it inside the transformer
     modulation: ClassVar[Modulation | None] = None  # None: its blocks have no layers that read the time embedding
     # (setting that counts blocks, list that holds them) in order of execution; none: the planner does not know it.
@@ -77,7 +78,8 @@ class FlowModel(nn.Module):
     guidance_argument: ClassVar[str] = "guidance_scale"  # the pipeline's argument of classifier-free guidance
     guidance_off: ClassVar[float] = 0.0  # its value without guidance
     guidance: ClassVar[float | None] = None  # scale that the transformer takes as an input (distilled); None: none
-    packs_latents: ClassVar[bool] = False  # whether the pipeline walks in tokens, in which fresh noise lies otherwise
+    # Whether the pipeline walks in tokens of 2x2 latents, in which fresh noise lies otherwise.
+    packs_latents: ClassVar[bool] = False
     shift_patch: ClassVar[int] = 2  # latents along an edge of a token, where the shift of its times goes by tokens
     shares_generator: ClassVar[bool] = False  # whether its fresh noise comes from the generator of the first noise
     autoencoder: ClassVar[type[Autoencoder]] = Autoencoder  # its kind, which says how latents are made
@@ -237,15 +239,15 @@ class FlowModel(nn.Module):
 
     def condition_widths(self) -> dict[str, int]:
         """Entries that a condition must have, and the size of their last axis."""
-        raise NotImplementedError
+        return {name: getattr(self.config, setting) for name, setting in self.condition_settings.items()}
 
     def latent_channels(self) -> int:
         """C of the latents."""
-        return self.config.in_channels
+        return self.config.in_channels // (4 if self.packs_latents else 1)
 
     def latent_multiple(self) -> int:
         """What H and W must be multiples of."""
-        return self.config.patch_size
+        return 2 if self.packs_latents else self.config.patch_size
 
     def velocity(self, x_t: torch.Tensor, t: torch.Tensor, cond: dict[str, Any], lengths: list[int]) -> torch.Tensor:
         """One call of the transformer, told t as stock pipelines tell it.

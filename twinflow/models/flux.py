@@ -20,6 +20,10 @@ class FluxModel(FlowModel):
     transformer_class = "FluxTransformer2DModel"
     pipeline_class = "FluxPipeline"
     second_embedder = "time_text_embed_2.timestep_embedder"
+    condition_settings: ClassVar = {
+        "prompt_embeds": "joint_attention_dim",
+        "pooled_prompt_embeds": "pooled_projection_dim",
+    }
     guidance_argument = "true_cfg_scale"
     guidance_off = 1.0
     packs_latents = True
@@ -47,18 +51,6 @@ class FluxModel(FlowModel):
 
     def time_embedder(self) -> TimeEmbedder:
         return TimeEmbedder("time_text_embed.timestep_embedder", self.second_embedder)
-
-    def condition_widths(self) -> dict[str, int]:
-        return {
-            "prompt_embeds": self.config.joint_attention_dim,
-            "pooled_prompt_embeds": self.config.pooled_projection_dim,
-        }
-
-    def latent_channels(self) -> int:
-        return self.config.in_channels // 4
-
-    def latent_multiple(self) -> int:
-        return 2
 
     def velocity(self, x_t: torch.Tensor, t: torch.Tensor, cond: dict[str, Any], lengths: list[int]) -> torch.Tensor:
         batch, _, height, width = x_t.shape

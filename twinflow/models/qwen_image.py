@@ -23,6 +23,7 @@ class QwenImageModel(FlowModel):
     transformer_class = "QwenImageTransformer2DModel"
     pipeline_class = "QwenImagePipeline"
     second_embedder = "time_text_embed_2.timestep_embedder"
+    condition_settings: ClassVar = {"prompt_embeds": "joint_attention_dim"}
     guidance_argument = "true_cfg_scale"
     guidance_off = 1.0
     packs_latents = True
@@ -52,15 +53,6 @@ class QwenImageModel(FlowModel):
         wanted = "None for an edit model that embeds time 0 too"
         require(not self.config.zero_cond_t, "load", "conditioning", wanted, "a mode")
         return TimeEmbedder("time_text_embed.timestep_embedder", self.second_embedder)
-
-    def condition_widths(self) -> dict[str, int]:
-        return {"prompt_embeds": self.config.joint_attention_dim}
-
-    def latent_channels(self) -> int:
-        return self.config.in_channels // 4
-
-    def latent_multiple(self) -> int:
-        return 2
 
     def velocity(self, x_t: torch.Tensor, t: torch.Tensor, cond: dict[str, Any], lengths: list[int]) -> torch.Tensor:
         batch, _, height, width = x_t.shape

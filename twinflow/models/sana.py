@@ -24,6 +24,7 @@ class SanaModel(FlowModel):
     transformer_class = "SanaTransformer2DModel"
     pipeline_class = "SanaPipeline"
     second_embedder = "time_embed_2.emb.timestep_embedder"
+    condition_settings: ClassVar = {"prompt_embeds": "caption_channels"}
     shares_generator = True
     autoencoder = DeepCompressionAutoencoder
     latent_factor = 32
@@ -60,9 +61,6 @@ class SanaModel(FlowModel):
     def time_embedder(self) -> TimeEmbedder:
         scale = 1000.0 * self.config.timestep_scale
         return TimeEmbedder("time_embed.emb.timestep_embedder", self.second_embedder, scale)
-
-    def condition_widths(self) -> dict[str, int]:
-        return {"prompt_embeds": self.config.caption_channels}
 
     def velocity(self, x_t: torch.Tensor, t: torch.Tensor, cond: dict[str, Any], lengths: list[int]) -> torch.Tensor:
         return self.transformer(

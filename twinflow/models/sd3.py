@@ -19,6 +19,10 @@ class SD3Model(FlowModel):
     transformer_class = "SD3Transformer2DModel"
     pipeline_class = "StableDiffusion3Pipeline"
     second_embedder = "time_text_embed_2.timestep_embedder"
+    condition_settings: ClassVar = {
+        "prompt_embeds": "joint_attention_dim",
+        "pooled_prompt_embeds": "pooled_projection_dim",
+    }
     block_lists = (("num_layers", "transformer_blocks"),)
     special_blocks = "dual_attention_layers"
     published = (
@@ -55,12 +59,6 @@ class SD3Model(FlowModel):
 
     def time_embedder(self) -> TimeEmbedder:
         return TimeEmbedder("time_text_embed.timestep_embedder", self.second_embedder)
-
-    def condition_widths(self) -> dict[str, int]:
-        return {
-            "prompt_embeds": self.config.joint_attention_dim,
-            "pooled_prompt_embeds": self.config.pooled_projection_dim,
-        }
 
     def velocity(self, x_t: torch.Tensor, t: torch.Tensor, cond: dict[str, Any], lengths: list[int]) -> torch.Tensor:
         return self.transformer(

@@ -29,6 +29,7 @@ class ZImageModel(FlowModel):
     transformer_class = "ZImageTransformer2DModel"
     pipeline_class = "ZImagePipeline"
     second_embedder = "t_embedder_2.mlp"
+    condition_settings: ClassVar = {"prompt_embeds": "cap_feat_dim"}
     comfyui = True
     block_lists = (("n_layers", "layers"),)
     published = (
@@ -54,9 +55,6 @@ class ZImageModel(FlowModel):
         return TimeEmbedder(
             "t_embedder.mlp", self.second_embedder, float(self.config.t_scale), reversed=True, difference=True
         )
-
-    def condition_widths(self) -> dict[str, int]:
-        return {"prompt_embeds": self.config.cap_feat_dim}
 
     def latent_multiple(self) -> int:
         return self.config.all_patch_size[0]

@@ -21,7 +21,7 @@ from torch import nn
 from twinflow.adapters import compute_in_input_dtype
 from twinflow.distributed import unwrap, without_collectives
 from twinflow.errors import require
-from twinflow.interface import Student
+from twinflow.interface import Student, TeacherWeights
 from twinflow.teachers.sharded_weights import ShardedWeights, is_sharded
 
 
@@ -60,16 +60,13 @@ def trained_adapter(layers: dict[str, BaseTunerLayer], where: str) -> str:
     return names.pop()
 
 
-class AdapterSlot:
+class AdapterSlot(TeacherWeights):
     """A second set of adapter weights on the student's own base.
 
     Args:
         student: a module with peft adapters, wrapped or not; a sharded one for a slot without adapters only.
         adapter: name of the new adapter that holds the copies; None: adapters are off in this slot, and what is
             trained outside them is kept as it is now.
-
-    Attributes:
-        sources, targets: name -> trainable parameter of the student, and the tensor that stands for it in this slot.
 
     Raises:
         ValueError: the name is taken, or not exactly one adapter is trained.
@@ -142,22 +139,13 @@ class AdapterSlot:
                 module._parameters[attribute] = theirs
 
     def velocity(self, x_t: torch.Tensor, t: torch.Tensor, r: torch.Tensor, cond: Any) -> torch.Tensor:
-        """The student's network with this slot's weights."""
         network: Student = without_collectives(self._student)
         with self.active():
             return network(x_t, t, r, cond)
 
     def settle(self) -> None:
-        """Puts shards back in place of parameters that a call without gradient has left gathered."""
         if self._shards is not None:
             self._shards.settle()
-
-    def copy_buffers(self) -> None:
-        """The buffers are the student's own."""
-
-    def saved_buffers(self) -> dict[str, torch.Tensor]:
-        """None: the buffers are the student's own."""
-        return {}
 
 
 def on_meta(module: nn.Module) -> bool:

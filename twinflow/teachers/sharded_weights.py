@@ -14,7 +14,7 @@ from torch import distributed, nn
 
 from twinflow.distributed import unwrap
 from twinflow.errors import ArgumentError
-from twinflow.interface import Student, trained_parameters
+from twinflow.interface import Student, TeacherWeights, trained_parameters
 
 _EXCHANGE_BYTES = 1 << 26  # shards that are copied aside at a time
 
@@ -34,15 +34,12 @@ def local_shard(x: torch.Tensor) -> torch.Tensor:
     return x.to_local() if hasattr(x, "to_local") else x  # DTensor is not imported where it is not in use
 
 
-class ShardedWeights:
+class ShardedWeights(TeacherWeights):
     """Copies of a sharded student's trainable parameters, sharded as they are.
 
     Args:
         student: the module, compiled or not.
         without: ids of parameters that are not the teacher's.
-
-    Attributes:
-        sources, targets: name -> trainable parameter of the student, and the copy of it.
 
     Raises:
         ValueError: a trainable parameter's shards are offloaded to the host.
@@ -67,7 +64,6 @@ class ShardedWeights:
         self.targets: dict[str, torch.Tensor] = {n: p.detach().clone() for n, p in self.sources.items()}
 
     def settle(self) -> None:
-        """Puts shards back in place of parameters that a call without gradient has left gathered."""
         for module in self._gathered:
             module.reshard()
 
@@ -105,14 +101,6 @@ class ShardedWeights:
             yield teachers, students
 
     def velocity(self, x_t: torch.Tensor, t: torch.Tensor, r: torch.Tensor, cond: Any) -> torch.Tensor:
-        """The student's network with these weights."""
         network: Student = self._student
         with self.active():
             return network(x_t, t, r, cond)
-
-    def copy_buffers(self) -> None:
-        """The buffers are the student's own."""
-
-    def saved_buffers(self) -> dict[str, torch.Tensor]:
-        """None: the buffers are the student's own."""
-        return {}

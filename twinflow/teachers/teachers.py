@@ -8,10 +8,10 @@ from torch import nn
 
 from twinflow.distributed import unwrap, without_collectives
 from twinflow.errors import ArgumentError, ArgumentTypeError
-from twinflow.interface import Student, Teacher, check_same_student, copy_tensors, trained_parameters
+from twinflow.interface import Student, Teacher, TeacherWeights, check_same_student, copy_tensors, trained_parameters
 from twinflow.objective.flags import parse_flags
 from twinflow.teachers.sharded_weights import local_shard
-from twinflow.teachers.weights import TeacherWeights, ema_weights, frozen_weights, require_trainable
+from twinflow.teachers.weights import ema_weights, frozen_weights, require_trainable
 from twinflow_kernels import ema_update_
 
 
@@ -54,7 +54,7 @@ class _WeightsTeacher(Teacher):
         Raises:
             AttributeError: the weights compute in the student's own module; call the teacher itself instead.
         """
-        return self._weights.module  # type: ignore[union-attr]
+        return self._weights.module  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def __call__(self, x_t: torch.Tensor, t: torch.Tensor, r: torch.Tensor, cond: Any) -> torch.Tensor:

@@ -1,30 +1,26 @@
 """Where a teacher's own weights live: `ModuleCopy` here, an adapter's second slot, or shards beside the student's."""
 
 import copy
-from typing import TYPE_CHECKING, Any, TypeAlias, Union
+from typing import Any
 
 import torch
 from torch import nn
 
 from twinflow.distributed import unwrap
 from twinflow.errors import ArgumentError, ArgumentTypeError
-from twinflow.interface import Student, trained_parameters
+from twinflow.interface import Student, TeacherWeights, trained_parameters
 from twinflow.teachers.sharded_weights import ShardedWeights, is_sharded
-
-if TYPE_CHECKING:
-    from twinflow.teachers.adapter_slot import AdapterSlot
 
 DEFAULT_SLOT = "ema"
 
 
-class ModuleCopy:
+class ModuleCopy(TeacherWeights):
     """A teacher's weights as a module: a copy of the student that shares its frozen tensors.
 
     Args:
         student: the module, wrapped for DDP or compilation or not.
 
     Attributes:
-        sources, targets: name -> trainable parameter of the student, and the copy of it.
         module: the network that computes with the copies.
     """
 
@@ -50,23 +46,15 @@ class ModuleCopy:
             self.module.train(original.training)
         return self._call(x_t, t, r, cond)
 
-    def settle(self) -> None:
-        """Nothing to do: no parameter is gathered."""
-
     def copy_buffers(self) -> None:
-        """Takes the student's buffers anew."""
         copies = list(self.module.named_buffers())
         originals = dict(unwrap(self._student).named_buffers()) if copies else {}
         for name, buffer in copies:
             buffer.copy_(originals[name])
 
     def saved_buffers(self) -> dict[str, torch.Tensor]:
-        """The copy's buffers that a state holds."""
         saved = self.module.state_dict(keep_vars=True)
         return {name: b for name, b in self.module.named_buffers() if name in saved}
-
-
-TeacherWeights: TypeAlias = Union[ModuleCopy, "AdapterSlot", ShardedWeights]
 
 
 def ema_weights(student: nn.Module, adapter: str | None) -> tuple[TeacherWeights, str | None]:
