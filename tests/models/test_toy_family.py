@@ -112,6 +112,7 @@ class ToyModel(FlowModel):
     family = "toy"
     transformer_class = "ToyTransformer2DModel"
     second_embedder = "clock_2.embedder"
+    condition_settings = {"prompt_embeds": "joint_attention_dim", "pooled_prompt_embeds": "pooled_projection_dim"}  # noqa: RUF012
     lora_targets = ("query", "value", "clock.embedder.linear_1")
     modulation = Modulation("clock.embedder", ("blocks",), ("modulate",))
     block_lists = (("depth", "blocks"),)
@@ -128,12 +129,8 @@ class ToyModel(FlowModel):
     def time_embedder(self):
         return TimeEmbedder("clock.embedder", self.second_embedder)
 
-    def condition_widths(self):
-        config = self.config
-        return {"prompt_embeds": config.joint_attention_dim, "pooled_prompt_embeds": config.pooled_projection_dim}
-
     def velocity(self, x_t, t, cond, lengths):
-        prompt, pooled = (cond[name].to(x_t.dtype) for name in self.condition_widths())
+        prompt, pooled = (cond[name].to(x_t.dtype) for name in self.condition_settings)
         return self.transformer(x_t, t * 1000, prompt, pooled, return_dict=False)[0]
 
     def encode_prompt(self, pipe, prompts, **options):
