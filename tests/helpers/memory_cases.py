@@ -23,9 +23,10 @@ def has_storage(x: torch.Tensor) -> bool:
     return x.layout is torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
-def live_storages() -> int:
+def live_storages(collect: bool = True) -> int:
     """How many there are; what other tests leave behind, sparse tensors and functorch's wrappers, have none."""
-    gc.collect()
+    if collect:
+        gc.collect()
     plain = (x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter))
     return len({StorageWeakRef(x.untyped_storage()).cdata for x in plain if has_storage(x)})
 

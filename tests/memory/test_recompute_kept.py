@@ -7,8 +7,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 from helpers.batches import gradients
+from helpers.memory_cases import live_storages
 from helpers.recompute_cases import HEADS, ROWS, TOKENS, WIDTH, Net, count_calls, inputs, same, step
-from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from twinflow.memory.recompute import selective_recompute
@@ -68,16 +68,6 @@ def test_offloaded_products_come_back(saved):
     assert same([out.detach(), given[0].grad, *gradients(net).values()], plain)
 
 
-def live_storages():
-    found = {}
-    for value in gc.get_objects():
-        if type(value) not in (torch.Tensor, nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(value):
-            continue  # functorch's wrappers, which other tests leave behind, have no storage
-        if value.layout == torch.strided:
-            found[value.untyped_storage()._cdata] = value.untyped_storage().nbytes()
-    return len(found), sum(found.values())
-
-
 @pytest.mark.parametrize("fails", [False, True], ids=["steps", "failing steps"])
 @pytest.mark.parametrize("saved", ["input", "products"])
 def test_nothing_leaks(saved, fails):
@@ -96,7 +86,7 @@ def test_nothing_leaks(saved, fails):
                 step(net, *given)
                 net(*given)  # a graph that is never differentiated
                 if i in (1, 49):
-                    counts.append(live_storages())
+                    counts.append(live_storages(collect=False))
     finally:
         gc.enable()
     assert counts[0] == counts[1]

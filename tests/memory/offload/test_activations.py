@@ -2,8 +2,8 @@
 
 import copy
 import gc
-import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -115,11 +115,8 @@ def test_backward_on_other_threads_while_forward_goes_on():
                 loss = net(x)
             loss.backward()
 
-    threads = [threading.Thread(target=work, args=(net,)) for net in nets]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(len(nets)) as threads:
+        list(threads.map(work, nets))
     for net, gradient in zip(nets, expected, strict=True):
         equal(gradients(net), gradient)
     assert drained(offload)
