@@ -151,20 +151,6 @@ def test_the_page_about_the_structure_names_what_is_there():
         assert re.search(rf"^(class |def )?{name}\b", (ROOT / path).read_text(), re.M), f"{name} in {path}"
 
 
-# Tests that still import a test; none may come to them.
-IMPORTERS = {
-    "helpers/ranked_steps.py",
-    "kernels/test_dual_time_embedding.py",
-    "kernels/test_velocity_loss_gradient.py",
-    "models/test_families_ranks.py",
-    "teachers/test_sharded_weights.py",
-    "test_lora_steps.py",
-    "train/checkpoint/test_ranks.py",
-    "train/checkpoint/test_run_state.py",
-    "train/test_ranks.py",
-}
-
-
 def test_no_test_imports_a_test():
     """What several tests need stands in tests/helpers."""
     tests = ROOT / "tests"
@@ -173,4 +159,4 @@ def test_no_test_imports_a_test():
         for path in tests.rglob("*.py")
         if re.search(r"^\s*(?:from|import) .*\btest_\w+", path.read_text(), re.MULTILINE)
     }
-    assert importers <= IMPORTERS
+    assert importers == set()

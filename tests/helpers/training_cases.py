@@ -76,15 +76,21 @@ def weights(root: Path) -> tuple[int, dict[str, Any]]:
     return tree["ranks"][0]["extra"]["step"], tree["shared"]
 
 
-def equal(a: Any, b: Any) -> bool:
-    """The same tree, bit for bit."""
+def same(a: Any, b: Any) -> bool:
+    """Equal in type and bits."""
+    if type(a) is not type(b):
+        return False
     if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+        whole = a.shape == b.shape and a.dtype == b.dtype
+        as_bytes = [x.contiguous().view(-1).view(torch.uint8) for x in (a, b) if x.numel()]
+        return whole and (not as_bytes or torch.equal(*as_bytes))
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+        return list(map(repr, a)) == list(map(repr, b)) and all(same(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
+        return len(a) == len(b) and all(map(same, a, b))
+    return a.hex() == b.hex() if isinstance(a, float) else a == b
 
 
 def forked(work: Callable[[], Any], kill_after_s: float | None = None, number: int = signal.SIGKILL) -> int:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from helpers.batches import gradients
-from helpers.family_batches import FAMILIES, make_batch, make_student, relative, spread
+from helpers.family_batches import FAMILIES, Graphs, make_batch, make_student, relative, spread
 from helpers.tiny_pipelines import tiny_transformer
 from peft import LoraConfig, get_peft_model
 
@@ -72,18 +72,6 @@ def test_checkpointed_blocks_are_recomputed_with_the_students_adapter():
 
 
 # Compilation.
-
-
-class Graphs:
-    """A backend that counts its graphs."""
-
-    def __init__(self):
-        torch._dynamo.reset()
-        self.count = 0
-
-    def __call__(self, graph, inputs):
-        self.count += 1
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
 
 @pytest.mark.parametrize("family, mode", [

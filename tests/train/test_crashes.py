@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers.train_runs import read_metrics
-from helpers.training_cases import equal, forked, photos, quiet, settings, weights
+from helpers.training_cases import forked, photos, quiet, same, settings, weights
 
 from twinflow.train.checkpoint.checkpoint import latest_checkpoint
 from twinflow.train.run import train
@@ -36,7 +36,7 @@ def unbroken(tmp_path_factory) -> tuple[Path, float]:
 def check(folder: Path, unbroken: Path) -> None:
     """A finished run has the weights, the losses, the samples and the folders of the unbroken one."""
     (step, found), (_, wanted) = weights(folder / "run"), weights(unbroken / "run")
-    assert step == STEPS and equal(found, wanted)
+    assert step == STEPS and same(found, wanted)
     read = [read_metrics(root / "run" / "metrics.jsonl") for root in (folder, unbroken)]
     kept = [[(r["kind"], r["step"], r["loss"]) for r in m.records if r["kind"] != "start"] for m in read]
     assert kept[0] == kept[1] and len(kept[1]) == STEPS + 3
@@ -79,5 +79,5 @@ def test_the_config_of_a_run_is_a_config(unbroken, tmp_path):
     moved = read_config(whole / "run" / "config.json", {"output_dir": str(tmp_path / "run")})
     assert moved.cache_dir == whole / "run" / "cache"
     assert train(moved, quiet()) == STEPS
-    assert equal(weights(tmp_path / "run")[1], weights(whole / "run")[1])
+    assert same(weights(tmp_path / "run")[1], weights(whole / "run")[1])
     assert json.loads((whole / "run" / "environment.json").read_text())["torch"]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.tiny_pipelines import tiny_pipeline
-from helpers.training_cases import CONFIG, equal, forked, photos, weights
+from helpers.training_cases import CONFIG, forked, photos, same, weights
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -85,7 +85,7 @@ def test_images_train_kill_resume_export_sample(tmp_path, family):
     unbroken = [*train, "--output_dir", "output/unbroken", "--cache_dir", root / "cache", "--validation_steps", "0"]
     in_a_fork(tmp_path, *unbroken)
     step, found = weights(root)
-    assert step == 8 and equal(found, weights(tmp_path / "output" / "unbroken")[1])
+    assert step == 8 and same(found, weights(tmp_path / "output" / "unbroken")[1])
     assert (root / "samples" / "base" / "grid.png").exists() and (root / "samples" / "step-000008").is_dir()
     assert "EMA" in in_a_fork(tmp_path, "export", root, "--out", "few-step")
     lora = load_file(tmp_path / "few-step" / "pytorch_lora_weights.safetensors")

@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers.family_batches import make_batch
+from helpers.family_batches import Graphs, make_batch
 from helpers.ranked_steps import MICRO, Run, assert_same_run, on_two_ranks, one_process, settings_of
-from models.test_families_wrapping import Graphs
 from torch.distributed.tensor import DTensor
 
 from twinflow.distributed import gather_bytes

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.train_runs import read_metrics
-from helpers.training_cases import equal, forked, photos, quiet, settings, weights
+from helpers.training_cases import forked, photos, quiet, same, settings, weights
 
 from twinflow.train.checkpoint.checkpoint import latest_checkpoint
 from twinflow.train.checkpoint.folder_lock import lock_folder, unlock_folder
@@ -46,8 +46,8 @@ def test_a_resumed_run_is_the_unbroken_one(tmp_path, run):
     assert train(broken, console) == 5
     assert "going on after step 3" in console.export_text()
     (_, wanted), (step, found) = weights(whole.output_dir), weights(broken.output_dir)
-    assert step == 5 and equal(found, wanted)
-    assert not equal(found["student"], weights_at(whole.output_dir, 4)["student"])  # the last step did something
+    assert step == 5 and same(found, wanted)
+    assert not same(found["student"], weights_at(whole.output_dir, 4)["student"])  # the last step did something
     losses = [[record["loss"] for record in steps(root)] for root in (whole.output_dir, broken.output_dir)]
     assert losses[0] == losses[1] and len(losses[0]) == 5
 
@@ -144,7 +144,7 @@ def test_a_full_disk_ends_the_run_with_its_last_checkpoint_whole(tmp_path):
 
     assert forked(work) == 7
     after = weights(run.output_dir)
-    assert after[0] == before[0] == 2 and equal(after[1], before[1])
+    assert after[0] == before[0] == 2 and same(after[1], before[1])
     assert train(more, quiet()) == 4
 
 
@@ -173,7 +173,7 @@ def test_a_run_goes_on_from_a_checkpoint_of_another(tmp_path):
     run = settings(tmp_path, max_train_steps=4, output_dir=str(tmp_path / "other"),
                    resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-000002"))  # fmt: skip
     assert train(run, quiet()) == 4
-    assert equal(weights(tmp_path / "run")[1], weights(run.output_dir)[1])
+    assert same(weights(tmp_path / "run")[1], weights(run.output_dir)[1])
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
@@ -199,7 +199,7 @@ def test_damaged_checkpoints_are_passed_over(tmp_path):
     assert train(run, console) == 4
     said = console.export_text()
     assert "checkpoint-000004 is passed over" in said and "going on after step 2" in said
-    assert equal(weights(run.output_dir)[1], wanted[1])
+    assert same(weights(run.output_dir)[1], wanted[1])
 
 
 def test_data_that_is_gone(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from helpers.train_runs import read_metrics
-from helpers.training_cases import equal, photos, quiet, settings, weights
+from helpers.training_cases import photos, quiet, same, settings, weights
 from torch import distributed
 
 from twinflow.export import export
@@ -82,7 +82,7 @@ def test_two_processes_resume_to_the_same_bits(tmp_path, kind):
 
     assert on_two(work, environment) == [0, 0]
     (step, wanted), (_, found) = weights(whole.output_dir), weights(broken.output_dir)
-    assert step == 4 and equal(found, wanted)
+    assert step == 4 and same(found, wanted)
     read = [read_metrics(run.output_dir / "metrics.jsonl").records for run in (whole, broken)]
     lines = [[(r["kind"], r["step"], r["loss"]) for r in records if r["kind"] != "start"] for records in read]
     assert lines[0] == lines[1] and len(lines[0]) == 6

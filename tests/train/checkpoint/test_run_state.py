@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from helpers.train_runs import sd3_run, toy_run
+from helpers.training_cases import same
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from train.checkpoint.test_state_tree import same
 
 from twinflow.train.checkpoint.checkpoint import latest_checkpoint, read_checkpoint, write_checkpoint
 from twinflow.train.checkpoint.run_state import RunState

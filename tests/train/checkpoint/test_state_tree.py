@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.optimizer_cases import parameters, run
+from helpers.training_cases import same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
@@ -28,23 +29,6 @@ DTYPES = (
 def through_bytes(tree):
     tensors, text = encode(tree)
     return decode(load(save(tensors)), text.encode())
-
-
-def same(a, b) -> bool:
-    """Equal in type and bits."""
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, torch.Tensor):
-        whole = a.shape == b.shape and a.dtype == b.dtype
-        as_bytes = [x.contiguous().view(-1).view(torch.uint8) for x in (a, b) if x.numel()]
-        return whole and (not as_bytes or torch.equal(*as_bytes))
-    if isinstance(a, np.ndarray):
-        return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
-    if isinstance(a, dict):
-        return list(map(repr, a)) == list(map(repr, b)) and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a.hex() == b.hex() if isinstance(a, float) else a == b
 
 
 LEAVES = (
