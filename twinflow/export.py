@@ -27,11 +27,10 @@ from twinflow.formats.manifest import (
     write_conditioning,
 )
 from twinflow.interface import Student
-from twinflow.lora import BASE, adapter_names
 from twinflow.memory.quantised_base import quantised_form
 from twinflow.models.base import FlowModel, without_peft
 from twinflow.models.registry import FAMILIES
-from twinflow.teachers.adapter_slot import adapter_layers, trained_adapter
+from twinflow.teachers.adapter_slot import adapter_layers, enabled_adapters, trained_adapter
 from twinflow.teachers.teachers import EMATeacher
 
 _SETTINGS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias")
@@ -57,7 +56,8 @@ def export(
         folder: new, or with an earlier export, which is replaced; other files in it stay.
         teacher: export its averages instead of the student's weights, under the same names.
         format: `diffusers`; or `comfyui`, whose key names ComfyUI reads, for Qwen-Image and Z-Image.
-        merge_base: one LoRA of the trained one and the frozen one of `add_lora(base_lora=...)`; False: the trained one.
+        merge_base: one LoRA of the trained one and the frozen ones beneath it, of `add_lora(base_lora=...)` or active
+            before; False: the trained one.
         usage: what `twinflow sample` is to know: the pipeline underneath, steps, size.
 
     Returns:
@@ -78,8 +78,13 @@ def export(
     manifest = Manifest(model.family, mode, kind, "student" if teacher is None else "ema", format, usage=usage)
     path = Path(folder)
     check_folder(path, manifest)
-    mergeable = not merge_base or BASE in adapter_names(_network(model))
-    require(mergeable, "export", "merge_base", "False for a student without a base_lora", True)
+    require(
+        not merge_base or _beneath(_network(model)),
+        "export",
+        "merge_base",
+        "False for a student without a base_lora",
+        True,
+    )
     weights = _lora(model, teacher, merge_base) if kind == "lora" else None
     with new_export(path, manifest) as partial:
         if weights is not None:
@@ -141,11 +146,18 @@ def _lora(model: FlowModel, teacher: EMATeacher | None, merge_base: bool) -> _Lo
     config = network.peft_config[adapter]
     settings = {name: getattr(config, name) for name in _SETTINGS if hasattr(config, name)}
     if merge_base:
-        tensors, rank = merged([_adapter(network, named, BASE), (tensors, scalings)])
+        tensors, rank = merged([*(_adapter(network, named, name) for name in _beneath(network)), (tensors, scalings)])
         settings = {"r": rank, "lora_alpha": rank}
         scalings = {name.rpartition(".lora_")[0]: 1.0 for name in tensors}
     conditioning = {name: trained.get(id(p), p) for name, p in conditioning_tensors(network).items()}
     return _Lora(model.component, tensors, settings, scalings, conditioning)
+
+
+def _beneath(network: Any) -> list[str]:
+    """The frozen adapters that a network computes with beside the trained one, in order."""
+    layers = adapter_layers(network)
+    active = dict.fromkeys(name for layer in layers.values() for name in enabled_adapters(layer))
+    return [name for name in active if name != trained_adapter(layers, "export")]
 
 
 def _adapter(

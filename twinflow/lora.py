@@ -1,10 +1,12 @@
 """`add_lora()`, `load_lora()`: peft adapters on a student's frozen base."""
 
+import logging
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import nn
 
@@ -20,12 +22,13 @@ from twinflow.formats.manifest import (
     saved_conditioning,
 )
 from twinflow.sampling.grid import is_number
-from twinflow.teachers.adapter_slot import adapter_layers, adapter_parameters, as_float32, on_meta
+from twinflow.teachers.adapter_slot import adapter_layers, as_float32, enabled_adapters, on_meta
 
 if TYPE_CHECKING:
     from twinflow.models.base import FlowModel
 
 BASE = "base"  # the adapter that holds a user's own LoRA
+_log = logging.getLogger(__name__)
 
 
 def add_lora(
@@ -40,19 +43,25 @@ def add_lora(
 ) -> "FlowModel":
     """Freezes a student and adds a trainable LoRA to it, and its conditioning where it has none.
 
+    Adapters that are active already, such as a style by `load_lora_weights`, stay so with their weights and scales,
+    frozen under student and teacher: what is trained is trained on what the pipeline draws. One that is switched off
+    stays out of it.
+
     Args:
         student: from `twinflow.models.load`.
         rank, alpha: of the LoRA; alpha None: as the rank.
         targets: names of the layers, as peft matches them; None: the family's `lora_targets`.
         adapter: its name.
-        base_lora: a LoRA file or folder of the user's own, frozen under student and teacher.
+        base_lora: a LoRA file or folder of the user's own, frozen under student and teacher, in any of the formats
+            that `load_lora_weights` of the family's pipeline reads (kohya's, ComfyUI's, ...).
         conditioning: mode for a student that has none yet; None: leaves it plain.
 
     Returns:
         The student. Adapter and conditioning are float32 whatever the base is.
 
     Raises:
-        ValueError: the name is taken, no layer matches, a file is damaged, or an unsupported mode.
+        ValueError: the name is taken, no layer matches, a file is damaged, an unsupported mode, or an adapter that is
+            fused into the base or no LoRA.
     """
     network = student.network
     _check_new(network, adapter, rank, rank if alpha is None else alpha)
@@ -60,18 +69,21 @@ def add_lora(
     base = None if base_lora is None else _readable_base(student, Path(base_lora), adapter)
     if conditioning is not None and student.conditioning is None:
         student.condition(conditioning)
+    before = {name: enabled_adapters(layer) for name, layer in adapter_layers(network).items()}
     if base is not None:
-        student.network.load_lora_adapter(**base, prefix=student.component, adapter_name=BASE)  # type: ignore[operator]
+        network.load_lora_adapter(**base, prefix=student.component, adapter_name=BASE)  # type: ignore[operator]
     student.transformer.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=chosen)
     with torch.device("meta") if on_meta(network) else nullcontext():
         network.add_adapter(config, adapter)  # type: ignore[operator]
     layers = adapter_layers(network)
-    for layer in layers.values():
-        layer._active_adapter = [BASE, adapter] if base_lora is not None else [adapter]
-        for parameter in adapter_parameters(layer, BASE).values():
-            parameter.requires_grad_(False)
+    added = [adapter] if base is None else [BASE, adapter]
+    for name, layer in layers.items():
+        layer.__dict__.update(_active_adapter=[*before.get(name, []), *added], _disable_adapters=False)
     as_float32(layers, adapter)
+    kept = sorted({name for names in before.values() for name in names})
+    if kept:
+        _log.info("add_lora: trains %r on top of the active adapters %s, which stay frozen", adapter, ", ".join(kept))
     if student.conditioning is not None:
         student.conditioning.requires_grad_()
     return student
@@ -81,6 +93,12 @@ def _check_new(network: nn.Module, adapter: str, rank: int, alpha: float) -> Non
     named = isinstance(adapter, str) and adapter and "." not in adapter
     require(named, "add_lora", "adapter", "a name without dots", repr(adapter))
     require(adapter not in adapter_names(network), "add_lora", "adapter", "a name that is not taken", repr(adapter))
+    for layer in adapter_layers(network).values():
+        hint = "call unfuse_lora(), or unload_lora_weights() to keep it in the base"
+        require(not layer.merged, "add_lora", f"adapters {layer.merged_adapters}", "apart from the base", "fused", hint)
+    for name, config in getattr(network, "peft_config", {}).items():
+        hint = "delete_adapters() takes it off"
+        require(config.peft_type == "LORA", "add_lora", f"adapter {name!r}", "a LoRA", config.peft_type.value, hint)
     require(type(rank) is int and rank >= 1, "add_lora", "rank", "an integer >= 1", repr(rank))
     require(is_number(alpha) and alpha > 0, "add_lora", "alpha", "a number > 0", repr(alpha))
 
@@ -105,12 +123,36 @@ def _readable_base(student: "FlowModel", path: Path, adapter: str) -> dict[str, 
     free = adapter != BASE and BASE not in adapter_names(student.network)
     require(free, "add_lora", f"adapter {BASE!r}", "free for base_lora", "it taken")
     file = path / LORA if path.is_dir() else path
-    tensors = read_tensors(file)
+    tensors, alphas = diffusers_names("add_lora", "base_lora", student, read_tensors(file))
     check_layers("add_lora", "base_lora", student, tensors)
     settings = read_settings(file)
     alone = REFUSAL not in (settings or {}).values()
     require(alone, "add_lora", "base_lora", "a LoRA on its own", f"{file}, which needs a second embedder")
-    return {"pretrained_model_name_or_path_or_dict": tensors, "metadata": settings}
+    scales = {"network_alphas": alphas} if alphas else {"metadata": settings}
+    return {"pretrained_model_name_or_path_or_dict": tensors} | scales
+
+
+def diffusers_names(
+    function: str, argument: str, student: "FlowModel", tensors: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """A LoRA file's weights as `<component>.<layer>.lora_A.weight`, and alphas that are not part of them.
+
+    Raises:
+        ArgumentError: the family's pipeline class cannot read the file.
+    """
+    if student.pipeline_class is None or not tensors:
+        return tensors, {}
+    reader = student.pipeline().lora_state_dict
+    try:
+        read = reader(dict(tensors), return_alphas=True, unet_config=student.config)
+    except Exception as error:  # whatever a converter meets in the names of another trainer
+        brief = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        wanted = f"a LoRA that {student.pipeline_class} reads"
+        raise ArgumentError(function, argument, wanted, brief) from error
+    converted, alphas = (read, {}) if isinstance(read, dict) else read
+    if not any("lora_A" in name for name in converted):
+        converted = convert_unet_state_dict_to_peft(converted)
+    return converted, alphas or {}
 
 
 def check_layers(function: str, argument: str, student: "FlowModel", tensors: dict[str, torch.Tensor]) -> None:

@@ -44,6 +44,11 @@ def adapter_parameters(layer: BaseTunerLayer, adapter: str) -> dict[str, nn.Para
     return found
 
 
+def enabled_adapters(layer: BaseTunerLayer) -> list[str]:
+    """The adapters that a layer computes with, in order: none where they are switched off."""
+    return [] if layer.disable_adapters else list(layer.active_adapters)
+
+
 def trained_adapter(layers: dict[str, BaseTunerLayer], where: str) -> str:
     """The name of the one active adapter that is trained.
 
