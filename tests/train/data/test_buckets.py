@@ -1,6 +1,8 @@
 """The sizes that images are trained in, and image files as pixels of one of them."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from twinflow.train.data.buckets import (
     ImageError,
     as_model_input,
     buckets,
+    cut_share,
     nearest_bucket,
     read_pixels,
     upright_size,
@@ -71,8 +74,9 @@ def test_pixels_are_cut_about_the_centre():
     assert torch.equal(read_pixels(encoded(image), (100, 300)).permute(1, 2, 0), torch.from_numpy(CHINA[50:150, :300]))
 
 
+@pytest.mark.parametrize("kind", ["png", "tiff", "webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pixels_are_upright(orientation):
+def test_pixels_are_upright(orientation, kind):
     """A file with an orientation is the image that viewers show, size and pixels."""
     turn = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90",
             7: "TRANSVERSE", 8: "ROTATE_270"}.get(orientation)  # fmt: skip
@@ -80,9 +84,51 @@ def test_pixels_are_upright(orientation):
     stored = upright if turn is None else upright.transpose(Image.Transpose[turn])
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = encoded(stored, exif=exif)
+    data = encoded(stored, kind, exif=exif, **({"lossless": True, "exact": True} if kind == "webp" else {}))
     assert upright_size(data) == (24, 40)
     assert torch.equal(read_pixels(data, (24, 40)).permute(1, 2, 0), torch.from_numpy(FLOWER[:24, :40]))
+
+
+def chunk(kind, data, wrong=0):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data) ^ wrong)
+
+
+LONG = zlib.compress(b"a workflow " * 500_000)
+
+
+@pytest.mark.parametrize("metadata", [
+    chunk(b"zTXt", b"workflow\0\0" + LONG), chunk(b"iTXt", b"workflow\0\1\0\0\0" + LONG),
+    chunk(b"tEXt", b"prompt\0" + b"x" * 2_000_000) * 40, chunk(b"tEXt", b"a\0b", wrong=1), chunk(b"pHYs", b"12"),
+    chunk(b"iCCP", b"icc\0\0" + LONG), chunk(b"iCCP", b"icc\0\0damaged"), chunk(b"eXIf", b"II*\0\xff\xff\xff\x7f"),
+])  # fmt: skip
+@pytest.mark.parametrize("place", [33, -12])
+@pytest.mark.filterwarnings("ignore")
+def test_a_png_with_whole_pixels_is_read_whatever_its_metadata(metadata, place):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = b"eXIf" not in metadata
+    plain = encoded(Image.fromarray(FLOWER[:24, :40]), **({"exif": exif} if turned else {}))
+    data, size = plain[:place] + metadata + plain[place:], (40, 24) if turned else (24, 40)
+    assert upright_size(data) == size
+    assert torch.equal(read_pixels(data, size), read_pixels(plain, size))
+
+
+@pytest.mark.parametrize("marker, metadata", [
+    (0xE0, b"JFIF\0"), (0xE1, b"Exif\0\0damaged!"), (0xE1, b"Exif\0\0"),
+    (0xE1, b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12"),
+    (0xE2, b"MPF\0damaged"), (0xE2, b"ICC_PROFILE\0\1\2damaged"), (0xED, b"Photoshop 3.0\x008BIM\x04\x04\0\0\xff\xff"),
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore")
+def test_a_jpeg_with_whole_pixels_is_read_whatever_its_metadata(marker, metadata):
+    plain = encoded(Image.fromarray(FLOWER[:24, :40]), "jpeg")
+    segment = bytes([0xFF, marker]) + struct.pack(">H", len(metadata) + 2) + metadata
+    data = plain[:2] + segment + plain[2:]
+    assert upright_size(data) == (24, 40)
+    assert torch.equal(read_pixels(data, (24, 40)), read_pixels(plain, (24, 40)))
+
+
+def test_how_much_is_cut_away():
+    assert cut_share((64, 64), (32, 32)) == 0 and cut_share((40, 400), (32, 64)) == pytest.approx(0.8)
 
 
 def test_transparency_is_on_white():

@@ -114,6 +114,27 @@ def test_enlarged_images_are_warned_of(tmp_path):
     )
 
 
+def test_what_is_cut_away_is_told(tmp_path):
+    data = digits(tmp_path / "data", 2)
+    Image.new("RGB", (400, 40)).save(data / "0.png")
+    expected = (
+        "1 of 2 images lose more than 25% of their area at their edges, where they are cut to the aspect ratio that "
+        "they are trained in, the most is 0.png, 82%"
+    )
+    assert build(tmp_path / "cache", data).warnings == (expected,)
+
+
+@pytest.mark.parametrize("family, limit", [("sd3", 256), ("qwen_image", 1024), ("sana", 300)])
+def test_captions_that_are_longer_than_the_encoder_reads_are_counted(tmp_path, family, limit):
+    data, encoders = digits(tmp_path / "data", 3), Counted(family)
+    counts = [encoders.unread_tokens(["cat " * words]) for words in (1, limit // 2, 3 * limit)]
+    assert counts[0] == [0] and counts[2][0] >= 3 * limit - limit - 40, "few tokens a word"
+    (data / "1.txt").write_text("cat " * 3 * limit)
+    for _ in range(2):  # also where all is encoded
+        (told,) = build(tmp_path / "cache", data, encoders).warnings
+        assert told.startswith("1 of 3 captions are longer than the text encoder reads") and told.endswith("of 1.png")
+
+
 def test_prompts_without_images(tmp_path):
     encoders = Counted("qwen_image")
     found = build_cache(tmp_path / "cache", PROMPTS[:2] * 2, encoders, buckets(32, encoders.multiple))

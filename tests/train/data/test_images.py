@@ -2,13 +2,14 @@
 
 import json
 import sys
+import unicodedata
 from types import SimpleNamespace
 
 import pytest
-from PIL import Image
+from PIL import Image, features
 from sklearn.datasets import load_sample_images
 
-from twinflow.train.data.images import read_folder, read_prompts
+from twinflow.train.data.images import read_folder, read_prompts, unread_images
 
 FLOWER = load_sample_images().images[1]
 
@@ -97,6 +98,9 @@ def folder_with(tmp_path, line=None, text=None, name="metadata.jsonl"):
     ("a JSON object a line", "[1]"),
     ("in UTF-8, got .* byte 30", b'{"file_name": "a.png", "text":\xff "x"}'),
     ("rows, got none", "\n\n"),
+    (r"text in 'text', got '\\u200b'", '{"file_name": "a.png", "text": "\\u200b"}'),
+    (r"text in 'text', got '\\ud83d'", '{"file_name": "a.png", "text": "\\ud83d"}'),
+    ("files that exist, got 'xxx", f'{{"file_name": "{"x" * 999}.png", "text": "x"}}'),
 ])  # fmt: skip
 def test_metadata_that_does_not_fit(tmp_path, match, line):
     with pytest.raises(ValueError, match=f"^read_folder: metadata must .*{match}"):
@@ -110,7 +114,9 @@ def test_folders_that_cannot_be_read(tmp_path):
         read_folder(tmp_path)
     for k in range(7):
         save(tmp_path / f"{k}.png", text="seen" if k == 3 else None)
-    with pytest.raises(ValueError, match=r"got none for 0.png, 1.png, 2.png, 4.png, 5.png and 1 more$"):
+    with pytest.raises(
+        ValueError, match=r"got none for 0.png, 1.png, 2.png, 4.png, 5.png, 6.png; skip_bad leaves them out$"
+    ):
         read_folder(tmp_path)
     with pytest.raises(ValueError, match="strategy must be one of auto, textfile, metadata, got 'filename'"):
         read_folder(tmp_path, strategy="filename")
@@ -151,10 +157,128 @@ def test_prompts(tmp_path):
     for name, text, match in (
         ("e.txt", " \n", "a prompt a line"),
         ("b.jsonl", "{", "JSON, got .* line 1"),
-        ("c.jsonl", '"x"\n3', "line 2 must hold a prompt, got 3"),
-        ("d.jsonl", '{"x": 1}', "one of prompt, text, caption, got x"),
+        ("c.jsonl", '"x"\n3', "each line must hold a prompt, got 3 in .* line 2"),
+        ("d.jsonl", '{"x": 1}', "one of prompt, text, caption, got x in .* line 1"),
         ("p.csv", "x", "a .txt or .jsonl file"),
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=f"^read_prompts: .*{match}"):
             read_prompts(tmp_path / name)
+
+
+def captions_of_csv(folder, text, **options):
+    for name in "abc":
+        save(folder / f"{name}.png")
+    (folder / "metadata.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return {item.name: item.caption for item in read_folder(folder, **options)}
+
+
+def test_rows_of_csv_end_at_line_ends_alone(tmp_path):
+    words = {"a.png": "one\u2028line", "b.png": "form\x0cfeed\x1c and\x85more", "c.png": 'two\nlines, "quoted"'}
+    rows = [f'{name},"{text.replace(chr(34), chr(34) * 2)}"' for name, text in words.items()]
+    for end in ("\n", "\r\n", "\r"):
+        assert captions_of_csv(tmp_path, end.join(["file_name,text", *rows, "", ",", ""])) == words
+
+
+@pytest.mark.parametrize("row, said", [
+    ("b.png,a cat, asleep on a sofa", "2 cells in each row, .* got 3 in .* line 3"),
+    ('b.png, "a cat, asleep"', "got 3 in .* line 3"),
+    ("b.png", "got 1 in .* line 3"),
+    ('b.png,"a cat" asleep', "CSV, got .* line 3"),
+    ('b.png,"a cat\n', "CSV, got .* line 3: unexpected end of data"),
+])  # fmt: skip
+def test_rows_of_csv_that_do_not_fit_their_header(tmp_path, row, said):
+    text = f'file_name,text\na.png,"a dog, awake"\n{row}'
+    with pytest.raises(ValueError, match=said):
+        captions_of_csv(tmp_path, text)
+    skipped = {}
+    assert captions_of_csv(tmp_path, text, skipped=skipped) == {"a.png": "a dog, awake"}
+    assert {"b.png", "c.png"} < {*skipped} and f"{tmp_path}/metadata.csv line 3" in skipped
+
+
+def test_headers_of_csv(tmp_path):
+    for header, said in (("file_name;text", "column 'file_name', got file_name;text"), ("file_name,text,text", "once")):
+        with pytest.raises(ValueError, match=said):
+            captions_of_csv(tmp_path, f"{header}\na.png;x,y,z\n")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig"])
+def test_texts_whose_byte_order_mark_says_their_encoding(tmp_path, encoding):
+    rows = "file_name,text\na.png,zwei Bäume\nb.png,b\nc.png,c\n"
+    assert captions_of_csv(tmp_path, rows.encode(encoding))["a.png"] == "zwei Bäume"
+    (tmp_path / "metadata.csv").unlink()
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_bytes("ein Baum".encode(encoding))
+    assert {item.caption for item in read_folder(tmp_path)} == {"ein Baum"}
+    (tmp_path / "a.txt").write_bytes("ein Baum".encode("utf-16-le"))
+    with pytest.raises(ValueError, match=r"in UTF-8, got .*a.txt with zero bytes"):
+        read_folder(tmp_path)
+
+
+def test_all_that_is_wrong_is_said_at_once(tmp_path):
+    for k in range(20):
+        save(tmp_path / f"{k:02}.png", text="" if k < 12 else "seen")
+    (tmp_path / "12.txt").write_bytes(b"\xff")
+    (tmp_path / "13.txt").unlink()
+    with pytest.raises(ValueError) as caught:
+        read_folder(tmp_path)
+    said = str(caught.value)
+    assert said.count("the empty") == 10 and "09.txt and 2 more" in said
+    assert "12.txt with byte 0" in said and "none for 13.png" in said and said.endswith("skip_bad leaves them out")
+    skipped = {}
+    assert [item.name for item in read_folder(tmp_path, skipped=skipped)] == [f"{k}.png" for k in range(14, 20)]
+    assert [*skipped] == [f"{k:02}.png" for k in range(14)]
+    for path in tmp_path.glob("*.txt"):
+        path.unlink()
+    with pytest.raises(ValueError, match="each image must have a caption"):
+        read_folder(tmp_path, skipped={})
+
+
+def test_prompts_that_are_none_are_said_at_once(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('"a cat"\n{\n3\n{"prompt": ""}\n')
+    with pytest.raises(ValueError, match=r"JSON, got .* line 2: '{'; each line .* got 3 in .* line 3, '' in .* line 4"):
+        read_prompts(path)
+    skipped = {}
+    assert read_prompts(path, skipped=skipped) == ["a cat"] and len(skipped) == 3
+
+
+@pytest.mark.parametrize("form, other", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_in_another_unicode_normalisation(tmp_path, form, other):
+    name = unicodedata.normalize(form, "café")
+    save(tmp_path / f"{name}.png")
+    table = tmp_path / "metadata.jsonl"
+    table.write_text(json.dumps({"file_name": unicodedata.normalize(other, "café.png"), "text": "of the table"}))
+    assert [item.caption for item in read_folder(tmp_path)] == ["of the table"]
+    table.unlink()
+    (tmp_path / f"{unicodedata.normalize(other, 'café')}.txt").write_text("of the file")
+    assert [item.caption for item in read_folder(tmp_path)] == ["of the file"]
+    (tmp_path / f"{name}.txt").write_text("of its very name")
+    assert [item.caption for item in read_folder(tmp_path)] == ["of its very name"]
+
+
+def test_images_of_all_suffixes_are_read_or_counted(tmp_path):
+    read = (".jfif", ".jpe", ".JPG", ".apng", ".mpo", ".dib", ".ppm", ".pgm", ".tif", ".avif")
+    counted = {".heic": 1, ".gif": 1, ".dng": 1, ".jpg_large": 1, "(no suffix)": 2}
+    for k, suffix in enumerate((*read, ".heic", ".gif", ".dng", ".jpg_large", "", "")):
+        save(tmp_path / "x.png", text="a caption")
+        (tmp_path / "x.png").rename(tmp_path / f"{k}{suffix}")
+        (tmp_path / "x.txt").rename(tmp_path / f"{k}.txt")
+    (tmp_path / "notes").write_text("no image")
+    taken = {item.path.suffix for item in read_folder(tmp_path)}
+    assert taken == {suffix for suffix in read if suffix != ".avif" or features.check("avif")}
+    assert unread_images(tmp_path) == dict(sorted((counted | ({} if ".avif" in taken else {".avif": 1})).items()))
+
+
+def test_folders_that_runs_fill_are_no_data(tmp_path):
+    save(tmp_path / "a.png", text="a")
+    save(tmp_path / "run" / "wandb" / "b.png")
+    for place in ("run/samples/base", "other/samples/step-000001"):
+        save(tmp_path / place / "01-2.png")
+        (tmp_path / place / "samples.json").write_text("{}")
+    (tmp_path / "run" / "icon.heic").write_bytes(b"")
+    out = tmp_path / "run"
+    assert [item.name for item in read_folder(tmp_path, leave_out=[out])] == ["a.png"]
+    assert unread_images(tmp_path, [out]) == {} and unread_images(tmp_path) == {".heic": 1}
+    (out / "samples" / "base" / "01-2.txt").write_text("samples that are asked for")
+    assert len(read_folder(out / "samples" / "base")) == 1

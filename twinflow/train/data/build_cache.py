@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,13 +14,15 @@ from twinflow.atomic_files import remove_partials, write_file
 from twinflow.errors import ArgumentError, require, require_type
 from twinflow.train.checkpoint.folder_lock import acquire
 from twinflow.train.data.buckets import (
+    MAX_CUT,
     MAX_UPSCALE,
-    RESIZE,
     ImageError,
     Size,
     as_model_input,
+    cut_share,
     nearest_bucket,
     read_pixels,
+    resize_rule,
     upright_size,
     upscale,
 )
@@ -67,6 +69,7 @@ class _Work:
     paths: dict[str, Path] = field(default_factory=dict)  # name -> file
     bad: dict[str, str] = field(default_factory=dict)  # name -> why
     enlarged: dict[str, float] = field(default_factory=dict)  # name -> times
+    cut: dict[str, float] = field(default_factory=dict)  # name -> share of its area
     warnings: list[str] = field(default_factory=list)
 
 
@@ -77,6 +80,7 @@ def build_cache(
     sizes: Sequence[Size],
     *,
     options: CacheOptions | None = None,
+    skipped: Mapping[str, str] | None = None,
     progress: Progress = lambda what, done, of: None,
     main_process: bool = True,
     wait: Callable[[], None] = lambda: None,
@@ -92,6 +96,7 @@ def build_cache(
         items: of `read_folder`, or prompts for training without images.
         encoders: loaded only if something is missing, and let go at the end.
         sizes: of `buckets`; prompts take the one most like a square.
+        skipped: what was left out before -> why, for the cache to tell.
         progress: called with what is done (as "encoding images"), how many, of how many.
         main_process: whether this process encodes; others read what it has encoded.
         wait: called by all, when the main process is done: a barrier.
@@ -116,7 +121,7 @@ def build_cache(
         folder.mkdir(parents=True, exist_ok=True)
         lock = acquire(folder / LOCK, lambda holder: progress(f"waiting for {holder}", 0, 0))
         try:
-            cache = _build(folder, list(items), encoders, sizes, options, progress, request)
+            cache = _build(folder, list(items), encoders, sizes, options, progress, request, skipped or {})
         finally:
             lock.release()
     finally:
@@ -133,6 +138,7 @@ def _build(
     options: CacheOptions,
     progress: Progress,
     request: str,
+    skipped: Mapping[str, str],
 ) -> Cache:
     shards, work = Shards(folder, verify=True), _Work()
     remove_partials(folder)
@@ -151,17 +157,39 @@ def _build(
         listed = "; ".join(f"{name}: {why}" for name, why in sorted(work.bad.items()))
         wanted = "readable" if options.skip_bad else "readable (skip_bad leaves them out)"
         raise ArgumentError("build_cache", "images", wanted, f"{len(work.bad)} that are not: {listed}")
+    work.warnings += _warnings(work, entries, encoders)
+    shapes = {f"{height} {width}": list(encoders.latent_shape((height, width))) for height, width in sizes}
+    index = Index(request, encoders.family, uncond, shapes, entries, {**skipped, **work.bad}, work.warnings)
+    write_file(folder / INDEX, json.dumps(asdict(index)).encode())
+    return Cache(folder, index, shards)
+
+
+def _warnings(work: _Work, entries: list[Entry], encoders: Encoders) -> list[str]:
+    """What enlarging, cutting and encoding do to many images and captions."""
+    said, images = [], f"of {len(entries)} images"
     large = {name: times for name, times in work.enlarged.items() if times > MAX_UPSCALE}
     if large:
         most = max(large, key=lambda name: large[name])
-        work.warnings.append(
-            f"{len(large)} of {len(entries)} images are enlarged more than {MAX_UPSCALE} times, the most is "
+        said.append(
+            f"{len(large)} {images} are enlarged more than {MAX_UPSCALE} times, the most is "
             f"{most}, {large[most]:.1f} times: a smaller resolution would fit them"
         )
-    shapes = {f"{height} {width}": list(encoders.latent_shape((height, width))) for height, width in sizes}
-    index = Index(request, encoders.family, uncond, shapes, entries, work.bad, work.warnings)
-    write_file(folder / INDEX, json.dumps(asdict(index)).encode())
-    return Cache(folder, index, shards)
+    cut = {name: share for name, share in work.cut.items() if share > MAX_CUT}
+    if cut:
+        most = max(cut, key=lambda name: cut[name])
+        said.append(
+            f"{len(cut)} {images} lose more than {MAX_CUT:.0%} of their area at their edges, where they are cut to the "
+            f"aspect ratio that they are trained in, the most is {most}, {cut[most]:.0%}"
+        )
+    counts = encoders.unread_tokens([entry.caption for entry in entries])
+    long = [(count, entry.name) for count, entry in zip(counts, entries, strict=True) if count]
+    if long:
+        count, name = max(long)
+        said.append(
+            f"{len(long)} of {len(entries)} captions are longer than the text encoder reads: their ends are lost, "
+            f"the most is the last {count} tokens of {name}"
+        )
+    return said
 
 
 def _find(item: Item | str, number: int, work: _Work, encoders: Encoders, sizes: Sequence[Size]) -> None:
@@ -174,14 +202,14 @@ def _find(item: Item | str, number: int, work: _Work, encoders: Encoders, sizes:
     name = item.name
     try:
         data = item.path.read_bytes()
-        shown = upright_size(data)
+        shown, rule = upright_size(data), resize_rule(data)
     except (ImageError, OSError) as error:
         work.bad[name] = getattr(error, "strerror", None) or str(error)
         return
     bucket, content = nearest_bucket(sizes, shown), hashlib.sha256(data).hexdigest()
     work.paths[name] = item.path
-    work.enlarged[name] = upscale(shown, bucket)
-    latents = hashed(content, bucket, RESIZE, encoders.vae_identity, encoders.family)
+    work.enlarged[name], work.cut[name] = upscale(shown, bucket), cut_share(shown, bucket)
+    latents = hashed(content, bucket, rule, encoders.vae_identity, encoders.family)
     condition = text_key(item.caption, encoders)
     work.entries.append(Entry(name, item.caption, content, bucket, latents, condition))
 

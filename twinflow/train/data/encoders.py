@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+import inspect
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from twinflow.models import load as load_student
 from twinflow.models.autoencoders import Autoencoder
 
 Condition = dict[str, torch.Tensor]
+_SHORT = 60  # bytes of a prompt, which no encoder has too few tokens for
 _WINDOW = 1 << 16  # bytes of a weight file that are looked at in each of its sixteenths
 
 
@@ -49,6 +51,8 @@ class Encoders:
         self.vae_identity = f"{identity(self.folder / 'vae')} {dtype}"
         parts = [f"{name} {identity(self.folder / name)}" for name in texts if (self.folder / name).is_dir()]
         self.text_identity = f"{hashlib.sha256(' '.join(parts).encode()).hexdigest()} {dtype}"
+        self._tokenizers = {name: index[name] for name in texts if name.startswith("tokenizer")}
+        self._pipeline = str(index.get("_class_name"))
         self._kept = False
         self._pipe: Any = None
 
@@ -74,6 +78,32 @@ class Encoders:
         """The condition of each prompt, without padding, on the CPU; `collate` makes batches of them."""
         with torch.no_grad():
             return uncollate(self.student.encode_prompt(self._loaded(), list(prompts)))
+
+    def unread_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """Of each prompt, how many of its last tokens no text encoder reads; loads tokenizers alone.
+
+        What a pipeline writes around a prompt, a template or an instruction, is not counted.
+        """
+        import diffusers
+        import transformers
+
+        unread = [0] * len(prompts)
+        long = [k for k, prompt in enumerate(prompts) if len(prompt.encode()) > _SHORT]
+        encode = getattr(getattr(diffusers, self._pipeline, None), "encode_prompt", None)
+        if not long or encode is None:
+            return unread
+        most = inspect.signature(encode).parameters.get("max_sequence_length")
+        counts = []
+        for name, (library, kind) in self._tokenizers.items():
+            if library != "transformers" or not (self.folder / name).is_dir():
+                continue
+            tokenizer = getattr(transformers, kind).from_pretrained(self.folder / name)
+            limit = tokenizer.model_max_length if most is None else min(tokenizer.model_max_length, most.default)
+            tokens = tokenizer([prompts[k] for k in long], verbose=False)["input_ids"]
+            counts.append([max(0, len(row) - limit) for row in tokens])
+        for k, of in zip(long, zip(*counts, strict=True), strict=False):
+            unread[k] = min(of)
+        return unread
 
     def free(self) -> None:
         """Lets go of the pipeline; it is loaded again where needed."""

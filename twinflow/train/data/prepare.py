@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from twinflow.errors import ArgumentError
+from twinflow.train.config.run_folder import RunFolder
 from twinflow.train.config.settings import TrainSettings
 from twinflow.train.data.buckets import buckets, require_multiples
 from twinflow.train.data.build_cache import CacheOptions, build_cache
@@ -19,16 +20,21 @@ _OPTION_OF = {
 }  # fmt: skip
 
 
-def items_of(settings: TrainSettings) -> list[Item] | list[str]:
+def items_of(settings: TrainSettings, skipped: dict[str, str] | None = None) -> list[Item] | list[str]:
     """Images with their captions, or prompts.
+
+    Args:
+        skipped: gets what `skip_bad` leaves out -> why.
 
     Raises:
         ValueError: neither is given, or what is there cannot be trained on.
     """
     settings.require_data()
+    skipped = {} if skipped is None else skipped
+    noted = skipped if settings.skip_bad else None
     try:
         if settings.prompts_file is not None:
-            return read_prompts(settings.prompts_file)
+            return read_prompts(settings.prompts_file, skipped=noted)
         assert settings.instance_data_dir is not None
         return read_folder(
             settings.instance_data_dir,
@@ -36,14 +42,24 @@ def items_of(settings: TrainSettings) -> list[Item] | list[str]:
             image_column=settings.image_column,
             strategy=settings.caption_strategy,
             metadata_file=settings.metadata_file,
+            leave_out=_of_the_run(settings),
+            skipped=noted,
         )
     except ArgumentError as error:
         raise error.renamed("train", _OPTION_OF.get(error.argument)) from None
 
 
+def _of_the_run(settings: TrainSettings) -> tuple[Path, ...]:
+    """Folders that a run writes, which may be in the folder of its images, or that folder itself."""
+    run = RunFolder(settings.output_dir)
+    return run.root, settings.cache_dir, run.samples, run.logs, run.root / "wandb"
+
+
 def unread(settings: TrainSettings) -> list[str]:
     """A warning of the images that are passed over for their type; empty where there are none."""
-    found = {} if settings.instance_data_dir is None else unread_images(settings.instance_data_dir)
+    if settings.instance_data_dir is None:
+        return []
+    found = unread_images(settings.instance_data_dir, _of_the_run(settings))
     if not found:
         return []
     counts = ", ".join(f"{count} {suffix}" for suffix, count in found.items())
@@ -65,7 +81,7 @@ def prepare_data(settings: TrainSettings, encoders: Encoders, **how: Any) -> Cac
         how: `progress`, `main_process` and `wait`, see `build_cache`.
 
     Raises:
-        ValueError: no data, a resolution that the model does not take, or images that cannot be read.
+        ValueError: no data, a resolution that the model does not take, or images or captions that cannot be read.
     """
     multiple = encoders.multiple
     require_multiples("train", "resolution", (settings.resolution,), multiple)
@@ -76,4 +92,6 @@ def prepare_data(settings: TrainSettings, encoders: Encoders, **how: Any) -> Cac
         uncond=settings.unconditional_prompt, vae_batch=settings.vae_batch_size, text_batch=settings.text_batch_size,
         skip_bad=settings.skip_bad,
     )  # fmt: skip
-    return build_cache(settings.cache_dir, items_of(settings), encoders, sizes, options=options, **how)
+    skipped: dict[str, str] = {}
+    items = items_of(settings, skipped)
+    return build_cache(settings.cache_dir, items, encoders, sizes, options=options, skipped=skipped, **how)
