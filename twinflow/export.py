@@ -30,7 +30,7 @@ from twinflow.interface import Student
 from twinflow.memory.quantised_base import quantised_form
 from twinflow.models.base import FlowModel, without_peft
 from twinflow.models.registry import FAMILIES
-from twinflow.teachers.adapter_slot import adapter_layers, enabled_adapters, trained_adapter
+from twinflow.teachers.adapter_slot import adapter_layers, enabled_adapters, require_lora_alone, trained_adapter
 from twinflow.teachers.teachers import EMATeacher
 
 _SETTINGS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias")
@@ -165,7 +165,7 @@ def _adapter(
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """An adapter's weights without its name in theirs, and its factor in each layer."""
     config = network.peft_config[adapter]
-    require(config.peft_type == "LORA", "export", f"adapter {adapter!r}", "a LoRA", config.peft_type)
+    require_lora_alone("export", config)
     found = get_peft_model_state_dict(network, state_dict=named, adapter_name=adapter)
     tensors = {_plain(name): value.detach().cpu().contiguous() for name, value in found.items()}
     layers: dict[str, Any] = {_plain(name): layer for name, layer in adapter_layers(network).items()}

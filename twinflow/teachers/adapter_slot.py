@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from peft import inject_adapter_in_model
+from peft import PeftModel, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -65,6 +65,40 @@ def trained_adapter(layers: dict[str, BaseTunerLayer], where: str) -> str:
     return names.pop()
 
 
+# What a LoRA's configuration may ask for that no LoRA file holds: setting -> what it is.
+_BESIDE_LORA = {
+    "modules_to_save": "whole layers that are trained", "trainable_token_indices": "trained tokens",
+    "target_parameters": "LoRAs of parameters that are no layers", "layer_replication": "repeated layers",
+    "alora_invocation_tokens": "activation by tokens", "use_qalora": "QA-LoRA", "use_bdlora": "BD-LoRA",
+    "arrow_config": "a router", "kasa_config": "KaSA", "monteclora_config": "MonteCLoRA", "velora_config": "VeLoRA",
+}  # fmt: skip
+_BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def require_stock_base(function: str, config: Any) -> None:
+    """Raises ArgumentError where an adapter's initialisation has changed the weights of the base beneath it.
+
+    Without the adapter, and under the adapter on a stock base, such a model is another than the one that was trained.
+    """
+    start = getattr(config, "init_lora_weights", True)
+    changed = isinstance(start, str) and start.lower().startswith(_BASE_CHANGING)
+    hint = "PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take a part of the base into the adapter"
+    wanted = "True, or one that leaves the base's weights as they are"
+    require(not changed, function, "init_lora_weights of the trained adapter", wanted, repr(start), hint)
+
+
+def require_lora_alone(function: str, config: Any) -> None:
+    """Raises ArgumentError where an adapter trains more than a LoRA file holds, such as biases or whole layers."""
+    require_stock_base(function, config)
+    require(config.peft_type == "LORA", function, "the trained adapter", "a LoRA", config.peft_type)
+    hint = "a stock pipeline loads LoRA weights only; raise the rank, or name more target_modules"
+    bias = config.bias
+    require(bias == "none", function, "bias of the trained adapter", "'none'", repr(bias), hint)
+    for setting, what in _BESIDE_LORA.items():
+        value = getattr(config, setting, None)
+        require(not value, function, f"{setting} of the trained adapter", "unset", f"{value!r} ({what})", hint)
+
+
 class AdapterSlot(TeacherWeights):
     """A second set of adapter weights on the student's own base.
 
@@ -83,6 +117,7 @@ class AdapterSlot(TeacherWeights):
         assert isinstance(original, nn.Module)
         layers = adapter_layers(original)
         trained = trained_adapter(layers, "EMATeacher" if adapter else "FrozenTeacher")
+        _require_saveable("EMATeacher" if adapter else "FrozenTeacher", original, trained)
         active = {id(layer): list(layer.active_adapters) for layer in layers.values()}
         free = adapter is None or all(adapter not in x._all_available_adapter_names() for x in layers.values())
         require(free, "EMATeacher", "adapter", "a name that is not taken", repr(adapter))
@@ -153,6 +188,24 @@ class AdapterSlot(TeacherWeights):
             self._shards.settle()
 
 
+def _owner(original: nn.Module, adapter: str) -> tuple[str, Any]:
+    """Name and module of the innermost holder of an adapter's configuration: wrappers around it share the dict."""
+    return [(n, m) for n, m in original.named_modules() if adapter in vars(m).get("peft_config", ())][-1]
+
+
+def _require_saveable(function: str, original: nn.Module, adapter: str) -> None:
+    """Raises ArgumentError for an adapter that could not be used once it is trained.
+
+    peft itself saves and loads more than LoRA weights; diffusers does not.
+    """
+    config = _owner(original, adapter)[1].peft_config[adapter]
+    require_stock_base(function, config)
+    wrapped = any(isinstance(module, PeftModel) for module in original.modules())
+    diffusers_own = not wrapped and hasattr(_owner(original, adapter)[1], "load_lora_adapter")
+    if diffusers_own and config.peft_type == "LORA":
+        require_lora_alone(function, config)
+
+
 def on_meta(module: nn.Module) -> bool:
     """Whether a module has no data, as in a memory forecast; peft would put its adapters on the CPU."""
     return next(module.parameters()).is_meta
@@ -175,8 +228,7 @@ def _add_like(original: nn.Module, layers: dict[str, BaseTunerLayer], trained: s
     requires_grad = {parameter: parameter.requires_grad for parameter in original.parameters()}
     switched = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # the latter hold what `modules_to_save` names
     active = [(module, module._active_adapter) for module in original.modules() if isinstance(module, switched)]
-    # The innermost module that holds the configuration: wrappers around it share the dict.
-    prefix, owner = [(n, m) for n, m in original.named_modules() if trained in vars(m).get("peft_config", ())][-1]
+    prefix, owner = _owner(original, trained)
     config = copy.deepcopy(owner.peft_config[trained])
     names = [n.removeprefix(f"{prefix}.") for n, layer in layers.items() if adapter_parameters(layer, trained)]
     # A pattern matches whole names; of a list also the layers whose names end with one of them would match.
