@@ -26,7 +26,7 @@ from twinflow.formats.manifest import (
     Manifest,
     write_conditioning,
 )
-from twinflow.interface import Student
+from twinflow.interface import Student, plain_name, plain_names
 from twinflow.memory.quantised_base import quantised_form
 from twinflow.models.base import FlowModel, without_peft
 from twinflow.models.registry import FAMILIES
@@ -120,11 +120,6 @@ def _network(model: FlowModel) -> Any:
     return unwrap(without_peft(unwrap(model.transformer)))
 
 
-def _plain(name: str) -> str:
-    """A parameter's name without the marks of compiled submodules."""
-    return name.replace("_orig_mod.", "")
-
-
 @dataclass(frozen=True)
 class _Lora:
     """A LoRA to be written: `<layer>.lora_A.weight`, ... -> weight, its configuration, and layer -> scaling."""
@@ -139,7 +134,9 @@ class _Lora:
 def _lora(model: FlowModel, teacher: EMATeacher | None, merge_base: bool) -> _Lora:
     network = _network(model)
     averages = {} if teacher is None else teacher.parameters()
-    trained = {id(p): averages[name] for name, p in model.named_parameters() if name in averages}
+    trained = {
+        id(p): averages[name] for name, p in plain_names(dict(model.named_parameters())).items() if name in averages
+    }
     named = {name: trained.get(id(p), p) for name, p in network.named_parameters()}
     adapter = trained_adapter(adapter_layers(network), "export")
     tensors, scalings = _adapter(network, named, adapter)
@@ -167,8 +164,8 @@ def _adapter(
     config = network.peft_config[adapter]
     require_lora_alone("export", config)
     found = get_peft_model_state_dict(network, state_dict=named, adapter_name=adapter)
-    tensors = {_plain(name): value.detach().cpu().contiguous() for name, value in found.items()}
-    layers: dict[str, Any] = {_plain(name): layer for name, layer in adapter_layers(network).items()}
+    tensors = {plain_name(name): value.detach().cpu().contiguous() for name, value in found.items()}
+    layers: dict[str, Any] = {plain_name(name): layer for name, layer in adapter_layers(network).items()}
     return tensors, {n: layer.scaling[adapter] for n, layer in layers.items() if adapter in layer.scaling}
 
 
@@ -225,7 +222,7 @@ def _write_lora(lora: _Lora, model: FlowModel, manifest: Manifest, folder: Path)
 def _write_model(model: FlowModel, manifest: Manifest, folder: Path) -> None:
     network = _network(model)
     if manifest.layout == "comfyui":
-        tensors = {_plain(name): value.detach().cpu() for name, value in network.state_dict().items()}
+        tensors = {plain_name(name): value.detach().cpu() for name, value in network.state_dict().items()}
         kept = {name: value for name, value in tensors.items() if name.partition(".")[0] != SIGN_TABLE}
         whole = {name: value.contiguous() for name, value in model.comfyui_tensors(kept).items()}
         save_file(whole, folder / COMFYUI_MODEL, {"format": "pt"})
@@ -233,7 +230,7 @@ def _write_model(model: FlowModel, manifest: Manifest, folder: Path) -> None:
 
     def rename(module: nn.Module, state: dict[str, torch.Tensor], *_: Any) -> None:
         for name in [*state]:
-            state[_plain(name)] = state.pop(name)
+            state[plain_name(name)] = state.pop(name)
 
     hook = network.register_state_dict_post_hook(rename)
     try:

@@ -12,9 +12,24 @@ from twinflow.errors import ArgumentError, require
 Student = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any], torch.Tensor]
 
 
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # of torch.compile and torch's activation checkpointing
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name as it is where no submodule is compiled or wrapped: what saved states call it."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def plain_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping by parameters' names, by their plain ones: earlier files have those of compiled submodules."""
+    return {plain_name(name): value for name, value in tensors.items()}
+
+
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Name -> parameter that requires grad."""
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+    """Plain name -> parameter that requires grad."""
+    return {plain_name(name): p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def guidance_times(student: Student, t: torch.Tensor, r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,7 +54,8 @@ def check_tensors(
 def copy_tensors(
     function: str, argument: str, tensors: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]
 ) -> None:
-    """Copies saved tensors in place; ArgumentError, and nothing copied, where names or shapes differ."""
+    """Copies saved tensors in place; ArgumentError, and nothing copied, where plain names or shapes differ."""
+    saved = plain_names(saved)
     check_tensors(function, argument, tensors, saved)
     for name, value in tensors.items():
         value.copy_(saved[name])

@@ -251,3 +251,23 @@ def test_a_refused_adapter_name_leaves_the_student_as_it_is():
         EMATeacher(load(tiny_transformer("sd3"), conditioning="dual"), 0.9, adapter="ema")
     assert EMATeacher(student, 0.9, adapter="slow").adapter == "slow"
     assert all("slow" in layer.lora_A for layer in adapter_layers(student).values())
+
+
+def test_names_in_a_state_are_those_without_compilation():
+    """Blocks that torch.compile wraps, all weights or a LoRA: one state fits both, so does one of earlier versions."""
+    for full in (False, True):
+        plain, compiled = (load(tiny_transformer("sd3"), conditioning="sign" if full else None) for _ in range(2))
+        if not full:
+            plain, compiled = add_lora(plain, rank=2), add_lora(compiled, rank=2)
+        blocks = compiled.transformer.transformer_blocks
+        for k, block in enumerate(blocks):
+            blocks[k] = torch.compile(block, backend="eager")
+        move(compiled)
+        teacher = EMATeacher(compiled, 0.9)
+        state, before = teacher.state_dict(), EMATeacher(plain, 0.9)
+        assert not any("_orig_mod" in name for name in state["shadow"])
+        marked = {name.replace("blocks.0.", "blocks.0._orig_mod."): value for name, value in state["shadow"].items()}
+        for shadow in (state["shadow"], marked):
+            before.load_state_dict(state | {"shadow": shadow})
+            assert all(torch.equal(value, state["shadow"][name]) for name, value in before.parameters().items())
+        teacher.load_state_dict(before.state_dict())

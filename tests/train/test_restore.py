@@ -40,7 +40,7 @@ def test_all_weights_of_a_full_run(tmp_path):
 
 def test_an_earlier_checkpoint_by_name_and_by_path_without_the_average():
     run = kept_run()
-    for asked in ("checkpoint-000001", run / "checkpoint-000001"):
+    for asked in ("checkpoint-000001", "checkpoint-1", run / "checkpoint-000001"):
         found = restore_run(run, checkpoint=asked, ema=False)
         assert found.step == 1 and found.teacher is None
         assert same(trained_parameters(found.student), saved(run, 1)["student"])

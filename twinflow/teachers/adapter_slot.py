@@ -21,7 +21,7 @@ from torch import nn
 from twinflow.adapters import compute_in_input_dtype
 from twinflow.distributed import unwrap, without_collectives
 from twinflow.errors import require
-from twinflow.interface import Student, TeacherWeights
+from twinflow.interface import Student, TeacherWeights, plain_name
 from twinflow.teachers.sharded_weights import ShardedWeights, is_sharded
 
 
@@ -132,7 +132,7 @@ class AdapterSlot(TeacherWeights):
             (layer, [name for a in active[id(layer)] for name in (mine if a == trained else [a])])
             for layer in layers.values()
         ]
-        names = {id(p): name for name, p in original.named_parameters()}
+        names = {id(p): plain_name(name) for name, p in original.named_parameters()}
         self.sources: dict[str, nn.Parameter] = {} if self._shards is None else self._shards.sources
         self.targets: dict[str, torch.Tensor] = {} if self._shards is None else self._shards.targets
         for layer in layers.values() if adapter else ():

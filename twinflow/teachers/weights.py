@@ -8,7 +8,7 @@ from torch import nn
 
 from twinflow.distributed import unwrap
 from twinflow.errors import ArgumentError, ArgumentTypeError
-from twinflow.interface import Student, TeacherWeights, trained_parameters
+from twinflow.interface import Student, TeacherWeights, plain_name, plain_names, trained_parameters
 from twinflow.teachers.sharded_weights import ShardedWeights, is_sharded
 
 DEFAULT_SLOT = "ema"
@@ -34,7 +34,7 @@ class ModuleCopy(TeacherWeights):
         for parameter in self.module.parameters():
             if id(parameter) not in frozen:
                 parameter.requires_grad_(False)
-        copied = dict(self.module.named_parameters())
+        copied = plain_names(dict(self.module.named_parameters()))
         self.targets: dict[str, torch.Tensor] = {n: copied[n] for n in self.sources}
         compiled = getattr(student, "_orig_mod", None) is not None
         self._call: Student = torch.compile(self.module) if compiled else self.module
@@ -54,7 +54,7 @@ class ModuleCopy(TeacherWeights):
 
     def saved_buffers(self) -> dict[str, torch.Tensor]:
         saved = self.module.state_dict(keep_vars=True)
-        return {name: b for name, b in self.module.named_buffers() if name in saved}
+        return {plain_name(name): b for name, b in self.module.named_buffers() if name in saved}
 
 
 def ema_weights(student: nn.Module, adapter: str | None) -> tuple[TeacherWeights, str | None]:

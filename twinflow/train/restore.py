@@ -12,9 +12,15 @@ from twinflow.formats.generation_config import GenerationConfig
 from twinflow.interface import trained_parameters
 from twinflow.models import FlowModel
 from twinflow.teachers.teachers import EMATeacher
-from twinflow.train.checkpoint.checkpoint import latest_checkpoint, read_checkpoint, read_files, read_summary
+from twinflow.train.checkpoint.checkpoint import (
+    latest_checkpoint,
+    named_checkpoint,
+    read_checkpoint,
+    read_files,
+    read_summary,
+)
 from twinflow.train.checkpoint.run_state import check_part
-from twinflow.train.checkpoint.state_checks import check_names, check_tensor
+from twinflow.train.checkpoint.state_checks import check_names, check_tensor, plain_state
 from twinflow.train.config.resolve import read_config
 from twinflow.train.config.run_folder import RunFolder
 from twinflow.train.config.settings import TrainSettings
@@ -85,7 +91,7 @@ def restore_run(
     complaints: list[str] = []
     place, tree = _checkpoint(root, checkpoint, complaints)
     check_names(tree, {"shared": 0, "ranks": 0}, "state")
-    shared = tree["shared"]
+    shared = plain_state(tree["shared"])
     check_names(shared, dict.fromkeys(("student", "teacher", "criterion", "optimizer", "scheduler")), "state")
     folder = pipeline_folder(settings.pretrained_model_name_or_path)
     student = build_student(settings, folder)
@@ -107,7 +113,7 @@ def _settings(root: Path, model: str | None) -> TrainSettings:
 def _checkpoint(root: Path, asked: str | Path, complaints: list[str]) -> tuple[Path, Any]:
     """The folder of a checkpoint and the tree in it."""
     if str(asked) != "latest":
-        place = next((path for path in (root / asked, Path(asked)) if path.is_dir()), None)
+        place = named_checkpoint(root, asked)
         if place is None:
             wanted = f"latest, one of {root} or a folder"
             raise ArgumentError("restore_run", "checkpoint", wanted, repr(str(asked)))

@@ -22,7 +22,15 @@ from twinflow.memory.modulation.layers import deferrable_layers
 from twinflow.memory.presets import preset_of
 from twinflow.memory.quantised_linear import LIBRARIES, load_library
 from twinflow.train.callbacks import Callbacks, build_callbacks
-from twinflow.train.checkpoint.checkpoint import latest_checkpoint, read_checkpoint, read_summary, write_checkpoint
+from twinflow.train.checkpoint.checkpoint import (
+    RETIRED,
+    latest_checkpoint,
+    named_checkpoint,
+    read_checkpoint,
+    read_summary,
+    retire_later,
+    write_checkpoint,
+)
 from twinflow.train.checkpoint.folder_lock import lock_folder, unlock_folder
 from twinflow.train.config.describe import changed
 from twinflow.train.config.resolve import read_config
@@ -122,6 +130,11 @@ def _assembled(
         state.restore(tree)
         renew(settings, state.optimizer, state.scheduler)  # type: ignore[arg-type]
         display.say(f"going on after step {parts.loop.step}, from {checkpoint}")
+        if not parts.loop.batches.knows(tree["ranks"][world()[0]]["batches"]):
+            display.say(f"the data has changed since: its {len(data[1])} entries come in a new order from here on")
+        root, step = settings.output_dir, parts.loop.step
+        for name in on_rank_zero("train", lambda: "\n".join(retire_later(root, step))).splitlines():
+            display.say(f"{name} is of the steps that are now taken anew; it stays as {name}{RETIRED}")
     return parts
 
 
@@ -200,8 +213,10 @@ def checkpoint_to_resume(settings: TrainSettings, complaints: list[str]) -> Path
     if asked in ("latest", "no"):
         found = latest_checkpoint(run.root, complaints if asked == "latest" else None)
     else:
-        found = Path(asked).expanduser()
-        require(found.is_dir(), "train", "resume_from_checkpoint", "latest, no or a folder", repr(asked))
+        found = named_checkpoint(run.root, asked)
+        if found is None:
+            wanted = f"latest, no, a checkpoint of {run.root} or a folder"
+            raise ArgumentError("train", "resume_from_checkpoint", wanted, repr(asked))
         run = RunFolder(found.absolute().parent)
     if found is not None and asked == "no":
         wanted, hint = "no checkpoints where resume_from_checkpoint is no", "choose another folder or remove them"

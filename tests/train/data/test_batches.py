@@ -120,10 +120,29 @@ def test_bad_input(cache):
     for change, match in (
         (dict(seed=1), "seed=0, got 1"),
         (dict(batch=3), "batch=2, got 3"),
-        (dict(data="x"), "the same images, captions and sizes"),
         (dict(epoch=-1), "epoch as an integer >= 0"),
         (dict(position=None), "position as an integer >= 0"),
     ):
         with pytest.raises(ValueError, match=f"^Batches: state must .*{match}"):
             batches.load_state_dict(state | change)
     assert batches.state_dict() == state
+
+
+def test_other_data_begins_a_new_order_that_resumes(cache):
+    """The state of fewer entries: the next epoch in an order of all of them, which resumes at the next batch."""
+    before = Batches(cache.entries[:-3], batch=2, seed=7)
+    for _ in range(20):
+        before.take()
+    batches = Batches(cache.entries, batch=2, seed=7)
+    assert batches.knows(batches.state_dict()) and not batches.knows(before.state_dict())
+    batches.load_state_dict(before.state_dict())
+    assert batches.state_dict()["epoch"] == before.state_dict()["epoch"] + 1 == batches.began
+    states, drawn = [], []
+    for _ in range(20):
+        states.append(batches.state_dict())
+        drawn.append(names(batches))
+    assert {name for group in drawn for name in group} == {e.name for e in cache.entries}
+    again = Batches(cache.entries, batch=2, seed=7)
+    for at in (0, 9, 15):
+        again.load_state_dict(states[at])
+        assert [names(again) for _ in drawn[at:]] == drawn[at:]

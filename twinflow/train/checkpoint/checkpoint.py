@@ -33,6 +33,7 @@ _MOST_SUMMARY_BYTES = 1_000_000
 _CHUNK_BYTES = 1 << 22
 # `.replaced`: a checkpoint that made room for another of its step, until that is there.
 _NAME = re.compile(r"checkpoint-(\d{6,18})(\.replaced)?")
+RETIRED = ".retired"  # after the name of a checkpoint that a run went back before
 _SPARE_BYTES = 1 << 16  # headers, and what a file system takes for itself
 
 
@@ -78,6 +79,39 @@ def latest_checkpoint(folder: Path, complaints: list[str] | None = None) -> Path
     if complaints is not None:
         complaints += passed
     return None if found is None else Path(found)
+
+
+def named_checkpoint(folder: Path, name: str | Path) -> Path | None:
+    """The folder of a checkpoint that is asked for: one of a run by its name, `checkpoint-500` say, or any by its path.
+
+    Args:
+        folder: of the run.
+        name: its number may be written without the zeros before it.
+
+    Returns:
+        The folder; None: there is none of that name.
+    """
+    asked = Path(name).expanduser()
+    number = re.fullmatch(r"checkpoint-(\d{1,18})", asked.name)
+    full = asked if number is None else asked.with_name(f"checkpoint-{int(number[1]):06d}")
+    return next((path for path in (folder / full, full, folder / asked, asked) if path.is_dir()), None)
+
+
+def retire_later(folder: Path, step: int) -> list[str]:
+    """Gives checkpoints of later steps than a run goes on from a name under which nothing looks for them.
+
+    Left as they are, they would be the latest ones, and the checkpoints of the new way the oldest.
+
+    Returns:
+        Their names before that.
+    """
+    later = [path for path in _checkpoints(folder) if _step(path) > step]
+    for path in later:
+        retired = path.with_name(path.name + RETIRED)
+        if retired.exists():
+            remove_folder(retired)
+        os.rename(path, retired)
+    return [path.name for path in later]
 
 
 def read_checkpoint(path: Path) -> Any:

@@ -20,6 +20,7 @@ from twinflow.train.checkpoint.state_checks import (
     check_names,
     check_tensor,
     placed,
+    plain_state,
     require_saved,
     snapshot,
 )
@@ -79,7 +80,7 @@ class RunState:
                 names the difference, and nothing has been changed.
         """
         check_on_all_ranks("restore", lambda: self._check(tree))
-        shared, own = tree["shared"], tree["ranks"][world()[0]]
+        shared, own = plain_state(tree["shared"]), tree["ranks"][world()[0]]
         if self.batches is not None:
             self.batches.load_state_dict(own["batches"])
         with torch.no_grad():
@@ -114,7 +115,7 @@ class RunState:
     def _check(self, tree: Any) -> None:
         rank, ranks = world()
         check_names(tree, {"shared": 0, "ranks": 0}, "state")
-        shared, pieces = tree["shared"], tree["ranks"]
+        shared, pieces = plain_state(tree["shared"]), tree["ranks"]
         parts = dict.fromkeys(("student", "teacher", "criterion", "optimizer", "scheduler"))
         check_names(shared, parts, "state")
         count = len(pieces) if isinstance(pieces, list) else 0

@@ -6,6 +6,7 @@ import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from twinflow.errors import require
+from twinflow.interface import plain_name
 
 
 def snapshot(tree: Any, keep: bool = True) -> Any:
@@ -61,6 +62,15 @@ def placed(saved: Any, like: Any) -> Any:
 def require_saved(condition: object, path: str, wanted: str, got: object, hint: str = "", verb: str = "be") -> None:
     """Raises ArgumentError unless what the checkpoint has at a path is as wanted; arguments as for `require`."""
     require(condition, "restore", path, wanted, f"{got} in the checkpoint", hint, verb)
+
+
+def plain_state(saved: Any) -> Any:
+    """Saved values with parameters under their plain names, as keys and as texts; see `plain_name`."""
+    if isinstance(saved, dict):
+        return {plain_state(key): plain_state(value) for key, value in saved.items()}
+    if isinstance(saved, list):
+        return [plain_state(value) for value in saved]
+    return plain_name(saved) if isinstance(saved, str) else saved
 
 
 def check_form(saved: Any, mine: Any, path: str) -> None:

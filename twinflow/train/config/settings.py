@@ -167,7 +167,7 @@ class TrainSettings:
     ema_device: str = _optimizer("accelerator", "where it is kept: accelerator or cpu", _WHERE)
 
     output_dir: Path = _run(Path("output"), "folder of the run")
-    resume_from_checkpoint: str = _run("latest", "latest, no, or a checkpoint's folder")
+    resume_from_checkpoint: str = _run("latest", "latest, no, or a checkpoint: its name or its folder")
     checkpointing_steps: int = _run(500, "steps between checkpoints; 0: at the end only", _MANY)
     checkpoints_total_limit: int = _run(3, "checkpoints to keep; 0: all", _MANY)
     report_to: str = _run("none", "none, tensorboard, wandb or all", _REPORT)

@@ -14,6 +14,9 @@ Group = list[Entry]  # a batch of every rank, in rank order
 class Batches:
     """Batches of entries without an end; all rows of a batch, and of a step on all ranks, have one size.
 
+    Attributes:
+        began: epoch that this order began with: 0, or later where the data changed under way.
+
     Each size's entries are shuffled anew in each epoch and follow each other epoch by epoch: such a stream is cut into
     groups of batch x world entries, and an epoch's groups of all sizes are shuffled. What is left of an epoch begins
     the next one's first group, so nothing is ever dropped: after any number of whole epochs each entry was drawn once
@@ -52,33 +55,37 @@ class Batches:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch is, and of which order: numbers and a hash, the same on every rank."""
-        return {"epoch": self._epoch, "position": self._position, **self._order()}
+        place = {"epoch": self._epoch, "position": self._position, "began": self.began}
+        return {**place, **self._order(), "data": self._data}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on with the batch that would have been next.
+        """Goes on with the batch that would have been next; of other data, with the next epoch in a new order.
 
         Raises:
-            ValueError: a state of other data, another seed, batch or number of ranks; nothing is then changed.
+            ValueError: a state of another seed, batch or number of ranks; nothing is then changed.
         """
         for name, mine in self._order().items():
-            what = "of the same images, captions and sizes" if name == "data" else f"of {name}={mine}"
-            got = repr(state.get(name))
-            require(state.get(name) == mine, "Batches", "state", what, got, "begin a new order instead")
-        for name in ("epoch", "position"):
-            value = state.get(name)
+            require(state.get(name) == mine, "Batches", "state", f"of {name}={mine}", repr(state.get(name)))
+        began = state.get("began", 0)  # earlier checkpoints do not have it
+        for name, value in (("epoch", state.get("epoch")), ("position", state.get("position")), ("began", began)):
             whole = type(value) is int and value >= 0
             require(whole, "Batches", "state", f"{name} as an integer >= 0", repr(value), verb="have")
-        if state["epoch"] < self._epoch:
-            self._begin()
+        if not self.knows(state):
+            return self._begin(state["epoch"] + 1)
+        self._begin(began)
         while self._epoch < state["epoch"]:
             self._next_epoch()
         self._position = state["position"]
 
-    def _order(self) -> dict[str, Any]:
-        return {"seed": self._seed, "batch": self._batch, "world": self._world, "data": self._data}
+    def knows(self, state: dict[str, Any]) -> bool:
+        """Whether a state is one of the same images, captions and sizes."""
+        return state.get("data") == self._data
 
-    def _begin(self) -> None:
-        self._epoch, self._waiting = -1, {size: Group() for size in self._by_size}
+    def _order(self) -> dict[str, Any]:
+        return {"seed": self._seed, "batch": self._batch, "world": self._world}
+
+    def _begin(self, epoch: int = 0) -> None:
+        self.began, self._epoch, self._waiting = epoch, epoch - 1, {size: Group() for size in self._by_size}
         self._next_epoch()
 
     def _next_epoch(self) -> None:
