@@ -21,7 +21,7 @@ from twinflow.formats.manifest import (
     read_tensors,
     saved_conditioning,
 )
-from twinflow.sampling.grid import is_number
+from twinflow.sampling.grid import check_steps, is_number
 from twinflow.teachers.adapter_slot import adapter_layers, as_float32, enabled_adapters, on_meta
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def add_lora(
     """
     network = student.network
     _check_new(network, adapter, rank, rank if alpha is None else alpha)
+    rank = int(rank)
     chosen = _targeted(network, student.lora_targets if targets is None else targets)
     base = None if base_lora is None else _readable_base(student, Path(base_lora), adapter)
     if conditioning is not None and student.conditioning is None:
@@ -99,7 +100,7 @@ def _check_new(network: nn.Module, adapter: str, rank: int, alpha: float) -> Non
     for name, config in getattr(network, "peft_config", {}).items():
         hint = "delete_adapters() takes it off"
         require(config.peft_type == "LORA", "add_lora", f"adapter {name!r}", "a LoRA", config.peft_type.value, hint)
-    require(type(rank) is int and rank >= 1, "add_lora", "rank", "an integer >= 1", repr(rank))
+    check_steps("add_lora", "rank", rank)
     require(is_number(alpha) and alpha > 0, "add_lora", "alpha", "a number > 0", repr(alpha))
 
 

@@ -1,5 +1,9 @@
 """The scheduler's grids: published defaults, what stock pipelines send, what a user asks for."""
 
+import json
+import warnings
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -36,7 +40,7 @@ def test_shift_is_honoured():
 def test_the_grid_stock_pipelines_send_is_no_wish(steps):
     stock = np.linspace(1.0, 1 / steps, steps)
     ours, stubborn = TwinFlowScheduler(), TwinFlowScheduler(use_pipeline_sigmas=True, shift=3.0)
-    for sent in (stock, stock.tolist(), torch.tensor(stock, dtype=torch.float32)):
+    for sent in (stock, torch.linspace(1.0, 1 / steps, steps).tolist()):
         timesteps, count = retrieve_timesteps(ours, sigmas=sent, mu=0.8)
         assert timesteps.tolist() == pytest.approx([1000 * s for s in sampling_grid(steps)[:-1]]) and count == steps
     retrieve_timesteps(stubborn, sigmas=stock, mu=0.8)
@@ -81,8 +85,9 @@ def test_times_of_the_evaluation_to_come():
     z = torch.randn(1, 2, 4, 4)
     assert scheduler.times() == pytest.approx((0.999, 0.6))
     scheduler.set_begin_index(1)
-    assert scheduler.times() == pytest.approx((0.6, 0.0))
+    assert scheduler.times() == pytest.approx((0.5, 0.0))
     scheduler.set_begin_index(0)
+    assert scheduler.times() == pytest.approx((0.999, 0.6))
     scheduler.step(z, scheduler.timesteps[0], z)
     assert scheduler.times() == pytest.approx((0.6, 0.0)) and scheduler.step_index == 1
     assert all(type(time) is float for time in scheduler.times())
@@ -113,9 +118,86 @@ def test_noise_per_row_and_training_times():
     assert scheduler.init_noise_sigma == 1.0 and scheduler.scale_model_input(data, 0) is data
 
 
-def test_a_foreign_configuration_keeps_its_shift():
+@pytest.mark.parametrize("form, mu", [("any", None), ("array", 0.8)])
+def test_asked_for_sigmas_are_used_where_they_are_the_stock_grid(form, mu):
+    """A list comes from the caller; only Z-Image's pipelines make one, and they send mu with it."""
+    for asked in ([1.0, 0.5], (1.0, 0.5), torch.tensor([1.0, 0.5])):
+        scheduler = TwinFlowScheduler(stock_sigmas=form)
+        scheduler.set_timesteps(sigmas=asked, mu=mu)
+        assert scheduler.sigmas.tolist() == [1.0, 0.5, 0.0]
+    scheduler.set_timesteps(sigmas=np.array([1.0, 0.5]), mu=mu)
+    assert scheduler.sigmas.tolist() == pytest.approx([0.999, 0.6, 0.0])
+
+
+def test_the_list_that_z_image_sends():
+    scheduler = TwinFlowScheduler(stock_sigmas="list")
+    scheduler.set_timesteps(sigmas=[1.0, 0.5])
+    assert scheduler.sigmas.tolist() == pytest.approx([0.999, 0.6, 0.0])
+    scheduler.set_timesteps(sigmas=[1.0, 0.66, 0.33], mu=0.8)
+    assert scheduler.sigmas.tolist() == pytest.approx([1.0, 0.66, 0.33, 0.0])
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("steps, done", [(2, 1), (4, 1), (4, 3), (10, 9), (28, 20)])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_later_start_is_a_stock_schedulers(order, steps, done, shift):
+    """The slice that a pipeline took before changes too; a start at 0 restores the grid."""
+    scheduler = TwinFlowScheduler(order=order, shift=shift)
+    scheduler.set_timesteps(steps)
+    whole, taken = scheduler.sigmas.clone(), scheduler.timesteps[done * order :]
+    scheduler.set_begin_index(done * order)
+    stock = FlowMatchEulerDiscreteScheduler(shift=shift)
+    retrieve_timesteps(stock, sigmas=np.linspace(1.0, 1 / steps, steps))
+    assert taken[0].item() == pytest.approx(stock.timesteps[done].item(), rel=1e-5)
+    assert scheduler.times()[0] == pytest.approx(stock.sigmas[done].item(), rel=1e-5)
+    assert len(taken) == order * (steps - done) - (order == 2) and torch.equal(
+        taken, scheduler.timesteps[-len(taken) :]
+    )
+    assert all(before > after for before, after in pairwise(taken.tolist()))
+    noised = scheduler.scale_noise(torch.zeros(1, 1), taken[:1], torch.ones(1, 1))
+    assert noised.item() == pytest.approx(stock.sigmas[done].item(), rel=1e-5)
+    scheduler.set_begin_index(0)
+    assert torch.equal(scheduler.sigmas, whole)
+
+
+def test_a_later_start_on_a_grid_that_was_asked_for_stays_on_it():
+    scheduler = TwinFlowScheduler()
+    scheduler.set_timesteps(sigmas=[0.9, 0.7, 0.2])
+    scheduler.set_begin_index(1)
+    assert scheduler.timesteps.tolist() == pytest.approx([900, 700, 200]) and scheduler.times()[0] == 0.7
+
+
+def test_numpy_integers_are_integers():
+    scheduler = TwinFlowScheduler(seed=np.int64(3), num_train_timesteps=np.int32(1000))
+    scheduler.set_timesteps(np.int64(2))
+    assert scheduler.num_inference_steps == 2 and type(scheduler.num_inference_steps) is int
+    scheduler.set_begin_index(np.int64(0))
+    z = torch.randn(1, 2, 4, 4)
+    scheduler.step(z, np.int64(0), z)
+    assert scheduler.step_index == 1 and type(scheduler.config.seed) is int
+    assert json.loads(scheduler.to_json_string())["num_train_timesteps"] == 1000
+
+
+def test_the_shift_of_another_scheduler_is_not_taken_over_in_silence():
     foreign = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-    scheduler = TwinFlowScheduler.from_config(foreign.config)
-    assert scheduler.shift == scheduler.config.shift == 3.0
+    with pytest.warns(UserWarning, match=r"the other scheduler's shift of 3\.0 is not taken over.* Pass shift=3\.0"):
+        scheduler = TwinFlowScheduler.from_config(foreign.config)
+    assert scheduler.shift == scheduler.config.shift == 1.0
     scheduler.set_timesteps(2, mu=0.5)
-    assert scheduler.sigmas.tolist() == pytest.approx([3 * s / (1 + 2 * s) for s in (0.999, 0.6, 0.0)])
+    assert scheduler.sigmas.tolist() == pytest.approx([0.999, 0.6, 0.0])
+
+
+def test_a_shift_that_was_asked_for_is_taken(tmp_path):
+    """By name, from a configuration of our own, or by a dict without another scheduler's settings."""
+    foreign = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    TwinFlowScheduler(shift=3.0).save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for scheduler in (
+            TwinFlowScheduler.from_config(foreign.config, shift=3.0),
+            TwinFlowScheduler.from_config(TwinFlowScheduler(shift=3.0).config),
+            TwinFlowScheduler.from_pretrained(tmp_path),
+            TwinFlowScheduler.from_config({"shift": 3.0}),
+        ):
+            assert scheduler.shift == 3.0
+        assert TwinFlowScheduler.from_config(FlowMatchEulerDiscreteScheduler(shift=1.0).config).shift == 1.0

@@ -80,7 +80,7 @@ def test_other_names_mean_the_same():
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("by_value", [False, True])
 def test_image_to_image_starts_in_the_middle(order, by_value):
-    """Half of 4 steps from noised data: the result is sample()'s over the last two times."""
+    """Half of 4 steps from noised data: the result is sample()'s over the two times that are left."""
     scheduler = TwinFlowScheduler(style="mul", order=order)
     scheduler.set_timesteps(4)
     start = 2 * scheduler.order
@@ -89,7 +89,7 @@ def test_image_to_image_starts_in_the_middle(order, by_value):
     timesteps = scheduler.timesteps[start:]
     data, noise = torch.randn(2, 2, 4, 4), torch.randn(2, 2, 4, 4)
     x = scheduler.scale_noise(data, timesteps[:1].repeat(2), noise)
-    times = sampling_grid(4)[2:]
+    times = sampling_grid(4)[2:] if by_value else [0.5, 0.5 * 0.6 / 0.999, 0.0]
     torch.testing.assert_close(x, times[0] * noise + (1 - times[0]) * data)
     for timestep in timesteps:
         t, r = (scheduler.timesteps.new_full((2,), time) for time in (timestep / 1000, timestep / 1000))
@@ -133,13 +133,57 @@ def test_its_own_noise_is_reproducible_and_touches_no_global_stream():
     assert torch.equal(first, run(scheduler)) and torch.equal(torch.get_rng_state(), state)
 
 
-def test_its_own_noise_is_not_the_initial_noise_of_the_same_seed():
-    scheduler = TwinFlowScheduler(seed=0)
+def test_its_own_noise_is_not_the_initial_noise():
+    for seed in range(3):
+        scheduler = TwinFlowScheduler(seed=seed)
+        scheduler.set_timesteps(2)
+        z = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(seed))
+        noise = fresh_noise(scheduler, z)
+        assert correlation(z, noise) < 5 / math.sqrt(z.numel()) and 0.9 < noise.std() < 1.1
+
+
+def fresh_noise(scheduler, z):
+    """What the first of two steps adds where the data predicted are 0."""
     scheduler.set_timesteps(2)
-    z = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
-    zero = torch.zeros_like(z)
-    noise = scheduler.step(zero, scheduler.timesteps[0], zero).prev_sample / 0.6
-    assert abs(torch.corrcoef(torch.stack([z.flatten(), noise.flatten()]))[0, 1]) < 5 / math.sqrt(z.numel())
+    return scheduler.step(z / 0.999, scheduler.timesteps[0], z).prev_sample / 0.6
+
+
+def correlation(a, b):
+    return abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_image_has_its_own_noise_whatever_its_batch(dtype):
+    scheduler = TwinFlowScheduler()
+    z = torch.randn(3, 4, 8, 8).to(dtype)
+    together = fresh_noise(scheduler, z)
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert correlation(together[a], together[b]) < 0.25
+    for row in range(3):
+        assert torch.equal(fresh_noise(scheduler, z[row : row + 1]), together[row : row + 1])
+    assert torch.equal(fresh_noise(TwinFlowScheduler(), z.flip(0).contiguous()), together.flip(0))
+    assert correlation(fresh_noise(TwinFlowScheduler(seed=1), z), together) < 0.25
+
+
+def test_later_noise_of_an_image_depends_on_its_first_sample_alone():
+    """Devices round the states that follow; the noise must not change with them."""
+    z, other = torch.randn(2, 2, 4, 4), torch.randn(2, 2, 4, 4)
+    results = []
+    for x in (other, other + 1e-6):
+        scheduler = TwinFlowScheduler()
+        scheduler.set_timesteps(4)
+        scheduler.step(z, scheduler.timesteps[0], z)
+        results.append(scheduler.step(x / scheduler.times()[0], scheduler.timesteps[1], x).prev_sample)
+    torch.testing.assert_close(*results, rtol=0, atol=1e-5)
+
+
+def test_no_noise_needs_no_reading_of_the_sample(monkeypatch):
+    """One step, and walks without fresh noise: a GPU is not waited for."""
+    monkeypatch.setattr("twinflow.scheduler.own_generators", lambda *_: pytest.fail("the sample was read"))
+    for options, steps in ((dict(), 1), (dict(style="any"), 4), (dict(stochasticity=0.0), 4)):
+        scheduler = TwinFlowScheduler(**options)
+        scheduler.set_timesteps(steps)
+        drive(scheduler, torch.randn(2, 2, 4, 4))
 
 
 def test_a_list_of_generators_serves_a_row_each():

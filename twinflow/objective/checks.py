@@ -7,6 +7,7 @@ from twinflow.interface import Teacher
 from twinflow.objective.config import TwinFlowConfig
 from twinflow.objective.rows import check_condition
 from twinflow.objective.step import StepInputs
+from twinflow.sampling.grid import is_integer
 
 WHERE = "TwinFlowLoss"
 
@@ -22,7 +23,7 @@ def check_latents(latents: torch.Tensor) -> None:
 
 def check_micro_batch(where: str, micro_batch: object) -> None:
     """Raises ValueError unless it is an integer >= 1."""
-    if isinstance(micro_batch, bool) or not isinstance(micro_batch, int) or micro_batch < 1:
+    if not is_integer(micro_batch) or micro_batch < 1:
         raise ArgumentError(where, "micro_batch", "an integer >= 1", repr(micro_batch))
 
 
@@ -36,7 +37,7 @@ def check_step_rows(step_rows: object, batch: int) -> None:
     """Raises TypeError or ValueError unless it is None or an integer >= the batch."""
     if step_rows is None:
         return
-    if isinstance(step_rows, bool) or not isinstance(step_rows, int):
+    if not is_integer(step_rows):
         raise ArgumentTypeError(WHERE, "step_rows", "an integer", type(step_rows).__name__)
     if step_rows < batch:
         raise ArgumentError(WHERE, "step_rows", f">= the batch of {batch}", step_rows)

@@ -47,6 +47,7 @@ def sample(
     if not isinstance(z, torch.Tensor) or not z.is_floating_point():
         raise ArgumentTypeError("sample", "z", "a floating tensor", getattr(z, "dtype", type(z).__name__))
     check_steps("sample", "steps", steps)
+    steps = int(steps)
     config = SamplerConfig(style=style, stochasticity=stochasticity, **settings)
     config.check("sample")
     check_generators("sample", generator)

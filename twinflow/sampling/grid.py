@@ -3,10 +3,11 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from numbers import Real
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, TypeGuard
 
 import numpy as np
+import torch
 
 from twinflow.errors import ArgumentError
 
@@ -30,9 +31,14 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def check_steps(where: str, name: str, steps: object) -> None:
+def is_integer(value: Any) -> TypeGuard[int]:
+    """Whether a value is an integer, numpy's included."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def check_steps(where: str, name: str, steps: Any) -> None:
     """Raises ArgumentError unless a number of steps is an integer >= 1."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    if not is_integer(steps) or steps < 1:
         raise ArgumentError(where, name, "an integer >= 1", repr(steps))
 
 
@@ -73,6 +79,7 @@ def sampling_grid(
     Source: UCGM (arXiv 2505.07447), sampler.
     """
     check_steps("sampling_grid", "steps", steps)
+    steps = int(steps)
     gap_end = default_gap_end(steps) if gap_end is None else gap_end
     check_grid("sampling_grid", gap_start, gap_end, time_dist_ctrl)
     a, b, c = time_dist_ctrl
@@ -93,6 +100,13 @@ def check_times(where: str, name: str, times: Sequence[float]) -> None:
         raise ArgumentError(where, name, "from 1 at most to above 0", f"{list(times)} as shares of noise", verb="fall")
 
 
-def is_stock_grid(times: Sequence[float]) -> bool:
-    """Whether times are linspace(1, 1/N, N), which stock pipelines send unasked; to float32 rounding."""
-    return bool(np.allclose(times, np.linspace(1.0, 1 / len(times), len(times)), rtol=0.0, atol=1e-6))
+def is_stock_array(times: Any) -> bool:
+    """Whether times are the numpy array linspace(1, 1/N, N), to float32 rounding, which most stock pipelines send."""
+    stock = np.linspace(1.0, 1 / max(len(times), 1), len(times))
+    return isinstance(times, np.ndarray) and np.allclose(times, stock, rtol=0.0, atol=1e-6)
+
+
+def is_stock_list(times: Any) -> bool:
+    """Whether times are that grid as a list of float32 numbers, which Z-Image's pipelines send."""
+    count = len(times)
+    return isinstance(times, list) and times == torch.linspace(1.0, 1 / max(count, 1), count).tolist()

@@ -1,5 +1,6 @@
 """The arithmetic of a sampler, shared by `sample()` and the scheduler (docs/method.md, section 6)."""
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -168,14 +169,33 @@ def working_dtype(*tensors: torch.Tensor) -> torch.dtype:
     return dtype
 
 
+def own_generators(sample: torch.Tensor, seed: int) -> list[torch.Generator]:
+    """A generator for each row, on the CPU, seeded by the row's own bytes.
+
+    So rows differ where their noise does, and a row draws the same whatever its batch and device.
+
+    Args:
+        sample: (B, ...) the state a sampler starts from.
+        seed: turns all of them to other noise.
+    """
+    rows = sample.detach().cpu().contiguous().flatten(1).view(torch.uint8).numpy()
+    key = seed.to_bytes(8, "little")
+    digests = (hashlib.blake2b(row.tobytes(), digest_size=8, key=key).digest() for row in rows)
+    return [torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1) for digest in digests]
+
+
 def draw_noise(like: torch.Tensor, generator: Generators | None) -> torch.Tensor:
     """Normal noise of a tensor's shape, dtype and device; a generator elsewhere draws there, and the noise is moved."""
     if generator is None:
         return torch.randn_like(like)
     if isinstance(generator, torch.Generator):
-        noise = torch.randn(like.shape, dtype=like.dtype, device=generator.device, generator=generator)
-        return noise.to(like.device)
-    return torch.cat([draw_noise(row, source) for row, source in zip(like.split(1), generator, strict=True)])
+        return _normal(like, generator)
+    return torch.cat([_normal(row, source) for row, source in zip(like.split(1), generator, strict=True)])
+
+
+def _normal(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    noise = torch.randn(like.shape, dtype=like.dtype, device=generator.device, generator=generator)
+    return noise.to(like.device)
 
 
 def check_generators(where: str, generator: object) -> None:

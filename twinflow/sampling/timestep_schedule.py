@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from twinflow.errors import ArgumentError
-from twinflow.sampling.grid import check_times, is_stock_grid
+from twinflow.sampling.grid import check_times, is_integer, is_stock_array, is_stock_list
 from twinflow.sampling.sampler import Evaluation, SamplerConfig
 
 
@@ -26,17 +26,21 @@ class TimestepSchedule:
     """
 
     def __init__(self, evaluations: Sequence[Evaluation], timesteps: Sequence[float]) -> None:
-        self.evaluations = list(evaluations)
-        self.timesteps = _distinct(timesteps)
+        self.replace(evaluations, timesteps)
         self.step_index: int | None = None
         self.begin_index: int | None = None
 
+    def replace(self, evaluations: Sequence[Evaluation], timesteps: Sequence[float]) -> None:
+        """Puts others in place of the evaluations and their timesteps."""
+        self.evaluations = list(evaluations)
+        self.timesteps = _distinct(timesteps)
+
     def begin(self, where: str, index: int) -> None:
         """Sets the first evaluation; raises ArgumentError unless it is an index."""
-        if type(index) is not int or not 0 <= index < len(self.timesteps):
+        if not is_integer(index) or not 0 <= index < len(self.timesteps):
             wanted = f"an index into the {len(self.timesteps)} timesteps"
             raise ArgumentError(where, "begin_index", wanted, repr(index))
-        self.begin_index = index
+        self.begin_index = int(index)
 
     def find(self, where: str, timestep: Any) -> int:
         """The index of a timestep given by value: a float or a floating tensor of one element."""
@@ -73,12 +77,21 @@ class TimestepSchedule:
         started = self.step_index is not None or self.begin_index is not None
         if not isinstance(timestep, Integral):
             return self.due(where) if started else self.find(where, timestep)
-        if type(timestep) is not int or not 0 <= timestep < len(self.timesteps):
+        if not is_integer(timestep) or not 0 <= timestep < len(self.timesteps):
             wanted = f"a number of `timesteps` or an index in [0, {len(self.timesteps)})"
             raise ArgumentError(where, "timestep", wanted, f"{type(timestep).__name__} {timestep}")
         if started and timestep != self.due(where):
             raise ArgumentError(where, "timestep", f"the index to come, {self.due(where)}", timestep)
-        return timestep
+        return int(timestep)
+
+
+def is_unasked(config: Mapping[str, Any], sigmas: Any, mu: float | None) -> bool:
+    """Whether sigmas are the grid that a pipeline sends where its caller named none (see `TwinFlowScheduler`)."""
+    form = config["stock_sigmas"]
+    if config["use_pipeline_sigmas"] or sigmas is None:
+        return False
+    listed = form == "list" or (form == "any" and mu is not None)
+    return is_stock_array(sigmas) or (listed and is_stock_list(sigmas))
 
 
 def times_of(where: str, config: Mapping[str, Any], sampler: SamplerConfig, sigmas: Any, timesteps: Any) -> list[float]:
@@ -91,8 +104,6 @@ def times_of(where: str, config: Mapping[str, Any], sampler: SamplerConfig, sigm
         return [*times, 0.0]
     times = [float(s) for s in sigmas]
     check_times(where, "sigmas", times)
-    if not config["use_pipeline_sigmas"] and is_stock_grid(times):
-        return sampler.times(len(times))
     return sampler.shifted([*times, 0.0])
 
 
