@@ -144,7 +144,7 @@ def check_on_all_ranks(where: str, check: Callable[[], None]) -> None:
     except Exception as error:
         failure = error
     if world()[1] > 1:
-        others = [text.decode() for text in gather_bytes(str(failure or "").encode())]
+        others = [text.decode() for text in gather_bytes(str(failure or "").encode(errors="backslashreplace"))]
         first = next((number for number, text in enumerate(others) if text), None)
         if failure is None and first is not None:
             raise ValueError(f"{where}: rank {first} failed with {others[first]}")

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,19 @@ def test_prompts_of_a_sample_and_its_run_in_any_order(tmp_path):
                   ["--prompt", "a", "--prompt", "b", "--", run]):  # fmt: skip
         options = parsed(*words, command=command)
         assert (options.source, options.prompt) == (tmp_path, ["a", "b"]), words
+
+
+@pytest.mark.parametrize("command, words, names", [
+    ("train", ["~/c.json"], ["config"]), ("export", ["~/run", "--out=~/x", "--checkpoint=~/c", "--model=~/m"],
+    ["run_folder", "out", "checkpoint", "model"]), ("report", ["~/run", "--out=~/x"], ["run_folder", "out"]),
+    ("sample", ["~", "--out=~/x", "--prompts-file=~/p", "--model=~/m"], ["source", "out", "prompts_file", "model"]),
+    ("plan", ["--model=sd3", "--json=~/x", "--png=~/y"], ["json", "png"]),
+])  # fmt: skip
+def test_the_home_folder_in_every_path(command, words, names, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    options = vars(parsed(*words, command=import_module(f"twinflow.cli.{command}").add_options))
+    for name in names:
+        assert str(options[name]).startswith(str(tmp_path)), name
 
 
 def test_the_debug_of_the_whole_command_line_is_no_option_of_a_run():

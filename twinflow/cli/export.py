@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from twinflow.cli.parser import EXAMPLES, Parser
+from twinflow.cli.parser import EXAMPLES, Parser, as_path
 from twinflow.cli.run_weights import add_weight_options, choose_weights, describe_weights
 from twinflow.errors import require
 
@@ -22,10 +22,10 @@ def add_options(parser: Parser) -> None:
     """Declares the options."""
     parser.description = "Writes what a run trained: its LoRA, or the whole model where all weights were trained."
     parser.epilog = _EPILOG
-    parser.add_argument("run_folder", type=Path, metavar="RUN", help="folder of the run: its output_dir")
+    parser.add_argument("run_folder", type=as_path, metavar="RUN", help="folder of the run: its output_dir")
     text = "diffusers; comfyui: Qwen-Image and Z-Image"
     parser.add_argument("--format", default="diffusers", metavar="NAME", help=text)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: RUN/export)")
+    parser.add_argument("--out", type=as_path, metavar="DIR", help="folder to write (default: RUN/export)")
     parser.add_argument("--merge-base", action="store_true", help="write base_lora and the trained LoRA as one")
     add_weight_options(parser)
 

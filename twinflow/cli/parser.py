@@ -4,12 +4,18 @@ import argparse
 import os
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from twinflow.suggest import did_you_mean, nearest
 
 _NEGATIVE = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 EXAMPLES = "examples:"  # how the part of a help begins whose lines stay as they are
+
+
+def as_path(text: str) -> Path:
+    """A path as it is typed: `~` is the home folder, also where a shell leaves it, as in --out=~/pictures."""
+    return Path(os.path.expanduser(text))
 
 
 class Parser(argparse.ArgumentParser):

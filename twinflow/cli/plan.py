@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twinflow.cli.parser import EXAMPLES, Parser
+from twinflow.cli.parser import EXAMPLES, Parser, as_path
 from twinflow.errors import ArgumentError, require
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ def add_options(parser: Parser) -> None:
     text = "leave out DMD2, SANA-Sprint and the published schedule"
     parser.add_argument("--no-peers", action="store_true", help=text)
     text = "write everything as JSON; -: to the terminal"
-    parser.add_argument("--json", type=Path, metavar="FILE", help=text)
-    parser.add_argument("--png", type=Path, metavar="FILE", help="write the picture of the forecasts")
+    parser.add_argument("--json", type=as_path, metavar="FILE", help=text)
+    parser.add_argument("--png", type=as_path, metavar="FILE", help="write the picture of the forecasts")
 
 
 def _check_writable(*paths: Path | None) -> None:

@@ -1,6 +1,7 @@
 """`choose_weights()`: the weights of a run that `twinflow export` and `twinflow sample` use."""
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +19,10 @@ def add_weight_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--ema", action="store_true", help="the average of the weights (default: if the run has one)")
     group.add_argument("--student", action="store_true", help="the trained weights themselves")
-    parser.add_argument("--checkpoint", default="latest", metavar="NAME", help="latest, or a checkpoint's name or path")
+    text = "latest, or a checkpoint's name or path"
+    parser.add_argument("--checkpoint", type=os.path.expanduser, default="latest", metavar="NAME", help=text)
     text = "hub name or folder of the base pipeline (default: the run's)"
-    parser.add_argument("--model", metavar="PIPELINE", help=text)
+    parser.add_argument("--model", type=os.path.expanduser, metavar="PIPELINE", help=text)
 
 
 def choose_weights(options: argparse.Namespace, run: Path) -> "RestoredRun":

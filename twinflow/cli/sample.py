@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twinflow.cli.parser import EXAMPLES, Parser
+from twinflow.cli.parser import EXAMPLES, Parser, as_path
 from twinflow.cli.run_weights import add_weight_options, choose_weights, describe_weights, model_option, print_note
 from twinflow.errors import ArgumentError, require
 
@@ -34,17 +34,17 @@ def add_options(parser: Parser) -> None:
         "files keep prompt, seed, steps and model in their text."
     )
     parser.epilog = _EPILOG
-    parser.is_positional, parser.needs_positional = lambda word: Path(word).is_dir(), True
+    parser.is_positional, parser.needs_positional = lambda word: as_path(word).is_dir(), True
     of_run = "(default: as the run's own samples)"
     text = "folder of a run or of an export"
-    parser.add_argument("source", nargs="?", type=Path, metavar="RUN_OR_EXPORT", help=text)
+    parser.add_argument("source", nargs="?", type=as_path, metavar="RUN_OR_EXPORT", help=text)
     parser.add_argument("--prompt", nargs="+", action="append", default=[], metavar="TEXT", help="what to draw")
-    parser.add_argument("--prompts-file", type=Path, metavar="FILE", help="a prompt a line: .txt or .jsonl")
+    parser.add_argument("--prompts-file", type=as_path, metavar="FILE", help="a prompt a line: .txt or .jsonl")
     parser.add_argument("--steps", type=int, metavar="N", help=f"network calls of an image, 1 to 4 {of_run}")
     text = "seed of the first image; each further image has the next"
     parser.add_argument("--seed", type=int, default=0, metavar="N", help=text)
     parser.add_argument("--count", type=int, default=1, metavar="N", help="images of each prompt")
-    parser.add_argument("--out", type=Path, default=Path("samples"), metavar="DIR", help="folder of the images")
+    parser.add_argument("--out", type=as_path, default=Path("samples"), metavar="DIR", help="folder of the images")
     parser.add_argument("--width", type=int, metavar="PIXELS", help=f"width {of_run}")
     parser.add_argument("--height", type=int, metavar="PIXELS", help=f"height {of_run}")
     text = "target time of each call: few, 0; any, the next time; mul, its own time (default: few)"

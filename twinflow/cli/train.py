@@ -3,10 +3,9 @@
 import argparse
 import gc
 import traceback
-from pathlib import Path
 from typing import Any
 
-from twinflow.cli.parser import EXAMPLES, Parser
+from twinflow.cli.parser import EXAMPLES, Parser, as_path
 from twinflow.train.config import simpletuner
 from twinflow.train.config.option_types import BOOL, TEXTS
 from twinflow.train.config.resolve import ALIASES, read_config
@@ -29,7 +28,7 @@ def add_options(parser: Parser) -> None:
         "run that was stopped. Options override those of the config file, which may be one of SimpleTuner's."
     )
     parser.is_positional = lambda word: word.endswith(".json")
-    parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="a JSON file of the options below")
+    parser.add_argument("config", nargs="?", type=as_path, metavar="CONFIG", help="a JSON file of the options below")
     text = "print the settings, the network calls of a step and the forecast of its memory, and stop"
     parser.add_argument("--dry-run", "--dry_run", action="store_true", help=text)
     spellings: dict[str, list[str]] = {name: [name] for name in OPTIONS}

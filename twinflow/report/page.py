@@ -43,7 +43,7 @@ def write_report(run: RunFolder, to: Path | None = None) -> Path:
     if path.is_dir() or not path.absolute().parent.is_dir():
         what = "a folder" if path.is_dir() else "in a folder that does not exist"
         raise ArgumentError("write_report", "to", "a file in a folder that exists", f"{str(path)!r}, {what}")
-    write_file(path, page(contents).encode())
+    write_file(path, page(contents).encode(errors="backslashreplace"))
     return path
 
 

@@ -21,6 +21,7 @@ from twinflow.train.checkpoint.checkpoint import (
 )
 from twinflow.train.checkpoint.run_state import check_part
 from twinflow.train.checkpoint.state_checks import check_names, check_tensor, plain_state
+from twinflow.train.config.option_types import absolute
 from twinflow.train.config.resolve import read_config
 from twinflow.train.config.run_folder import RunFolder
 from twinflow.train.config.settings import TrainSettings
@@ -54,7 +55,7 @@ class RestoredRun:
         """How it is drawn with: as the run's own samples were."""
         settings = self.settings
         return GenerationConfig(
-            model=settings.pretrained_model_name_or_path,
+            model=absolute(settings.pretrained_model_name_or_path),
             steps=settings.validation_num_inference_steps,
             size=settings.validation_resolution,
             guidance=settings.validation_guidance,

@@ -186,7 +186,7 @@ def _begin(settings: TrainSettings, run: RunFolder, display: Display) -> Path | 
         return ""
 
     def write() -> str:
-        write_file(run.config, settings.to_json().encode())
+        write_file(run.config, settings.with_absolute_paths().to_json().encode())
         write_file(run.environment, json.dumps(describe_environment(world()[1]), indent=1).encode())
         return ""
 

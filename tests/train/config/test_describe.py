@@ -41,3 +41,21 @@ def test_what_a_resumed_run_may_not_change():
     assert changed(read_config(None, full), read_config(None, {**full, "lora_rank": 8})) == []
     more = changed(read_config(None, focus), read_config(None, {**focus, "twinflow_target_step_count": 4}))
     assert more == ["twinflow.target_step_count was 1 and is now 4"]
+
+
+def test_one_place_by_two_names_is_no_change(tmp_path, monkeypatch):
+    (tmp_path / "models" / "sd3").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    given = {**ON, "pretrained_model_name_or_path": "models/sd3", "instance_data_dir": "photos"}
+    relative = read_config(None, given)
+    kept = relative.with_absolute_paths()
+    assert kept != relative and kept.pretrained_model_name_or_path == str(tmp_path / "models" / "sd3")
+    assert changed(kept, relative) == changed(relative, kept) == []
+    assert changed(relative.with_absolute_paths(), read_config(None, given | {"instance_data_dir": "../photos"})) != []
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "moved" / "photos").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "moved")
+    assert any("instance_data_dir" in said for said in changed(kept, relative)), "other images of the same name"
+    (tmp_path / "photos").rmdir()
+    (tmp_path / "models").rename(tmp_path / "moved" / "models")
+    assert changed(kept, relative) == [], "all of it was moved"

@@ -9,6 +9,7 @@ import pytest
 from twinflow import TwinFlowConfig, conditioning
 from twinflow.teachers.teachers import teacher_from_options
 from twinflow.train import TrainSettings, read_config
+from twinflow.train.config.option_types import PATHS
 from twinflow.train.config.settings import MODES, OPTIONS
 
 FILE = """{"model_family": "sd3", "model_type": "lora",
@@ -140,6 +141,18 @@ def test_the_resolved_config_reads_back(written):
         text = found.to_json()
         assert read_config(written(text), {}) == found, given
         assert json.loads(text) and "Infinity" not in text and "NaN" not in text
+
+
+def test_the_home_folder_in_every_path(written, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of/mine")
+    names = [name for name, option in OPTIONS.items() if option.kind in PATHS]
+    assert len(names) > 6 and {"pretrained_model_name_or_path", "base_lora", "resume_from_checkpoint"} < {*names}
+    for name in names:
+        other = {option: value for option, value in ON.items() if option != name}
+        for found in (
+            read_config(None, {**other, name: "~/x"}), read_config(written(json.dumps({**other, name: "~/x"})), {}),
+        ):  # fmt: skip
+            assert str(getattr(found, name)) == "/home/of/mine/x", name
 
 
 def test_defaults_are_values_of_their_kind():

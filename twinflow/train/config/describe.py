@@ -1,9 +1,12 @@
 """`describe()`, `changed()`: settings in words, and what a resumed run may not change of them."""
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from twinflow.objective.config import TwinFlowConfig
+from twinflow.train.config.option_types import PATHS, Kind, absolute
 from twinflow.train.config.settings import OPTIONS, TrainSettings
 
 _FREE = ("check_finite",)  # of the objective: it changes no number
@@ -80,6 +83,7 @@ def changed(old: TrainSettings, new: TrainSettings) -> list[str]:
     both_full = old.model_type == new.model_type == "full"
     fixed = [name for name, option in OPTIONS.items() if option.fixed and not (both_full and name.startswith("lora_"))]
     pairs: list[tuple[str, Any, Any]] = [(name, getattr(old, name), getattr(new, name)) for name in fixed]
+    pairs = [pair for pair in pairs if not _same_place(OPTIONS[pair[0]].kind, *pair[1:])]
     for flag, before in old.twinflow_options.items():
         if flag != "twinflow_target_step_count":
             pairs.append((flag, before, new.twinflow_options[flag]))
@@ -88,6 +92,15 @@ def changed(old: TrainSettings, new: TrainSettings) -> list[str]:
         free = _FREE if was["step_focus"] else (*_FREE, "target_step_count")
         pairs += [(f"twinflow.{name}", was[name], now[name]) for name in was if name not in free]
     return [f"{name} was {_plain(was)} and is now {_plain(now)}" for name, was, now in pairs if was != now]
+
+
+def _same_place(kind: Kind, old: Any, new: Any) -> bool:
+    """Whether two paths are one, or the old one is gone and ends as the relative new one: the whole was moved."""
+    if kind not in PATHS or old is None or new is None:
+        return False
+    was, ending = absolute(old), Path(new).parts
+    moved = not (os.path.isabs(new) or os.path.exists(was)) and os.path.isabs(was)
+    return was == absolute(new) or (moved and Path(was).parts[-len(ending) :] == ending)
 
 
 def _plain(value: object) -> object:

@@ -1,6 +1,7 @@
 """`Kind`: which values an option takes, and how JSON or a command line is read as one."""
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,13 +120,31 @@ def _size(value: Any) -> tuple[int, int]:
 
 
 def _path(value: Any) -> Path:
-    return Path(_text(str(value) if isinstance(value, Path) else value))
+    return Path(os.path.expanduser(_text(str(value) if isinstance(value, Path) else value)))
+
+
+def _path_of_any_bytes(value: Any) -> Path:
+    text = str(value) if isinstance(value, Path) else value
+    if not isinstance(text, str) or "\0" in text:
+        raise TypeError
+    os.fsencode(text)  # bytes that are no UTF-8 stand in it as lone surrogates
+    return Path(os.path.expanduser(text))
+
+
+def absolute(value: Any) -> Any:
+    """A path, or the name of a folder that exists, from the root on; any other value as it is."""
+    if isinstance(value, Path):
+        return value.absolute()
+    return str(Path(value).absolute()) if isinstance(value, str) and os.path.isdir(value) else value
 
 
 PIXELS = whole(16, 65536)
 BOOL = Kind("true or false", _bool, metavar="BOOL")
 TEXT = Kind("a string", _text, metavar="TEXT")
+NAME_OR_PATH = Kind("a name or a path in UTF-8", lambda value: os.path.expanduser(_text(value)), metavar="NAME")
 TEXTS = Kind("a string or a list of strings", _texts, metavar="TEXT")
-PATH = Kind("a path", _path, metavar="PATH")
+PATH = Kind("a path in UTF-8", _path, metavar="PATH")  # safetensors opens no other
+DATA_PATH = Kind("a path", _path_of_any_bytes, metavar="PATH")
+PATHS = (NAME_OR_PATH, PATH, DATA_PATH)
 SIZE = Kind("pixels as 1024 or 1024x768", _size, metavar="SIZE")
 RAW = Kind("", lambda value: value)  # `objective` reads it

@@ -16,13 +16,17 @@ from twinflow.objective.flags import FLAGS
 from twinflow.train.config.objective import FLOW_MATCHING
 from twinflow.train.config.option_types import (
     BOOL,
+    DATA_PATH,
+    NAME_OR_PATH,
     PATH,
+    PATHS,
     PIXELS,
     RAW,
     SIZE,
     TEXT,
     TEXTS,
     Kind,
+    absolute,
     choice,
     number,
     whole,
@@ -113,7 +117,8 @@ class TrainSettings:
 
     # fmt: off
     preset: str | None = _model(None, f"published recipe that other options override: {', '.join(TRAIN_PRESETS)}")
-    pretrained_model_name_or_path: str = _model(None, "diffusers pipeline: hub name or folder", fixed=True)
+    pretrained_model_name_or_path: str = _model(None, "diffusers pipeline: hub name or folder", NAME_OR_PATH,
+                                                fixed=True)
     model_family: str | None = _model(None, f"{_TRAINED} (default: read from the pipeline)", _FAMILY,
                                       fixed=True)
     model_type: str = _model("lora", "lora, or full to train all weights", _TYPE, fixed=True)
@@ -126,9 +131,10 @@ class TrainSettings:
     conditioning: str | None = _model(None, f"how the model takes both times: {', '.join(MODES)} (default: dual)",
                                       _MODES, fixed=True, derived=lambda s: None if s["twinflow"] is None else MODES[0])
 
-    instance_data_dir: Path | None = _data(None, "folder of images with captions", fixed=True)
-    prompts_file: Path | None = _data(None, "prompts, one a line: training without images", fixed=True)
-    metadata_file: Path | None = _data(None, "captions: .jsonl, .csv or .parquet (default: searched)", fixed=True)
+    instance_data_dir: Path | None = _data(None, "folder of images with captions", DATA_PATH, fixed=True)
+    prompts_file: Path | None = _data(None, "prompts, one a line: training without images", DATA_PATH, fixed=True)
+    metadata_file: Path | None = _data(None, "captions: .jsonl, .csv or .parquet (default: searched)", DATA_PATH,
+                                       fixed=True)
     caption_strategy: str = _data("auto", "auto, textfile (.txt beside the image) or metadata", _CAPTIONS, fixed=True)
     caption_column: str = _data("text", "column of the captions in the metadata", fixed=True)
     image_column: str = _data("file_name", "column of the file names in the metadata", fixed=True)
@@ -167,7 +173,7 @@ class TrainSettings:
     ema_device: str = _optimizer("accelerator", "where it is kept: accelerator or cpu", _WHERE)
 
     output_dir: Path = _run(Path("output"), "folder of the run")
-    resume_from_checkpoint: str = _run("latest", "latest, no, or a checkpoint: its name or its folder")
+    resume_from_checkpoint: str = _run("latest", "latest, no, or a checkpoint: its name or its folder", NAME_OR_PATH)
     checkpointing_steps: int = _run(500, "steps between checkpoints; 0: at the end only", _MANY)
     checkpoints_total_limit: int = _run(3, "checkpoints to keep; 0: all", _MANY)
     report_to: str = _run("none", "none, tensorboard, wandb or all", _REPORT)
@@ -216,6 +222,11 @@ class TrainSettings:
             raise ArgumentError("train", "instance_data_dir", "given, a folder of images (or prompts_file)", "neither")
         if self.twinflow is not None and self.twinflow.data_free and self.prompts_file is None:
             raise ArgumentError("train", "prompts_file", "given where twinflow.data_free is true", "nothing")
+
+    def with_absolute_paths(self) -> "TrainSettings":
+        """The same settings, what they read (model, LoRA, data) named from the root on; hub names stay."""
+        paths = [name for name, option in OPTIONS.items() if option.fixed and option.kind in PATHS]
+        return replace(self, **{name: absolute(getattr(self, name)) for name in paths})
 
     def to_json(self) -> str:
         """The settings as a config file, which `read_config` reads as the same settings."""

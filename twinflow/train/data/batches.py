@@ -42,7 +42,7 @@ class Batches:
         for entry in sorted(entries, key=lambda e: (e.size, e.name)):
             self._by_size.setdefault(entry.size, []).append(entry)
         told = "\n".join(f"{e.name} {e.size} {e.latents} {e.condition}" for of in self._by_size.values() for e in of)
-        self._data = hashlib.sha256(told.encode()).hexdigest()
+        self._data = hashlib.sha256(told.encode(errors="surrogateescape")).hexdigest()
         self._begin()
 
     def take(self) -> Group:
@@ -111,4 +111,4 @@ class Batches:
 
     def _rank_of(self, name: str) -> bytes:
         """A hash to sort by: the same shuffle on every machine and version, whatever else is in the data."""
-        return hashlib.sha256(f"{self._seed} {self._epoch} {name}".encode()).digest()
+        return hashlib.sha256(f"{self._seed} {self._epoch} {name}".encode(errors="surrogateescape")).digest()

@@ -200,7 +200,7 @@ def identity(folder: Path) -> str:
     found = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")):
         size = path.stat().st_size
-        found.update(f"{path.relative_to(folder)} {size} ".encode())
+        found.update(f"{path.relative_to(folder)} {size} ".encode(errors="surrogateescape"))
         with path.open("rb") as file:
             if size <= 32 * _WINDOW:
                 found.update(file.read())

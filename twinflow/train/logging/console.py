@@ -28,8 +28,9 @@ class Display:
         self._caching: tuple[str, float] | None = None
 
     def say(self, text: str, style: str | None = None) -> None:
-        """A message of its own."""
+        """A message of its own; letters that the terminal's encoding lacks are written out."""
         if self._speaks:
+            text = text.encode(self.console.encoding, "backslashreplace").decode(self.console.encoding)
             self.console.print(text, style=style, markup=False, soft_wrap=True)
 
     def caching(self, what: str, done: int, of: int) -> None:
