@@ -52,7 +52,7 @@ def main() -> None:
     captions = [f.with_suffix(".txt").read_text().strip() for f in files]
     latents = encode_images(pipe, files, args.size)
     with torch.no_grad():
-        conds, uncond = student.encode_prompt(pipe, captions), student.encode_prompt(pipe, [""])
+        conds, uncond = student.encode_prompt(pipe, captions), student.encode_negative_prompt(pipe, [""])
 
     teacher, criterion = EMATeacher(student, 0.99), TwinFlowLoss()
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], args.lr, weight_decay=0.0)

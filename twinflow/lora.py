@@ -22,6 +22,7 @@ from twinflow.formats.manifest import (
     saved_conditioning,
 )
 from twinflow.sampling.grid import check_steps, is_number
+from twinflow.suggest import did_you_mean, nearest
 from twinflow.teachers.adapter_slot import adapter_layers, as_float32, enabled_adapters, on_meta
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def add_lora(
     Args:
         student: from `twinflow.models.load`.
         rank, alpha: of the LoRA; alpha None: as the rank.
-        targets: names of the layers, as peft matches them; None: the family's `lora_targets`.
+        targets: names of the layers, as peft matches them, each of one at least; None: the family's `lora_targets`.
         adapter: its name.
         base_lora: a LoRA file or folder of the user's own, frozen under student and teacher, in any of the formats
             that `load_lora_weights` of the family's pipeline reads (kohya's, ComfyUI's, ...).
@@ -60,12 +61,14 @@ def add_lora(
         The student. Adapter and conditioning are float32 whatever the base is.
 
     Raises:
-        ValueError: the name is taken, no layer matches, a file is damaged, an unsupported mode, or an adapter that is
-            fused into the base or no LoRA.
+        ValueError: the name is taken, a target that names no layer, a damaged file, an unsupported mode, or an adapter
+            that is fused into the base or no LoRA.
     """
     network = student.network
     _check_new(network, adapter, rank, rank if alpha is None else alpha)
     rank = int(rank)
+    if targets is not None:
+        _require_each(network, targets)
     chosen = _targeted(network, student.lora_targets if targets is None else targets)
     base = None if base_lora is None else _readable_base(student, Path(base_lora), adapter)
     if conditioning is not None and student.conditioning is None:
@@ -106,14 +109,29 @@ def _check_new(network: nn.Module, adapter: str, rank: int, alpha: float) -> Non
 
 def _targeted(network: nn.Module, targets: tuple[str, ...]) -> list[str]:
     """Full names of the linear and convolution layers that the targets name; never the conditioning's own."""
-    found = [
+    found = [name for name in _layer_names(network) if any(f".{name}".endswith(f".{target}") for target in targets)]
+    require(found, "add_lora", "targets", f"layers of {type(network).__name__}", targets, verb="name")
+    return found
+
+
+def _require_each(network: nn.Module, targets: tuple[str, ...]) -> None:
+    """Raises ArgumentError, naming them, for targets that name no layer: less would be trained than was asked for."""
+    lost = [
+        target for target in targets if not any(f".{name}".endswith(f".{target}") for name in _layer_names(network))
+    ]
+    tails = {name.split(".", k)[k] for name in _layer_names(network) for k in range(name.count(".") + 1)}
+    hint = did_you_mean([repr(near) for target in lost for near in nearest(target, sorted(tails))[:1]])
+    got = f"{', '.join(map(repr, lost))}, which names none"
+    require(not lost, "add_lora", "targets", f"names of layers of {type(network).__name__}", got, hint)
+
+
+def _layer_names(network: nn.Module) -> list[str]:
+    """Full names of the linear and convolution layers, without the conditioning's own."""
+    return [
         name.removesuffix(".base_layer")
         for name, layer in network.named_modules()
         if isinstance(layer, (nn.Linear, nn.Conv2d)) and name.partition(".")[0] not in conditioning_names(network)
-        and any(f".{name.removesuffix('.base_layer')}".endswith(f".{target}") for target in targets)
-    ]  # fmt: skip
-    require(found, "add_lora", "targets", f"layers of {type(network).__name__}", targets, verb="name")
-    return found
+    ]
 
 
 def _readable_base(student: "FlowModel", path: Path, adapter: str) -> dict[str, Any]:

@@ -83,6 +83,8 @@ class FlowModel(nn.Module):
     shift_patch: ClassVar[int] = 2  # latents along an edge of a token, where the shift of its times goes by tokens
     shares_generator: ClassVar[bool] = False  # whether its fresh noise comes from the generator of the first noise
     autoencoder: ClassVar[type[Autoencoder]] = Autoencoder  # its kind, which says how latents are made
+    # Whether its pipeline encodes negative prompts otherwise than prompts, as `encode_negative_prompt` does.
+    negative_prompts_differ: ClassVar[bool] = False
     latent_factor: ClassVar[int] = 8  # pixels per latent along an edge, published
 
     def __init__(self, transformer: nn.Module, *, conditioning: str | None = None, cfg_time: str = "published") -> None:
@@ -269,6 +271,14 @@ class FlowModel(nn.Module):
             options: passed on to its `encode_prompt`.
         """
         raise NotImplementedError
+
+    def encode_negative_prompt(self, pipe: Any, prompts: list[str], **options: Any) -> dict[str, torch.Tensor]:
+        """The condition that the stock pipeline guides away from: of negative prompts, "" where it is given none.
+
+        Args:
+            pipe, prompts, options: as for `encode_prompt`, whose condition it is unless the family has another.
+        """
+        return self.encode_prompt(pipe, prompts, **options)
 
     @staticmethod
     def at_size(cond: dict[str, torch.Tensor], size: tuple[int, int]) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from twinflow.conditioning import SIGN_TABLE
 from twinflow.errors import ArgumentError, require
 from twinflow.formats.export_folder import without_refusal
 from twinflow.formats.manifest import inferred_mode, put_conditioning, read_manifest, saved_conditioning
+from twinflow.formats.variants import variant_of, variant_on_the_hub
 from twinflow.models.base import FlowModel, without_peft
 from twinflow.models.registry import FAMILIES, diffusers_families, family_of_class
 
@@ -105,7 +106,14 @@ def _from_pretrained(name: str | Path, torch_dtype: Any) -> tuple[nn.Module, Pat
         raise ArgumentError("load", "name_or_path", wanted, class_name, verb="hold")
     # An export of a dual mode tells stock loaders that it needs its second embedder, which follows here.
     with nullcontext(where[0]) if folder is None else without_refusal(folder) as place:
-        return cls.from_pretrained(place, torch_dtype=torch_dtype, **where[1]), folder
+        variant = None if folder is None else variant_of(folder)
+        try:
+            return cls.from_pretrained(place, torch_dtype=torch_dtype, variant=variant, **where[1]), folder
+        except OSError:
+            variant = variant_on_the_hub(str(name), where[1].get("subfolder", "")) if folder is None else None
+            if variant is None:
+                raise
+        return cls.from_pretrained(place, torch_dtype=torch_dtype, variant=variant, **where[1]), folder
 
 
 def _subfolder_on_the_hub(name: str) -> dict[str, str]:

@@ -26,6 +26,7 @@ class SanaModel(FlowModel):
     second_embedder = "time_embed_2.emb.timestep_embedder"
     condition_settings: ClassVar = {"prompt_embeds": "caption_channels"}
     shares_generator = True
+    negative_prompts_differ = True  # no instruction stands before them
     autoencoder = DeepCompressionAutoencoder
     latent_factor = 32
     block_lists = (("num_layers", "transformer_blocks"),)
@@ -76,3 +77,6 @@ class SanaModel(FlowModel):
         options = {"complex_human_instruction": default, "do_classifier_free_guidance": False, **options}
         embeds, mask, _, _ = pipe.encode_prompt(prompts, **options)
         return {"prompt_embeds": embeds, "prompt_lengths": host_lengths(mask)}
+
+    def encode_negative_prompt(self, pipe: Any, prompts: list[str], **options: Any) -> dict[str, torch.Tensor]:
+        return self.encode_prompt(pipe, prompts, **{**options, "complex_human_instruction": None})

@@ -44,6 +44,7 @@ class UNetModel(FlowModel):
     second_embedder = "time_embedding_2"
     samples_in_pipelines = False
     component = "unet"
+    negative_prompts_differ = True  # SDXL has zeros for the empty one
     tiny: ClassVar = dict(
         sample_size=8, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=32,
         attention_head_dim=2, norm_num_groups=8, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -156,12 +157,25 @@ class UNetModel(FlowModel):
         cond = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "time_ids": ids}
         return self.at_size(cond, size or (pipe.default_sample_size * pipe.vae_scale_factor,) * 2)
 
+    def encode_negative_prompt(self, pipe: Any, prompts: list[str], **options: Any) -> dict[str, torch.Tensor]:
+        """Of SDXL zeros where a prompt is empty and the pipeline's `force_zeros_for_empty_prompt` asks for them."""
+        cond = self.encode_prompt(pipe, prompts, **options)
+        if not pipe.config.get("force_zeros_for_empty_prompt"):
+            return cond
+        empty = torch.tensor([not prompt for prompt in prompts], device=cond["prompt_embeds"].device)
+        zeros = ("prompt_embeds", "pooled_prompt_embeds")
+        return cond | {name: cond[name].masked_fill(_rows(empty, cond[name]), 0) for name in zeros}
+
     @staticmethod
     def at_size(cond: dict[str, torch.Tensor], size: tuple[int, int]) -> dict[str, torch.Tensor]:
         if "time_ids" not in cond:
             return cond
         ids = torch.tensor([*size, 0, 0, *size]).to(cond["time_ids"])
         return cond | {"time_ids": ids.expand_as(cond["time_ids"]).contiguous()}
+
+
+def _rows(flags: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return flags.view(-1, *[1] * (like.dim() - 1))
 
 
 def _require_text_to_image(transformer: nn.Module) -> None:

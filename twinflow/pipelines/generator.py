@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 
 from twinflow.errors import ArgumentError, require
 from twinflow.formats.manifest import Manifest, read_manifest
+from twinflow.formats.variants import variant_of_pipeline
 from twinflow.models.registry import FAMILIES
 from twinflow.pipelines.attach import attach
 from twinflow.scheduler import TwinFlowScheduler
@@ -42,7 +43,8 @@ class ImageGenerator:
         self.manifest = drawable(Path(export))
         # The values of `safetensors` only: a file from a stranger is never unpickled.
         try:
-            pipe: Any = DiffusionPipeline.from_pretrained(model, dtype=dtype, use_safetensors=True)
+            variant = variant_of_pipeline(Path(model))
+            pipe: Any = DiffusionPipeline.from_pretrained(model, dtype=dtype, use_safetensors=True, variant=variant)
         except ImportError:
             raise
         except Exception as error:  # whatever diffusers and transformers find in a folder that anyone may have written

@@ -148,8 +148,15 @@ def _build(
     for done, item in enumerate(items, 1):
         _find(item, done, work, encoders, sizes)
         progress(f"looking at {'images' if isinstance(item, Item) else 'prompts'}", done, len(items))
-    uncond = text_key(options.uncond, encoders)
-    words = {uncond: options.uncond} | {e.condition: e.caption for e in work.entries}
+    words = {e.condition: e.caption for e in work.entries}
+    if encoders.student.negative_prompts_differ:
+        uncond = hashed(options.uncond, encoders.text_identity, encoders.family, "negative")
+        if uncond not in shards:
+            with ShardWriter(shards, options.shard_bytes) as writer:
+                writer.add({uncond: encoders.negative_prompt(options.uncond)})
+    else:
+        uncond = text_key(options.uncond, encoders)
+        words = {uncond: options.uncond} | words
     _encode_prompts(words, shards, encoders, options, progress)
     _encode_images(work, shards, encoders, options, progress)
     entries = [e for e in work.entries if e.name not in work.bad]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from twinflow.errors import ArgumentError
+from twinflow.formats.variants import variant_of
 from twinflow.models.autoencoders import Autoencoder
 
 
@@ -76,5 +77,5 @@ class Decoder:
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 wanted = "an autoencoder of diffusers"
                 raise ArgumentError("Decoder", "folder", wanted, f"{path}: {error}", verb="have") from None
-            self._vae = cls.from_pretrained(path, torch_dtype=self.dtype).to(self.device)
+            self._vae = cls.from_pretrained(path, torch_dtype=self.dtype, variant=variant_of(path)).to(self.device)
         return self._vae

@@ -13,6 +13,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from twinflow.errors import ArgumentError, require
+from twinflow.formats.variants import variant_of_pipeline
 from twinflow.models import FlowModel
 from twinflow.models import load as load_student
 from twinflow.models.autoencoders import Autoencoder
@@ -105,6 +106,11 @@ class Encoders:
             unread[k] = min(of)
         return unread
 
+    def negative_prompt(self, prompt: str) -> Condition:
+        """What the stock pipeline guides away from with a negative prompt, or with none where it is "", as of `prompts`."""
+        with torch.no_grad():
+            return uncollate(self.student.encode_negative_prompt(self._loaded(), [prompt]))[0]
+
     def free(self) -> None:
         """Lets go of the pipeline; it is loaded again where needed."""
         if self._pipe is not None and not self._kept:
@@ -128,7 +134,8 @@ class Encoders:
             from diffusers import DiffusionPipeline
 
             bare: dict[str, Any] = {self.student.component: None}
-            pipe = DiffusionPipeline.from_pretrained(self.folder, dtype=self.dtype, **bare)
+            variant = variant_of_pipeline(self.folder)
+            pipe = DiffusionPipeline.from_pretrained(self.folder, dtype=self.dtype, variant=variant, **bare)
             self._pipe = pipe.to(self.device)
         return self._pipe
 

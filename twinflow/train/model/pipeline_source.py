@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from twinflow.errors import ArgumentError
+from twinflow.formats.variants import lacks_weights, variant_on_the_hub
 
 _PAGE = "https://huggingface.co/{}"
 
@@ -50,7 +51,9 @@ def _local(name: str) -> Path | None:
 def _pipeline(name: str) -> str:
     from diffusers import DiffusionPipeline
 
-    return str(DiffusionPipeline.download(name))
+    folder = DiffusionPipeline.download(name)
+    variant = variant_on_the_hub(name) if lacks_weights(Path(folder)) else None
+    return str(folder if variant is None else DiffusionPipeline.download(name, variant=variant))
 
 
 def _json_files(name: str) -> str:

@@ -49,9 +49,11 @@ def build_student(settings: TrainSettings, folder: Path, *, weights: bool = True
         return student.requires_grad_(True)
     alpha = int(settings.lora_alpha) if settings.lora_alpha == int(settings.lora_alpha) else settings.lora_alpha
     how: dict[str, Any] = {"alpha": alpha, "targets": settings.lora_layers or None}  # peft takes fractions too
-    return add_lora(
-        student, settings.lora_rank, base_lora=settings.base_lora, conditioning=settings.conditioning, **how
-    )
+    how |= {"base_lora": settings.base_lora, "conditioning": settings.conditioning}
+    try:
+        return add_lora(student, settings.lora_rank, **how)
+    except ArgumentError as error:
+        raise (error.renamed("train", "lora_layers") if error.argument == "targets" else error) from None
 
 
 def model_of(settings: TrainSettings, folder: Path) -> tuple[dict[str, Any], str]:
