@@ -117,3 +117,23 @@ def test_what_can_be_bridged():
     assert UNetModel(tiny_unet(), scheduler=zero, **OPT_IN).bridge.sigma_range[1] == 1
     v = UNetModel(tiny_unet(), alphas_cumprod=ALPHAS, prediction_type="vpred", **OPT_IN)
     assert v.prediction_type == "v_prediction"
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_the_unconditional_condition_of_sdxl_is_the_stock_pipelines(zeros):
+    """Without a negative prompt it guides away from zeros, unless its configuration says otherwise."""
+    tokenizer = clip_tokenizer()
+    encoders = clip_text_encoder(tokenizer, 8), clip_text_encoder(tokenizer, 16, projected=True)
+    unet = tiny_unet(cross_attention_dim=24, **SDXL)
+    pipe = StableDiffusionXLPipeline(
+        None, *encoders, tokenizer, tokenizer, unet, sd15_scheduler(), force_zeros_for_empty_prompt=zeros,
+        add_watermarker=False,
+    )  # fmt: skip
+    model = UNetModel(unet, scheduler=pipe.scheduler, **OPT_IN)
+    cat, negative, pooled, negative_pooled = pipe.encode_prompt("a cat", negative_prompt=None)
+    uncond = model.encode_negative_prompt(pipe, [""])
+    assert torch.equal(uncond["prompt_embeds"], negative) and bool(negative.any()) != zeros
+    assert torch.equal(uncond["pooled_prompt_embeds"], negative_pooled)
+    both = model.encode_prompt(pipe, ["", "a cat"])
+    torch.testing.assert_close(both["prompt_embeds"], torch.cat([negative, cat]))
+    torch.testing.assert_close(both["pooled_prompt_embeds"], torch.cat([negative_pooled, pooled]))

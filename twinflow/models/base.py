@@ -267,13 +267,13 @@ class FlowModel(nn.Module):
 
         Args:
             pipe: the diffusers pipeline.
-            prompts: B texts.
+            prompts: B texts; an empty one is the unconditional prompt, as of `encode_negative_prompt`.
             options: passed on to its `encode_prompt`.
         """
         raise NotImplementedError
 
     def encode_negative_prompt(self, pipe: Any, prompts: list[str], **options: Any) -> dict[str, torch.Tensor]:
-        """The condition that the stock pipeline guides away from: of negative prompts, "" where it is given none.
+        """The condition that the stock pipeline guides away from, with negative prompts of words; "": it is given none.
 
         Args:
             pipe, prompts, options: as for `encode_prompt`, whose condition it is unless the family has another.

@@ -76,6 +76,11 @@ class SanaModel(FlowModel):
         default = inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"].default
         options = {"complex_human_instruction": default, "do_classifier_free_guidance": False, **options}
         embeds, mask, _, _ = pipe.encode_prompt(prompts, **options)
+        empty = [not prompt for prompt in prompts]
+        if any(empty) and options["complex_human_instruction"]:
+            bare, bare_mask, _, _ = pipe.encode_prompt(prompts, **{**options, "complex_human_instruction": None})
+            rows = torch.tensor(empty, device=embeds.device)[:, None]
+            embeds, mask = torch.where(rows[..., None], bare, embeds), torch.where(rows, bare_mask, mask)
         return {"prompt_embeds": embeds, "prompt_lengths": host_lengths(mask)}
 
     def encode_negative_prompt(self, pipe: Any, prompts: list[str], **options: Any) -> dict[str, torch.Tensor]:

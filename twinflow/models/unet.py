@@ -144,7 +144,7 @@ class UNetModel(FlowModel):
 
         Args:
             pipe: the diffusers pipeline.
-            prompts: B texts.
+            prompts: B texts; SDXL has zeros for empty ones unless `force_zeros_for_empty_prompt` is off.
             size: height and width of the image, px, which SDXL is told; None: the pipeline's default.
             options: passed on to its `encode_prompt`.
         """
@@ -153,18 +153,12 @@ class UNetModel(FlowModel):
             embeds = pipe.encode_prompt(prompts, **{"device": pipe._execution_device, **asked})[0]
             return {"prompt_embeds": embeds}
         embeds, _, pooled, _ = pipe.encode_prompt(prompts, **asked)
+        if pipe.config.get("force_zeros_for_empty_prompt"):
+            empty = torch.tensor([not prompt for prompt in prompts], device=embeds.device)
+            embeds, pooled = embeds.masked_fill(empty[:, None, None], 0), pooled.masked_fill(empty[:, None], 0)
         ids = torch.zeros(len(prompts), _TIME_IDS, dtype=torch.float32, device=embeds.device)
         cond = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "time_ids": ids}
         return self.at_size(cond, size or (pipe.default_sample_size * pipe.vae_scale_factor,) * 2)
-
-    def encode_negative_prompt(self, pipe: Any, prompts: list[str], **options: Any) -> dict[str, torch.Tensor]:
-        """Of SDXL zeros where a prompt is empty and the pipeline's `force_zeros_for_empty_prompt` asks for them."""
-        cond = self.encode_prompt(pipe, prompts, **options)
-        if not pipe.config.get("force_zeros_for_empty_prompt"):
-            return cond
-        empty = torch.tensor([not prompt for prompt in prompts], device=cond["prompt_embeds"].device)
-        zeros = ("prompt_embeds", "pooled_prompt_embeds")
-        return cond | {name: cond[name].masked_fill(_rows(empty, cond[name]), 0) for name in zeros}
 
     @staticmethod
     def at_size(cond: dict[str, torch.Tensor], size: tuple[int, int]) -> dict[str, torch.Tensor]:
@@ -172,10 +166,6 @@ class UNetModel(FlowModel):
             return cond
         ids = torch.tensor([*size, 0, 0, *size]).to(cond["time_ids"])
         return cond | {"time_ids": ids.expand_as(cond["time_ids"]).contiguous()}
-
-
-def _rows(flags: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return flags.view(-1, *[1] * (like.dim() - 1))
 
 
 def _require_text_to_image(transformer: nn.Module) -> None:

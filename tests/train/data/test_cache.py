@@ -42,7 +42,7 @@ def test_a_cache_is_what_the_encoders_give_and_a_second_run_encodes_nothing(tmp_
         expected = collate(own.prompts([entry.caption]))
         for name, leaf in first.condition([entry]).items():
             torch.testing.assert_close(leaf, expected[name], rtol=1e-4, atol=1e-4)
-    expected = collate(own.prompts(["bad"]))
+    expected = collate([own.negative_prompt("bad")])
     assert first.uncond.keys() == expected.keys()
     for name, leaf in first.uncond.items():
         torch.testing.assert_close(leaf, expected[name], rtol=1e-4, atol=1e-4)

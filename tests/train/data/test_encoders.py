@@ -1,5 +1,7 @@
 """Latents and conditions: what the stock pipelines compute."""
 
+import inspect
+
 import diffusers
 import pytest
 import torch
@@ -70,3 +72,28 @@ def test_conditions_put_together_are_the_batchs_own(family):
     alone = collate([encoders.prompts([prompt])[0] for prompt in PROMPTS])
     for name, leaf in alone.items():
         torch.testing.assert_close(leaf, found[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_the_unconditional_condition_is_what_the_stock_pipeline_guides_away_from(family):
+    """With the defaults of its own call: SANA has a long instruction before prompts, none before negative ones."""
+    encoders = Encoders(saved_pipeline(family))
+    mine, pipe, negative = encoders.negative_prompt(""), encoders._loaded(), None
+    if family == "sana":
+        default = inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"].default
+        given = {"negative_prompt": "", "complex_human_instruction": default}
+        _, _, negative, mask = pipe.encode_prompt("a cat", True, **given)
+        negative = negative[0, : int(mask.sum())]
+        blurry = encoders.negative_prompt("blurry")["prompt_embeds"]
+        _, _, bad, mask = pipe.encode_prompt("a cat", True, **given | {"negative_prompt": "blurry"})
+        assert torch.allclose(blurry, bad[0, : int(mask.sum())], atol=1e-5)
+        assert len(encoders.prompts(["blurry"])[0]["prompt_embeds"]) > len(blurry)
+    elif family == "sd3":
+        _, negative, _, _ = pipe.encode_prompt("a cat", None, None, do_classifier_free_guidance=True)
+    elif family == "z_image":
+        _, (negative,) = pipe.encode_prompt("a cat", do_classifier_free_guidance=True)
+    if negative is not None:
+        assert torch.allclose(mine["prompt_embeds"], negative.reshape(mine["prompt_embeds"].shape), atol=1e-5)
+    alone, _ = encoders.prompts(["", "a cat"])  # an image without words is unconditional
+    assert torch.allclose(alone["prompt_embeds"], mine["prompt_embeds"], atol=1e-5)

@@ -148,14 +148,11 @@ def _build(
     for done, item in enumerate(items, 1):
         _find(item, done, work, encoders, sizes)
         progress(f"looking at {'images' if isinstance(item, Item) else 'prompts'}", done, len(items))
-    words = {e.condition: e.caption for e in work.entries}
-    if encoders.student.negative_prompts_differ:
-        uncond = hashed(options.uncond, encoders.text_identity, encoders.family, "negative")
-        if uncond not in shards:
-            with ShardWriter(shards, options.shard_bytes) as writer:
-                writer.add({uncond: encoders.negative_prompt(options.uncond)})
-    else:
-        uncond = text_key(options.uncond, encoders)
+    words, uncond = {e.condition: e.caption for e in work.entries}, text_key(options.uncond, encoders, negative=True)
+    if uncond not in shards and uncond != text_key(options.uncond, encoders):
+        with ShardWriter(shards, options.shard_bytes) as writer:
+            writer.add({uncond: encoders.negative_prompt(options.uncond)})
+    elif uncond not in words:
         words = {uncond: options.uncond} | words
     _encode_prompts(words, shards, encoders, options, progress)
     _encode_images(work, shards, encoders, options, progress)
@@ -275,9 +272,10 @@ def hashed(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def text_key(words: str, encoders: Encoders) -> str:
-    """What the condition of a prompt is kept by."""
-    return hashed(words, encoders.text_identity, encoders.family)
+def text_key(words: str, encoders: Encoders, negative: bool = False) -> str:
+    """What the condition of a prompt, or of a negative one, is kept by; an empty prompt is a negative one."""
+    apart = encoders.student.negative_prompts_differ and (negative or not words)
+    return hashed(words, encoders.text_identity, encoders.family, *(["negative"] if apart else []))
 
 
 def request_of(items: Iterable[Item | str], encoders: Encoders, sizes: Sequence[Size], *how: object) -> str:

@@ -107,7 +107,7 @@ class Encoders:
         return unread
 
     def negative_prompt(self, prompt: str) -> Condition:
-        """What the stock pipeline guides away from with a negative prompt, or with none where it is "", as of `prompts`."""
+        """What the stock pipeline guides away from with a negative prompt; "": with none."""
         with torch.no_grad():
             return uncollate(self.student.encode_negative_prompt(self._loaded(), [prompt]))[0]
 
