@@ -12,6 +12,7 @@ import torch
 
 from twinflow.errors import ArgumentError, ArgumentTypeError
 from twinflow.objective.flags import parse_flags
+from twinflow_kernels._backend import widest
 
 _NAMES = {
     "epsilon": "epsilon", "eps": "epsilon",
@@ -113,9 +114,9 @@ class DiffusionToFlowBridge:
         _require_within("timesteps_to_sigma", "t", t, 0, last)
         sigmas = self._table(t.device)
         if t.is_floating_point():
-            below = t.double().floor()
+            below = t.to(sigmas.dtype).floor()
             index = below.long()
-            sigma = torch.lerp(sigmas[index], sigmas[(index + 1).clamp(max=last)], t.double() - below)
+            sigma = torch.lerp(sigmas[index], sigmas[(index + 1).clamp(max=last)], t.to(sigmas.dtype) - below)
         else:
             sigma = sigmas[t.long()]
         return sigma if broadcast_shape is None else sigma.view(-1, *[1] * (len(broadcast_shape) - 1))
@@ -140,7 +141,8 @@ class DiffusionToFlowBridge:
         if sigma.dim() < 1 or any(size != 1 for size in sigma.shape[1:]):
             raise ArgumentError("sigma_to_timesteps", "sigma", "(B,) or (B, 1, ...)", f"shape {tuple(sigma.shape)}")
         _require_within("sigma_to_timesteps", "sigma", sigma, -1, 1)
-        sigma, sigmas = sigma.reshape(-1).abs().double(), self._table(sigma.device)
+        sigmas = self._table(sigma.device)
+        sigma = sigma.reshape(-1).abs().to(sigmas.dtype)
         above = torch.searchsorted(sigmas, sigma).clamp(1, self.num_timesteps - 1)
         low, high = sigmas[above - 1], sigmas[above]
         if interpolate:
@@ -187,7 +189,7 @@ class DiffusionToFlowBridge:
 
     def _table(self, device: torch.device) -> torch.Tensor:
         if device not in self._sigmas:
-            self._sigmas[device] = self._sigmas[torch.device("cpu")].to(device)
+            self._sigmas[device] = self._sigmas[torch.device("cpu")].to(widest(device)).to(device)
         return self._sigmas[device]
 
 

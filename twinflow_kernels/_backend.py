@@ -55,6 +55,11 @@ def _load_native() -> tuple[ModuleType | None, str]:
     return _C, ""
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """The dtype of exact arithmetic on a device: float64, which Apple's and some of Intel's GPUs do not have."""
+    return torch.float64 if device.type in ("cpu", "cuda", "meta") else torch.float32
+
+
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -57,6 +57,8 @@ class Operation:
         first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
         if first.is_cpu:
             return self.implementations[self.choice("cpu").backend](*args)
+        if not first.is_cuda:  # mps, xpu, npu, ...
+            return self.implementations[self.choice(first.device.type).backend](*args)
         with torch.cuda.device_of(first):  # Triton launches on the current device, which need not be the tensors'
             return self.implementations[self.choice("cuda").backend](*args)
 
@@ -111,6 +113,7 @@ def register(
     operation = Operation(name, {k: v for k, v in found.items() if v is not None}, setup_context, backward)
 
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, operation._straight, "CompositeExplicitAutograd")  # every device without a kernel of its own
     _library.impl(name, operation._straight, "CPU")
     _library.impl(name, operation._straight, "CUDA")
     torch.library.register_fake(f"twinflow::{name}", fake, lib=_library)

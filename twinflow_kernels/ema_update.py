@@ -48,7 +48,7 @@ def ema_update_ref(target: torch.Tensor, source: torch.Tensor, decay: float | to
         decay target + (1 - decay) source in target's dtype; arithmetic in float32 or wider.
     """
     dtype = torch.promote_types(target.dtype, torch.float32)
-    keep = torch.as_tensor(decay, dtype=torch.float64, device=target.device).reshape(())
+    keep = torch.as_tensor(decay, dtype=_backend.widest(target.device), device=target.device).reshape(())
     old, new = target.to(dtype), source.to(dtype)
     mixed = keep.to(dtype) * old + (1 - keep).to(dtype) * new
     return torch.where(keep == 0, new, torch.where(keep == 1, old, mixed)).to(target.dtype)

@@ -15,6 +15,7 @@ import math
 
 import torch
 
+from twinflow_kernels import _backend
 from twinflow_kernels._registry import register
 from twinflow_kernels._triton import tl, triton
 
@@ -35,17 +36,18 @@ def time_features_ref(
         scale: factor on the times, radians.
 
     Returns:
-        (2, B, C), or (1, B, C) without r, in t's dtype; arithmetic in float64.
+        (2, B, C), or (1, B, C) without r, in t's dtype; arithmetic in float64, on the CPU where the device has none.
     """
-    times = torch.stack([t] if r is None else [t, r]).double()
+    place = t.device if _backend.widest(t.device) == torch.float64 else torch.device("cpu")
+    times = torch.stack([t] if r is None else [t, r]).to(place).double()
     times = times.abs() if absolute else times
     half = num_channels // 2
-    index = torch.arange(half, dtype=torch.float64, device=t.device)
+    index = torch.arange(half, dtype=torch.float64, device=place)
     angle = times[..., None] * (scale * torch.exp(index * _rate(half, shift)))
     parts = [angle.cos(), angle.sin()] if flip else [angle.sin(), angle.cos()]
     if num_channels % 2:
         parts.append(torch.zeros_like(times[..., None]))
-    return torch.cat(parts, dim=-1).to(t.dtype)
+    return torch.cat(parts, dim=-1).to(t.dtype).to(t.device)
 
 
 def _rate(half: int, shift: float) -> float:

@@ -117,7 +117,7 @@ class UNetModel(FlowModel):
     def velocity(self, x_t: torch.Tensor, t: torch.Tensor, cond: dict[str, Any], lengths: list[int]) -> torch.Tensor:
         timesteps = self.bridge.sigma_to_timesteps(t, interpolate=self._interpolate)
         at = self.bridge.timesteps_to_sigma(timesteps, x_t.shape)  # sigma of the timestep asked
-        asked = t.abs().double().view(at.shape)
+        asked = t.abs().to(at.dtype).view(at.shape)
         level = torch.where(asked > self.bridge.sigma_range[1], asked, at)
         norm = torch.hypot(1 - level, level)
         wide = torch.promote_types(x_t.dtype, torch.float32)
