@@ -72,10 +72,12 @@ def test_long_plans_are_cut():
 
 MISTAKES = {
     "no data": ([], "instance_data_dir must be given, a folder of images (or prompts_file), got neither"),
-    "no such folder": (["--instance_data_dir", "nowhere"], "instance_data_dir must be a folder that exists"),
-    "no such prompts": (["--prompts_file", "nowhere.txt"], "prompts_file must be a file that can be read"),
+    "no such folder": (["--instance_data_dir", "nowhere", "--resolution", "32"],
+                       "instance_data_dir must be a folder that exists"),
+    "no such prompts": (["--prompts_file", "nowhere.txt", "--resolution", "32"],
+                        "prompts_file must be a file that can be read"),
     "no such layer": (["--instance_data_dir", "photos", "--resolution", "32", "--lora_layers", "to_nowhere"],
-                      "targets must name layers of SD3Transformer2DModel, got ('to_nowhere',)"),
+                      "lora_layers must be names of layers of SD3Transformer2DModel, got 'to_nowhere'"),
     "base LoRA": (["--instance_data_dir", "photos", "--resolution", "32", "--base_lora", "nowhere.safetensors"],
                   "nowhere.safetensors"),
     "output is a file": (["--instance_data_dir", "photos", "--output_dir", "config.json"],

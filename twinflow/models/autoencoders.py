@@ -14,6 +14,7 @@ class Autoencoder:
     """
 
     class_name: ClassVar[str] = "AutoencoderKL"  # diffusers' class
+    channels_setting: ClassVar[str] = "latent_channels"  # setting that is C of its latents
     levels: ClassVar[tuple[str, int]] = (
         "block_out_channels",
         1,
@@ -69,6 +70,7 @@ class FrameAutoencoder(Autoencoder):
     """An AutoencoderKLQwenImage: images are films of one frame; latents are normalised channel by channel."""
 
     class_name = "AutoencoderKLQwenImage"
+    channels_setting = "z_dim"
     levels = ("temperal_downsample", 0)
 
     @classmethod

@@ -251,6 +251,10 @@ class FlowModel(nn.Module):
         """What H and W must be multiples of."""
         return 2 if self.packs_latents else self.config.patch_size
 
+    def longest_edge(self) -> int | None:
+        """Most latents along an edge for which the transformer has positions; None: any number."""
+        return None
+
     def velocity(self, x_t: torch.Tensor, t: torch.Tensor, cond: dict[str, Any], lengths: list[int]) -> torch.Tensor:
         """One call of the transformer, told t as stock pipelines tell it.
 

@@ -60,6 +60,9 @@ class SD3Model(FlowModel):
     def time_embedder(self) -> TimeEmbedder:
         return TimeEmbedder("time_text_embed.timestep_embedder", self.second_embedder)
 
+    def longest_edge(self) -> int:
+        return self.config.pos_embed_max_size * self.config.patch_size
+
     def velocity(self, x_t: torch.Tensor, t: torch.Tensor, cond: dict[str, Any], lengths: list[int]) -> torch.Tensor:
         return self.transformer(
             hidden_states=x_t,

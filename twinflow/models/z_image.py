@@ -59,6 +59,9 @@ class ZImageModel(FlowModel):
     def latent_multiple(self) -> int:
         return self.config.all_patch_size[0]
 
+    def longest_edge(self) -> int:
+        return min(self.config.axes_lens[1:]) * self.config.all_patch_size[0]
+
     def velocity(self, x_t: torch.Tensor, t: torch.Tensor, cond: dict[str, Any], lengths: list[int]) -> torch.Tensor:
         prompt = cond["prompt_embeds"].to(x_t.dtype)
         patch = self.config.all_patch_size[0]

@@ -16,7 +16,7 @@ from twinflow.objective.loss import TwinFlowLoss
 from twinflow.teachers.teachers import StudentTeacher
 from twinflow.train.config.describe import describe
 from twinflow.train.config.settings import TrainSettings
-from twinflow.train.data.prepare import items_of
+from twinflow.train.data.prepare import encoders_of, items_of, require_fitting
 from twinflow.train.model.memory import workload_of_run
 from twinflow.train.model.pipeline_source import configurations
 from twinflow.train.model.student import build_student
@@ -41,6 +41,8 @@ def dry_run(settings: TrainSettings, console: Console) -> None:
         folder = configurations(settings.pretrained_model_name_or_path)
     except ArgumentError as error:
         return say(f"  no forecast: {error.without_function}")
+    if (folder / "vae" / "config.json").is_file():
+        require_fitting(settings, encoders_of(settings, folder, torch.device("cpu")))
     _forecast(settings, folder, console, say)
 
 

@@ -37,7 +37,7 @@ from twinflow.train.config.resolve import read_config
 from twinflow.train.config.run_folder import RunFolder
 from twinflow.train.config.settings import TrainSettings
 from twinflow.train.data.cache import Cache, Entry, held_out
-from twinflow.train.data.prepare import encoders_of, prepare_data, unread
+from twinflow.train.data.prepare import encoders_of, prepare_data, require_fitting, unread
 from twinflow.train.logging.console import Display, plural_steps, say_log_of_twinflow
 from twinflow.train.logging.quiet import without_loading_bars
 from twinflow.train.logging.run_logger import RunLogger
@@ -143,6 +143,7 @@ def _encoded(
 ) -> tuple[Cache, ValidationPrompts | None]:
     """The data, and the prompts of the samples; the encoders are gone afterwards."""
     encoders = encoders_of(settings, folder, accelerator.device)
+    require_fitting(settings, encoders)
     if settings.validation_steps:
         require_resolution(settings, encoders)
     how: dict[str, Any] = dict(main_process=accelerator.is_main_process, wait=accelerator.wait_for_everyone)

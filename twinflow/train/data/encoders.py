@@ -48,12 +48,13 @@ class Encoders:
         vae = _config(self.folder / "vae" / "config.json")
         self.student = student or _without_weights(self.folder)
         self.factor = self.student.autoencoder.factor(vae)
+        self.vae_channels = vae.get(self.student.autoencoder.channels_setting)
         texts = sorted(name for name in index if name.startswith(("text_encoder", "tokenizer")))
         self.vae_identity = f"{identity(self.folder / 'vae')} {dtype}"
         parts = [f"{name} {identity(self.folder / name)}" for name in texts if (self.folder / name).is_dir()]
         self.text_identity = f"{hashlib.sha256(' '.join(parts).encode()).hexdigest()} {dtype}"
         self._tokenizers = {name: index[name] for name in texts if name.startswith("tokenizer")}
-        self._pipeline = str(index.get("_class_name"))
+        self.pipeline = str(index.get("_class_name"))
         self._kept = False
         self._pipe: Any = None
 
@@ -78,7 +79,12 @@ class Encoders:
     def prompts(self, prompts: Sequence[str]) -> list[Condition]:
         """The condition of each prompt, without padding, on the CPU; `collate` makes batches of them."""
         with torch.no_grad():
-            return uncollate(self.student.encode_prompt(self._loaded(), list(prompts)))
+            cond = self.student.encode_prompt(self._loaded(), list(prompts))
+        for name, width in self.student.condition_widths().items():
+            wanted = f"of width {width}, which the {self.student.component} takes"
+            got = f"{cond[name].shape[-1]} from the text encoders in {self.folder}"
+            require(cond[name].shape[-1] == width, "Encoders", name, wanted, got)
+        return uncollate(cond)
 
     def unread_tokens(self, prompts: Sequence[str]) -> list[int]:
         """Of each prompt, how many of its last tokens no text encoder reads; loads tokenizers alone.
@@ -90,7 +96,7 @@ class Encoders:
 
         unread = [0] * len(prompts)
         long = [k for k, prompt in enumerate(prompts) if len(prompt.encode()) > _SHORT]
-        encode = getattr(getattr(diffusers, self._pipeline, None), "encode_prompt", None)
+        encode = getattr(getattr(diffusers, self.pipeline, None), "encode_prompt", None)
         if not long or encode is None:
             return unread
         most = inspect.signature(encode).parameters.get("max_sequence_length")

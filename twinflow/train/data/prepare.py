@@ -1,14 +1,15 @@
 """`prepare_data()`: what a run trains on, encoded."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from twinflow.errors import ArgumentError
+from twinflow.errors import ArgumentError, require
 from twinflow.train.config.run_folder import RunFolder
 from twinflow.train.config.settings import TrainSettings
-from twinflow.train.data.buckets import buckets, require_multiples
+from twinflow.train.data.buckets import Size, buckets, require_multiples
 from twinflow.train.data.build_cache import CacheOptions, build_cache
 from twinflow.train.data.cache import Cache
 from twinflow.train.data.encoders import Encoders
@@ -74,6 +75,53 @@ def encoders_of(settings: TrainSettings, folder: Path, device: torch.device) -> 
     return Encoders(folder, dtype=torch.bfloat16 if half else torch.float32, device=device, student=student)
 
 
+def require_fitting(settings: TrainSettings, encoders: Encoders) -> list[Size]:
+    """The sizes that images are trained in, once the model's configuration says that it takes them.
+
+    What it tells is refused here, before hours of encoding.
+
+    Raises:
+        ArgumentError: a model that looks at a second image (to edit, fill or follow), or a resolution that it does not
+            take.
+    """
+    _require_text_to_image(encoders)
+    multiple, edge = encoders.multiple, encoders.student.longest_edge()
+    require_multiples("train", "resolution", (settings.resolution,), multiple)
+    sizes = _sizes(settings, settings.resolution, multiple)
+    if edge is None:
+        return sizes
+    most = edge * encoders.factor
+    longest = max(max(size) for size in sizes)
+    if longest > most:
+        fitting = range(most - most % multiple, 0, -multiple)
+        least = next((r for r in fitting if max(map(max, _sizes(settings, r, multiple))) <= most), multiple)
+        got = f"{settings.resolution}, whose longest bucket has an edge of {longest} pixels"
+        wanted = f"at most {least}, as the {encoders.student.component} has positions for {most} pixels along an edge"
+        hint = "aspect_buckets false crops squares" if settings.aspect_buckets else ""
+        raise ArgumentError("train", "resolution", wanted, got, hint)
+    return sizes
+
+
+def _sizes(settings: TrainSettings, resolution: int, multiple: int) -> list[Size]:
+    aligned = -(-settings.aspect_bucket_alignment // multiple) * multiple  # what the model takes, not below the option
+    coarse = resolution % aligned == 0
+    return buckets(resolution, aligned if coarse else multiple, aspect=settings.aspect_buckets)
+
+
+def _require_text_to_image(encoders: Encoders) -> None:
+    import diffusers
+
+    student, folder = encoders.student, encoders.folder
+    name, wanted = "pretrained_model_name_or_path", "a text-to-image model"
+    hint = "models that look at a second image, to edit, fill or follow it, are not trained here"
+    takes, makes = student.latent_channels(), encoders.vae_channels
+    got = f"one whose {student.component} takes {takes} channels where its autoencoder makes {makes} ({folder})"
+    require(makes in (None, takes), "train", name, wanted, got, hint)
+    encode = getattr(getattr(diffusers, encoders.pipeline, None), "encode_prompt", None)
+    looks = encode is not None and "image" in inspect.signature(encode).parameters
+    require(not looks, "train", name, wanted, f"a {encoders.pipeline} ({folder})", hint)
+
+
 def prepare_data(settings: TrainSettings, encoders: Encoders, **how: Any) -> Cache:
     """The cache of a run's data; what is not in it yet is encoded.
 
@@ -83,11 +131,7 @@ def prepare_data(settings: TrainSettings, encoders: Encoders, **how: Any) -> Cac
     Raises:
         ValueError: no data, a resolution that the model does not take, or images or captions that cannot be read.
     """
-    multiple = encoders.multiple
-    require_multiples("train", "resolution", (settings.resolution,), multiple)
-    aligned = -(-settings.aspect_bucket_alignment // multiple) * multiple  # what the model takes, not below the option
-    coarse = settings.resolution % aligned == 0
-    sizes = buckets(settings.resolution, aligned if coarse else multiple, aspect=settings.aspect_buckets)
+    sizes = require_fitting(settings, encoders)
     options = CacheOptions(
         uncond=settings.unconditional_prompt, vae_batch=settings.vae_batch_size, text_batch=settings.text_batch_size,
         skip_bad=settings.skip_bad,

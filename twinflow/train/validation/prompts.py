@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from twinflow.errors import ArgumentError
 from twinflow.train.config.settings import TrainSettings
 from twinflow.train.data.buckets import Size, require_multiples
 from twinflow.train.data.build_cache import CacheOptions, build_cache, hashed
@@ -35,7 +36,11 @@ class ValidationPrompts:
 
 def require_resolution(settings: TrainSettings, encoders: Encoders) -> None:
     """Raises ValueError unless the model takes images of `validation_resolution`."""
-    require_multiples("train", "validation_resolution", settings.validation_resolution, encoders.multiple)
+    size, edge = settings.validation_resolution, encoders.student.longest_edge()
+    require_multiples("train", "validation_resolution", size, encoders.multiple)
+    if edge is not None and max(size) > edge * encoders.factor:
+        wanted = f"at most {edge * encoders.factor} pixels along an edge, for which the model has positions"
+        raise ArgumentError("train", "validation_resolution", wanted, "x".join(map(str, size)))
 
 
 def validation_prompts(settings: TrainSettings, cache: Cache, encoders: Encoders, **how: Any) -> ValidationPrompts:
