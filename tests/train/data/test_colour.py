@@ -1,6 +1,7 @@
 """Images with an embedded ICC profile: what a viewer shows is what is trained on."""
 
 import io
+import itertools
 import struct
 
 import numpy as np
@@ -19,8 +20,8 @@ def s15(*values):
     return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
 
 
-def profile(space, **tags):
-    """An ICC profile of version 2 for a display, from its tags."""
+def profile(space, pcs="XYZ ", **tags):
+    """An ICC profile of version 2, from its tags."""
     tags = {
         "desc": b"desc" + bytes(4) + struct.pack(">I", 5) + b"test\0" + bytes(78),
         "cprt": b"text" + bytes(5),
@@ -31,7 +32,7 @@ def profile(space, **tags):
         table += name.encode() + struct.pack(">II", start + len(body), len(data))
         body += data + bytes(-len(data) % 4)
     whole = struct.pack(">I", len(tags)) + table + body
-    head = struct.pack(">I4sI4s4s4s", 128 + len(whole), b"lcms", 0x02100000, b"mntr", space.encode(), b"XYZ ")
+    head = struct.pack(">I4sI4s4s4s", 128 + len(whole), b"lcms", 0x02100000, b"mntr", space.encode(), pcs.encode())
     head += bytes(12) + b"acsp" + bytes(28) + s15(0.9642, 1, 0.8249)
     return head + bytes(128 - len(head)) + whole
 
@@ -46,6 +47,21 @@ ADOBE = profile("RGB ", rTRC=gamma(2.2), gTRC=gamma(2.2), bTRC=gamma(2.2), **{
     }.items()
 })  # fmt: skip
 GREY = profile("GRAY", kTRC=gamma(1.0))
+
+
+
+def inks():
+    """A table of what inks look like, two levels of each, as Lab."""
+    head = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + s15(1, 0, 0, 0, 1, 0, 0, 0, 1)
+    body = b""
+    for c, m, y, k in itertools.product((0, 1), repeat=4):
+        shade = 1 - k
+        body += bytes([int(255 * shade * (1 - 0.25 * c - 0.4 * m - 0.08 * y)), 128 + 60 * (m - c) * shade])
+        body += bytes([128 + (80 * y - 50 * c) * shade])
+    return head + bytes(range(256)) * 4 + body + bytes(range(256)) * 3
+
+
+INKS = profile("CMYK", "Lab ", A2B0=inks())
 
 
 def encoded(image, kind="png", **options):
@@ -64,6 +80,7 @@ def shown(data):
 
 @pytest.mark.parametrize("kind, mode, embedded", [
     ("png", "RGB", ADOBE), ("jpeg", "RGB", ADOBE), ("tiff", "RGB", ADOBE), ("webp", "RGB", ADOBE), ("png", "L", GREY),
+    ("jpeg", "CMYK", INKS), ("tiff", "CMYK", INKS),
 ])  # fmt: skip
 def test_colours_are_those_that_a_viewer_shows(kind, mode, embedded):
     data = encoded(FLOWER.convert(mode), kind, icc_profile=embedded)

@@ -100,12 +100,13 @@ class Encoders:
         if not long or encode is None:
             return unread
         most = inspect.signature(encode).parameters.get("max_sequence_length")
+        bounds = [most.default] if most is not None and isinstance(most.default, int) else []
         counts = []
         for name, (library, kind) in self._tokenizers.items():
             if library != "transformers" or not (self.folder / name).is_dir():
                 continue
             tokenizer = getattr(transformers, kind).from_pretrained(self.folder / name)
-            limit = tokenizer.model_max_length if most is None else min(tokenizer.model_max_length, most.default)
+            limit = min([tokenizer.model_max_length, *bounds])
             tokens = tokenizer([prompts[k] for k in long], verbose=False)["input_ids"]
             counts.append([max(0, len(row) - limit) for row in tokens])
         for k, of in zip(long, zip(*counts, strict=True), strict=False):
