@@ -49,7 +49,6 @@ ADOBE = profile("RGB ", rTRC=gamma(2.2), gTRC=gamma(2.2), bTRC=gamma(2.2), **{
 GREY = profile("GRAY", kTRC=gamma(1.0))
 
 
-
 def inks():
     """A table of what inks look like, two levels of each, as Lab."""
     head = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + s15(1, 0, 0, 0, 1, 0, 0, 0, 1)

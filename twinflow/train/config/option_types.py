@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,10 +133,14 @@ def _path_of_any_bytes(value: Any) -> Path:
 
 
 def absolute(value: Any) -> Any:
-    """A path, or the name of a folder that exists, from the root on; any other value as it is."""
-    if isinstance(value, Path):
-        return value.absolute()
-    return str(Path(value).absolute()) if isinstance(value, str) and os.path.isdir(value) else value
+    """A path, or the name of a folder that exists, from the root on; others, and places that are no UTF-8, stay."""
+    if not (isinstance(value, Path) or (isinstance(value, str) and os.path.isdir(value))):
+        return value
+    found = Path(value).absolute()
+    with suppress(UnicodeEncodeError):
+        str(found).encode()
+        return str(found) if isinstance(value, str) else found
+    return value
 
 
 PIXELS = whole(16, 65536)
