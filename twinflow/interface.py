@@ -98,6 +98,12 @@ class Teacher:
         """Continues from a saved state."""
 
 
+def move_like(x: torch.Tensor, like: torch.Tensor) -> None:
+    """Gives a tensor, in place, the device and dtype of another."""
+    if x.device != like.device or x.dtype != like.dtype:
+        x.data = x.data.to(like.device, like.dtype)
+
+
 class TeacherWeights:
     """Where a teacher's own weights live; a call with them leaves the student as it is.
 
@@ -111,6 +117,11 @@ class TeacherWeights:
     def velocity(self, x_t: torch.Tensor, t: torch.Tensor, r: torch.Tensor, cond: Any) -> torch.Tensor:
         """The network's velocity with these weights."""
         raise NotImplementedError
+
+    def follow(self) -> None:
+        """Moves these weights to the device and dtype that the student's have by now."""
+        for name, source in self.sources.items():
+            move_like(self.targets[name], source)
 
     def settle(self) -> None:
         """Puts shards back in place of parameters that a call without gradient has left gathered."""

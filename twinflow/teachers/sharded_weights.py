@@ -63,6 +63,9 @@ class ShardedWeights(TeacherWeights):
                 raise ArgumentError("EMATeacher", "student", wanted, f"{name} offloaded to {parameter.device}")
         self.targets: dict[str, torch.Tensor] = {n: p.detach().clone() for n, p in self.sources.items()}
 
+    def follow(self) -> None:
+        """Nothing to do: shards stay on the device of their mesh."""
+
     def settle(self) -> None:
         for module in self._gathered:
             module.reshard()

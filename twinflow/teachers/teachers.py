@@ -1,5 +1,6 @@
 """`EMATeacher`, `StudentTeacher`, `FrozenTeacher`, and `teacher_from_options()`, which picks one."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,12 @@ from twinflow.objective.flags import parse_flags
 from twinflow.teachers.sharded_weights import local_shard
 from twinflow.teachers.weights import ema_weights, frozen_weights, require_trainable
 from twinflow_kernels import ema_update_
+
+_WITHIN_A_STEP = (
+    "EMATeacher: it moves again though no optimizer has stepped since it last moved. Under gradient accumulation it "
+    "must move once per optimizer step: pass update_teacher=False for all micro-batches of a step but the first, and "
+    "step_rows (docs/training.md). This is said once."
+)
 
 
 def _require_query(query: str) -> None:
@@ -56,13 +63,19 @@ class _WeightsTeacher(Teacher):
         """
         return self._weights.module  # type: ignore[attr-defined]
 
+    def _follow(self) -> None:
+        """Goes where the student's parameters have gone since, by `student.to(...)`."""
+        self._weights.follow()
+
     @torch.no_grad()
     def __call__(self, x_t: torch.Tensor, t: torch.Tensor, r: torch.Tensor, cond: Any) -> torch.Tensor:
         """The velocity by the teacher's own weights: a student, for `sample()` and evaluation."""
+        self._follow()
         return self._weights.velocity(x_t, t, r, cond)
 
     def check(self, student: Student) -> None:
         check_same_student(self._student, student)
+        self._follow()
         module = unwrap(student)
         if not isinstance(module, nn.Module):
             return  # a plain callable around the module
@@ -131,9 +144,39 @@ class EMATeacher(_WeightsTeacher):
             name: target.detach() if self.adapter else _shadow_of(target, dtype, device)
             for name, target in self._weights.targets.items()
         }
+        targets = self._weights.targets
+        self._placed = device is not None  # a separate average stays where it was asked to live
+        self._shared = {name for name, shadow in self._shadow.items() if _address(shadow) == _address(targets[name])}
+        self._said = False
+        self._versions: dict[str, int] | None = None  # of the student's parameters at the last update
+
+    def _follow(self) -> None:
+        super()._follow()
+        for name, shadow in self._shadow.items():
+            target = self._weights.targets[name]
+            if name not in self._shared:
+                if not self._placed and shadow.device != target.device:
+                    self._shadow[name] = shadow.to(target.device)
+            elif _address(target) != _address(shadow):
+                if target.dtype == shadow.dtype:
+                    self._shadow[name] = target.detach()
+                else:  # the average keeps its dtype beside a copy in the student's new one
+                    self._shared.discard(name)
+                    self._shadow[name] = shadow.to(target.device)
+
+    def _say_where_it_moves_within_a_step(self) -> None:
+        """Warns once where gradients have added up since the last update and no optimizer has stepped."""
+        versions = {name: parameter._version for name, parameter in self._trained.items()}
+        graded = any(parameter.grad is not None for parameter in self._trained.values())
+        if graded and versions == self._versions and not self._said:
+            self._said = True
+            warnings.warn(_WITHIN_A_STEP, stacklevel=6)
+        self._versions = versions
 
     @torch.no_grad()
     def update(self) -> None:
+        self._follow()
+        self._say_where_it_moves_within_a_step()
         targets, sources, copies = [], [], []
         for name, average in self._shadow.items():
             source, compute = (local_shard(x[name].detach()) for x in (self._weights.sources, self._weights.targets))
@@ -208,6 +251,10 @@ class FrozenTeacher(_WeightsTeacher):
     def _fixed(self) -> dict[str, torch.Tensor]:
         """The tensors of its own: copied parameters, and saved buffers, which an EMA takes from the student anew."""
         return {**self._weights.targets, **self._weights.saved_buffers()}
+
+
+def _address(x: torch.Tensor) -> int:
+    return local_shard(x).data_ptr()
 
 
 def _shadow_of(target: torch.Tensor, dtype: torch.dtype, device: torch.device | str | None) -> torch.Tensor:

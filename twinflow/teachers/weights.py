@@ -8,7 +8,7 @@ from torch import nn
 
 from twinflow.distributed import unwrap
 from twinflow.errors import ArgumentError, ArgumentTypeError
-from twinflow.interface import Student, TeacherWeights, plain_name, plain_names, trained_parameters
+from twinflow.interface import Student, TeacherWeights, move_like, plain_name, plain_names, trained_parameters
 from twinflow.teachers.sharded_weights import ShardedWeights, is_sharded
 
 DEFAULT_SLOT = "ema"
@@ -45,6 +45,12 @@ class ModuleCopy(TeacherWeights):
         if self.module.training != original.training:
             self.module.train(original.training)
         return self._call(x_t, t, r, cond)
+
+    def follow(self) -> None:
+        super().follow()
+        originals = dict(unwrap(self._student).named_buffers())
+        for name, buffer in self.module.named_buffers():
+            move_like(buffer, originals[name])
 
     def copy_buffers(self) -> None:
         copies = list(self.module.named_buffers())
