@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from twinflow.objective.loss import TwinFlowLoss, TwinFlowOutput
     from twinflow.objective.plan import Plan
     from twinflow.pipelines.attach import attach as attach
+    from twinflow.pipelines.attach import detach as detach
     from twinflow.teachers.teachers import EMATeacher, FrozenTeacher, StudentTeacher
 
 __all__ = [
@@ -34,6 +35,7 @@ _HOMES = {
     "TwinFlowLoss": "objective.loss",
     "TwinFlowOutput": "objective.loss",
     "attach": "pipelines.attach",
+    "detach": "pipelines.attach",
 }
 
 

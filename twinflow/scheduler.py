@@ -1,7 +1,9 @@
 """`TwinFlowScheduler`: the sampler of docs/method.md, section 6, for unmodified diffusers pipelines."""
 
 import dataclasses
+import threading
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +38,15 @@ _FOREIGN_SHIFT = (
 )
 _NOT_SET = "Please call `set_timesteps` before running inference."
 _WRONG_LIST = "TwinFlowScheduler received a list of generators whose length does not match the batch size."
+
+
+_thread = threading.local()  # its `used`: the schedulers that this thread walks, the latest last
+
+
+def schedulers_in_use() -> "list[TwinFlowScheduler]":
+    """The schedulers that this thread has set or stepped, the latest first."""
+    held = [reference() for reference in getattr(_thread, "used", ())]
+    return [scheduler for scheduler in reversed(held) if scheduler is not None]
 
 
 @dataclass
@@ -210,6 +221,10 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = int(steps)  # type: ignore[arg-type]
         self._grid = times if sigmas is None and timesteps is None else None
         self._set_evaluations(self._sampler.evaluations(times), device)
+        self._use()
+
+    def _use(self) -> None:
+        _thread.used = [*(weakref.ref(s) for s in reversed(schedulers_in_use()) if s is not self), weakref.ref(self)]
 
     def _set_evaluations(self, evaluations: list[Evaluation], device: str | torch.device | None) -> None:
         self._schedule = TimestepSchedule(evaluations, self._asked(evaluations))
@@ -230,6 +245,16 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(_NOT_SET)
         evaluation = self._schedule.evaluations[self._schedule.due(f"{_NAME}.times")]
         return evaluation.t, evaluation.r
+
+    def asks_for(self, timestep: float) -> float | None:
+        """How far, relatively, a transformer's timestep is from the one of the evaluation to come, in the units of
+        any pipeline; None: there is no such evaluation."""
+        done = self._schedule.step_index == len(self._schedule.timesteps)
+        if self.num_inference_steps is None or done:
+            return None
+        value = self._schedule.timesteps[self._schedule.due(f"{_NAME}.asks_for")]
+        units = (value, value / 1000, 1 - value / 1000)
+        return min(abs(unit - timestep) / max(abs(unit), 1e-3) for unit in units)
 
     def index_for_timestep(self, timestep: float | torch.Tensor) -> int:
         """The index of a number in `timesteps`; raises ValueError where it is none of them."""
@@ -308,6 +333,7 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):
         evaluation = self._schedule.evaluations[index]
         following, predicted = self._state.advance(evaluation, sample.to(dtype), model_output.to(dtype), source)
         self._schedule.step_index = index + 1
+        self._use()
         result = TwinFlowSchedulerOutput(following.to(model_output.dtype), predicted.to(model_output.dtype))
         return result if return_dict else result.to_tuple()
 

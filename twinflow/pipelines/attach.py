@@ -1,6 +1,5 @@
 """`attach()`: an export inside a stock diffusers pipeline."""
 
-import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from torch import nn
 
-from twinflow.conditioning import TimeConditioning, TimeEmbedder, conditioning_tensors, hook_owner
+from twinflow.conditioning import TimeConditioning, TimeEmbedder, conditioning_tensors, hook_owner, plain_copy
 from twinflow.distributed import unwrap
 from twinflow.errors import ArgumentError, require, require_type
 from twinflow.formats.export_folder import without_refusal
@@ -27,12 +26,15 @@ from twinflow.formats.manifest import (
     saved_conditioning,
 )
 from twinflow.interface import check_tensors
-from twinflow.lora import adapter_names, check_layers
+from twinflow.lora import adapter_names, check_layers, lora_tensors
 from twinflow.models import FlowModel, load
 from twinflow.models.registry import diffusers_families, family_of_class
-from twinflow.pipelines.time_hooks import SchedulerTimeHooks
+from twinflow.pipelines.time_hooks import AdapterStrength, SchedulerTimeHooks
 from twinflow.scheduler import TwinFlowScheduler
 from twinflow.teachers.adapter_slot import adapter_layers
+
+# Stands in the configuration that a conditioned transformer is saved with, and so in the error of loading it again.
+_SAVED = "was saved with an export attached, without its conditioning: call twinflow.attach(pipe, folder) on the base"
 
 
 def attach(
@@ -46,7 +48,9 @@ def attach(
     """Makes a stock pipeline draw with what `twinflow.export.export` saved, in a few steps.
 
     A LoRA is added to the pipeline's transformer, beside those that are active; a whole model replaces it. The pipeline
-    gets a `TwinFlowScheduler`, which tells a conditioned transformer the exact times of each call.
+    gets a `TwinFlowScheduler`, which tells a conditioned transformer the exact times of each call. The conditioning is
+    part of the LoRA: where diffusers switches that off, scales, fuses or unloads it, the second time embedding goes
+    with it. `detach` gives the pipeline back.
 
     Args:
         pipe: a pipeline of the family that was trained, as it comes from `from_pretrained`.
@@ -67,14 +71,18 @@ def attach(
     require_type(complete, "attach", "pipe", "a diffusers pipeline with a transformer", type(pipe).__name__)
     stock: Any = pipe
     transformer: Any = unwrap(stock.transformer)
-    if SchedulerTimeHooks.of(transformer) is not None:
-        raise ArgumentError("attach", "pipe", "no export attached", "one that has", "load it anew", "have")
+    hooks = SchedulerTimeHooks.of(transformer)
+    gone = hooks is not None and hooks.strength is not None and not hooks.strength.present
+    require(hooks is None or gone, "attach", "pipe", "no export attached", "one", "call twinflow.detach(pipe)", "have")
     walk = TwinFlowScheduler(style=style, **scheduler)
     family = _family(transformer)
     saved = _read(Path(lora_or_dir), style, family.conditioning_roots())
     theirs = family.family if saved.manifest is None else saved.manifest.family
     require(theirs == family.family, "attach", "pipe", f"of family {theirs}", family.family)
+    if hooks is not None:  # of a LoRA that has been unloaded since
+        _take_off(stock, transformer, hooks)
     model = family(transformer)
+    strength = None
     if saved.lora is None:
         device = next(transformer.parameters()).device
         model = _whole_model(saved.folder, model)
@@ -82,10 +90,58 @@ def attach(
         del transformer  # freed before its successor needs the room
         model.network.to(device)
     else:
-        _add_lora(pipe, model, saved, adapter_name)
+        strength = _add_lora(pipe, model, saved, adapter_name)
+    hooks = SchedulerTimeHooks(pipe, model, strength)
+    hooks.before = {"scheduler": stock.scheduler, "config": model.network._internal_dict}
     stock.register_modules(scheduler=walk)
-    SchedulerTimeHooks(pipe, model).register(model.network)
+    hooks.register(model.network)
+    mode = "" if model.conditioning is None else model.conditioning.mode
+    if "dual" in mode or ("midpoint" in mode and style != "few"):
+        model.network.register_to_config(quantization_config={"quant_method": _SAVED})  # type: ignore[operator]
     return pipe
+
+
+def detach(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """Takes off what `attach` added: the LoRA, its conditioning and the scheduler; the pipeline draws as before.
+
+    Args:
+        pipe: the pipeline that was given to `attach`.
+
+    Returns:
+        The pipeline, with the scheduler that it had.
+
+    Raises:
+        TypeError: `pipe` is no pipeline with a transformer.
+        ValueError: nothing is attached, a whole model is, or the LoRA is fused into the weights.
+    """
+    complete = isinstance(pipe, DiffusionPipeline) and isinstance(getattr(pipe, "transformer", None), nn.Module)
+    require_type(complete, "detach", "pipe", "a diffusers pipeline with a transformer", type(pipe).__name__)
+    stock: Any = pipe
+    transformer: Any = unwrap(stock.transformer)
+    hooks = SchedulerTimeHooks.of(transformer)
+    if hooks is None:
+        raise ArgumentError("detach", "pipe", "an export attached", "none", verb="have")
+    if hooks.strength is None:
+        raise ArgumentError("detach", "pipe", "a LoRA attached", "a whole model", "load the pipeline anew", "have")
+    fused = any(hooks.strength.adapter in layer.merged_adapters for layer in adapter_layers(transformer).values())
+    adapter, hint = hooks.strength.adapter, "call pipe.unfuse_lora() first, or load the pipeline anew"
+    alone = not fused and not hooks.strength.fused
+    require(alone, "detach", f"LoRA {adapter!r}", "apart from the weights", "fused into them", hint)
+    _take_off(stock, transformer, hooks)
+    if isinstance(stock.scheduler, TwinFlowScheduler):
+        stock.register_modules(scheduler=hooks.before["scheduler"])
+    return pipe
+
+
+def _take_off(pipe: Any, transformer: Any, hooks: SchedulerTimeHooks) -> None:
+    """Hooks, conditioning, and the LoRA where it is still there."""
+    assert hooks.strength is not None
+    hooks.remove(transformer)
+    transformer._internal_dict = hooks.before["config"]
+    if hooks.strength.adapter in adapter_names(transformer):
+        transformer.delete_adapters(hooks.strength.adapter)
+        if not adapter_names(transformer):
+            transformer.unload_lora()
 
 
 @dataclass(frozen=True)
@@ -153,7 +209,7 @@ def _whole_model(folder: Path, replaced: FlowModel) -> FlowModel:
     return model
 
 
-def _add_lora(pipe: DiffusionPipeline, model: FlowModel, saved: _Saved, adapter: str) -> None:
+def _add_lora(pipe: DiffusionPipeline, model: FlowModel, saved: _Saved, adapter: str) -> AdapterStrength:
     network: Any = model.network
     assert saved.lora is not None and saved.conditioning is not None
     require(adapter not in adapter_names(network), "attach", "adapter_name", "a name that is not taken", repr(adapter))
@@ -165,18 +221,26 @@ def _add_lora(pipe: DiffusionPipeline, model: FlowModel, saved: _Saved, adapter:
     if settings is not None:
         settings = settings | {f"{model.component}.init_lora_weights": True}
     active = dict.fromkeys(name for layer in adapter_layers(network).values() for name in layer.active_adapters)
+    if mode is not None:  # before the LoRA is loaded: diffusers then places the new layers as the pipeline is placed
+        model.condition(mode)
+        put_conditioning(network, saved.conditioning, "attach")
     try:
         network.load_lora_adapter(
             saved.lora, prefix=model.component, adapter_name=adapter, metadata=settings, _pipeline=pipe
         )
     except Exception as error:
+        if model.conditioning is not None:
+            model.conditioning.remove(network)
         brief = " ".join(str(error).split())[:300]  # peft names every layer
         raise ArgumentError("attach", f"{saved.folder}", "a LoRA that peft takes", brief, verb="hold") from error
     for layer in adapter_layers(network).values():
         layer._active_adapter = [*(active | {adapter: None})]
-    if mode is not None:
-        model.condition(mode)
-        put_conditioning(network, saved.conditioning, "attach")
+    for name, weight in lora_tensors(network, adapter).items():
+        if weight.dtype.itemsize == 1:  # as the base is stored under layerwise casting, which leaves adapters out
+            weight.data = saved.lora[f"{model.component}.{name}"].to(weight.device, torch.float32)
+    layers: dict[str, Any] = {**adapter_layers(network)}
+    path = next(name for name, layer in layers.items() if adapter in layer.scaling)
+    return AdapterStrength(network, path, adapter)
 
 
 def _expected_conditioning(model: FlowModel, mode: str) -> dict[str, torch.Tensor]:
@@ -190,6 +254,6 @@ def _expected_conditioning(model: FlowModel, mode: str) -> dict[str, torch.Tenso
     for name in path:
         parent.add_module(name, nn.Module())
         parent = parent.get_submodule(name)
-    parent.add_module(last, copy.deepcopy(first))
+    parent.add_module(last, plain_copy(first))
     TimeConditioning(skeleton, embedder, mode)
     return conditioning_tensors(skeleton)

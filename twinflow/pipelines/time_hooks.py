@@ -3,39 +3,81 @@
 import inspect
 import warnings
 import weakref
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from twinflow.conditioning import hook_owner
+from twinflow.conditioning import _Call, hook_owner, remove_hooks
 from twinflow.errors import ArgumentError
 from twinflow.models.base import FlowModel
-from twinflow.scheduler import TwinFlowScheduler
+from twinflow.scheduler import TwinFlowScheduler, schedulers_in_use
 
+_EXACT, _CLOSE = 1e-5, 2**-7  # of a timestep in float32, and in bfloat16
 _GUIDED = (
     "twinflow.attach: guidance must be off, got {0} > 1: training has put guidance into the weights, and more of it "
     "oversaturates at twice the cost. Pass {0}={1}. This is said once."
 )
 
 
-class SchedulerTimeHooks:
-    """Hooks around the calls of a transformer: they bind the times of the scheduler's next evaluation, and warn once
-    where the pipeline guides.
+class AdapterStrength:
+    """How strongly an adapter acts now, relative to when it was made: by one of its layers, as peft computes it.
 
     Args:
-        pipe: the pipeline; its scheduler is asked anew in every call.
-        model: around the pipeline's transformer; without conditioning it is told no times.
+        network: the transformer.
+        path: of the layer.
+        adapter: its name.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, model: FlowModel) -> None:
+    def __init__(self, network: nn.Module, path: str, adapter: str) -> None:
+        parent, _, self._child = path.rpartition(".")
+        self._parent, self.adapter = network.get_submodule(parent), adapter
+        layer: Any = network.get_submodule(path)
+        self._layer = layer
+        self._nominal: float = layer.scaling[adapter]
+
+    @property
+    def present(self) -> bool:
+        """Whether the adapter is in the transformer, or fused into its weights."""
+        held = self._parent._modules[self._child] is self._layer
+        return self.fused or (held and self.adapter in self._layer.scaling)
+
+    @property
+    def fused(self) -> bool:
+        """Whether its product stands in the weights."""
+        return self.adapter in self._layer.merged_adapters
+
+    def __call__(self) -> float:
+        """1 as attached, 0 where the adapter is off, by whichever of diffusers' and peft's switches."""
+        layer, adapter = self._layer, self.adapter
+        acts = self.present and not layer._disable_adapters and (self.fused or adapter in layer.active_adapters)
+        return float(layer.scaling.get(adapter, self._nominal) / self._nominal) if acts else 0.0
+
+
+class SchedulerTimeHooks:
+    """Hooks around the calls of a transformer: they bind the call's timestep, by which the conditioning finds the
+    times, and warn once where the pipeline guides.
+
+    The scheduler is the one that this thread used last among those whose evaluation to come has the call's timestep:
+    several pipelines, each with a scheduler of its own, may call one transformer.
+
+    Args:
+        pipe: the pipeline.
+        model: around the pipeline's transformer; without conditioning it is told no times.
+        strength: of the LoRA that was attached; None: a whole model.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, model: FlowModel, strength: AdapterStrength | None) -> None:
         self._pipe = weakref.ref(pipe)  # the transformer must not keep text encoders and autoencoder in memory
-        self._scheduler: Any = getattr(pipe, "scheduler", None)
-        self._conditioning = model.conditioning
+        self.conditioning = model.conditioning
+        self.strength = strength
+        self.before: dict[str, Any] = {}  # what `detach` puts back
+        parameters = [*inspect.signature(type(model.network).forward).parameters][1:]
+        self._timestep = "timestep" if "timestep" in parameters else "t"
+        self._position = parameters.index(self._timestep)
         self._no_guidance = _GUIDED.format(model.guidance_argument, model.guidance_off)
-        self._bound: AbstractContextManager[None] | None = None
+        self._bound: Any = None
         self._call: tuple[torch.Tensor, int | None] | None = None
         self._warned = False
 
@@ -47,37 +89,62 @@ class SchedulerTimeHooks:
     def register(self, transformer: nn.Module) -> None:
         """Puts the hooks around a transformer."""
         transformer.register_forward_pre_hook(self._before, with_kwargs=True)
-        transformer.register_forward_hook(self._after, always_call=True)
+        if self.conditioning is not None:
+            transformer.register_forward_hook(self._after, always_call=True)
+            self.conditioning.serve(_find_times, self.strength)
+
+    def remove(self, transformer: nn.Module) -> None:
+        """Takes the hooks and the conditioning off a transformer."""
+        remove_hooks(transformer, self)
+        if self.conditioning is not None:
+            self.conditioning.remove(transformer)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        pipe = self._pipe()
-        if pipe is not None:
-            self._scheduler = getattr(pipe, "scheduler", None)
-        if not isinstance(self._scheduler, TwinFlowScheduler):
-            if self._conditioning is None:
-                return
-            name = type(self._scheduler).__name__
-            raise ArgumentError("twinflow.attach", "pipe.scheduler", "a TwinFlowScheduler", name)
-        if not self._warned and self._guided(pipe):
+        if not torch.compiler.is_compiling() and not self._warned and self._guided():
             self._warned = True
             warnings.warn(self._no_guidance, stacklevel=2)
-        if self._conditioning is None:
+        if self.conditioning is None:
             return
-        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        timestep = given["timestep"] if "timestep" in given else given["t"]
-        times = self._scheduler.times()
-        t, r = (torch.full(timestep.shape, time, dtype=torch.float32, device=timestep.device) for time in times)
-        self._bound = self._conditioning.times(t, r)
-        self._bound.__enter__()
+        timestep = kwargs[self._timestep] if self._timestep in kwargs else args[self._position]
+        self.conditioning.begin(_Call(timestep=timestep))
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Also after an exception."""
-        bound, self._bound = self._bound, None
-        if bound is not None:
-            bound.__exit__(None, None, None)
+        assert self.conditioning is not None
+        self.conditioning.end((None, None))
 
-    def _guided(self, pipe: DiffusionPipeline | None) -> bool:
+    def _guided(self) -> bool:
         """Whether the call is of a guided step: of twice the rows, or the second one within the step."""
-        before, self._call = self._call, (self._scheduler.timesteps, self._scheduler.step_index)
+        pipe: Any = self._pipe()
+        scheduler = getattr(pipe, "scheduler", None)
+        if not isinstance(scheduler, TwinFlowScheduler):
+            return False
+        before, self._call = self._call, (scheduler.timesteps, scheduler.step_index)
         again = before is not None and before[0] is self._call[0] and before[1] == self._call[1]
         return again or bool(getattr(pipe, "do_classifier_free_guidance", False))
+
+
+@torch.library.custom_op("twinflow::scheduled_times", mutates_args=())
+def _scheduled_times(timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The times (t, r) of the call with this timestep, both (B,), float32; opaque to `torch.compile`."""
+    value = float(timestep.flatten()[0])
+    known = [(s, s.asks_for(value)) for s in schedulers_in_use()]
+    for nearness in (_EXACT, _CLOSE):
+        for scheduler, distance in known:
+            if distance is not None and distance <= nearness:
+                t, r = (torch.full(timestep.shape, v, device=timestep.device) for v in scheduler.times())
+                return t.float(), r.float()
+    wanted, got = "a TwinFlowScheduler", f"none that asks for the timestep {value:g} in this thread"
+    raise ArgumentError("twinflow.attach", "pipe.scheduler", wanted, got, "twinflow.detach(pipe) gives the base back")
+
+
+@_scheduled_times.register_fake
+def _(timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return timestep.new_empty(timestep.shape, dtype=torch.float32), timestep.new_empty(
+        timestep.shape, dtype=torch.float32
+    )
+
+
+def _find_times(timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    t, r = _scheduled_times(timestep)
+    return t, r
