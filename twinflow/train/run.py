@@ -45,7 +45,7 @@ from twinflow.train.logging.trackers import required_trackers
 from twinflow.train.loop import Due
 from twinflow.train.model.memory import after_out_of_memory
 from twinflow.train.model.optimizer import renew, saved_kind
-from twinflow.train.model.parallel import check_sharded, launcher_kind
+from twinflow.train.model.parallel import check_launcher, check_sharded, launcher_kind
 from twinflow.train.model.pipeline_source import pipeline_folder
 from twinflow.train.model.student import build_student
 from twinflow.train.setup import Assembled, assemble, headline
@@ -75,6 +75,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> int:
     """
     settings.require_data()
     required_trackers(settings)
+    check_launcher(settings)
     # One process encodes, perhaps for hours, while the others wait.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=[patience])

@@ -17,7 +17,6 @@ FILE = '{"pretrained_model_name_or_path": "some/model", "learning_rate": 2e-4}'
     ({"distillation_method": "dmd"}, "distillation_method must be left out, .*, got 'dmd'; set twinflow_enabled"),
     ({"scheduled_sampling_max_step_offset": 2}, "scheduled_sampling_max_step_offset must be left out, .*, got 2; set"),
     ({"base_model_precision": "int8-quanto"}, "'int8-quanto'; memory_preset 32gb packs the frozen base as int8"),
-    ({"data_backend_config": "data.json"}, "give one folder as instance_data_dir"),
     ({"num_train_epochs": 3}, "count in steps: max_train_steps"), ({"push_to_hub": True}, "push_to_hub must be left"),
     ({"flow_schedule_shift": 3.0}, "flow_schedule_shift must be left out, .*, got 3.0; the method draws"),
     ({"model_family": "pixart_sigma"}, "model_family must be one of .*, got 'pixart_sigma'; no bridge reads"),

@@ -11,6 +11,7 @@ from twinflow.objective.config import TwinFlowConfig
 from twinflow.objective.flags import FLAGS
 from twinflow.suggest import did_you_mean, lookup, nearest
 from twinflow.train.config import simpletuner
+from twinflow.train.config.data_backend import read_backend
 from twinflow.train.config.objective import objective
 from twinflow.train.config.option_types import shown
 from twinflow.train.config.presets import train_preset
@@ -44,13 +45,25 @@ def read_config(path: Path | None, overrides: Mapping[str, Any]) -> TrainSetting
         overrides: option -> value, as a file has them or as text; None and "" mean the default, whatever the file says.
 
     Returns:
-        The settings. No file but the config was looked at.
+        The settings. No file but the config, and the files of data and prompts that one of SimpleTuner names, was
+        looked at.
 
     Raises:
-        ValueError: one line that says what is wrong.
+        ValueError: one line that says what is wrong, of all options that are not supported.
     """
     from_file = {} if path is None else known_options(read_json(Path(path)))
-    return TrainSettings(**_resolve(from_file | known_options(overrides)))
+    given = known_options(overrides)
+    backend, warnings = (from_file | given).get("data_backend_config"), []
+    if backend:
+        place = OPTIONS["data_backend_config"].kind.convert("data_backend_config", backend)
+        found, warnings = read_backend(place)
+        given = found | given
+        if found:
+            from_file, given = (
+                {n: v for n, v in of.items() if n != "data_backend_config"} for of in (from_file, given)
+            )
+    values = _resolve(from_file | given)
+    return TrainSettings(**values | {"warnings": (*warnings, *values["warnings"])})
 
 
 def option_name(spelling: str) -> str:
@@ -66,10 +79,11 @@ def known_options(options: Mapping[Any, Any]) -> dict[str, Any]:
         options: spelling -> value; spellings may begin with two dashes and have dashes inside.
 
     Raises:
-        ValueError: an unknown option, one that is given twice, or one that is not supported.
+        ValueError: an unknown option, one that is given twice, or those that are not supported, all of them.
     """
     values: dict[str, Any] = {}
     spellings: dict[str, str] = {}
+    refused: list[ValueError] = []
     for spelling, value in options.items():
         name = option_name(str(spelling))
         if name in spellings:
@@ -77,10 +91,17 @@ def known_options(options: Mapping[Any, Any]) -> dict[str, Any]:
         spellings[name] = str(spelling)
         if name in OPTIONS:
             values[name] = value
-        elif name in simpletuner.OPTIONS:
-            simpletuner.refuse(name, value)
+        elif name == "user_prompt_library":
+            values["validation_prompts"] = simpletuner.prompt_library(value)
+        elif simpletuner.knows(name):
+            refused += simpletuner.refusal(name, value)
         else:
-            raise unknown_option(str(spelling))
+            refused.append(unknown_option(str(spelling)))
+    if len(refused) > 1:
+        said = [error.without_function if isinstance(error, ArgumentError) else str(error) for error in refused]
+        raise ValueError(f"train: {len(refused)} options cannot be taken: {' | '.join(said)}")
+    for error in refused:
+        raise error
     return values
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from twinflow.errors import ArgumentError
+from twinflow.errors import ArgumentError, require
 from twinflow.models.registry import REGISTRATIONS
 from twinflow.objective.config import TwinFlowConfig
 from twinflow.objective.flags import FLAGS
@@ -132,6 +132,7 @@ class TrainSettings:
                                       _MODES, fixed=True, derived=lambda s: None if s["twinflow"] is None else MODES[0])
 
     instance_data_dir: Path | None = _data(None, "folder of images with captions", DATA_PATH, fixed=True)
+    data_backend_config: Path | None = _data(None, "SimpleTuner's file of one local folder of images", fixed=True)
     prompts_file: Path | None = _data(None, "prompts, one a line: training without images", DATA_PATH, fixed=True)
     metadata_file: Path | None = _data(None, "captions: .jsonl, .csv or .parquet (default: searched)", DATA_PATH,
                                        fixed=True)
@@ -218,6 +219,8 @@ class TrainSettings:
 
     def require_data(self) -> None:
         """Raises ArgumentError where there is nothing to train on; a dry run does without."""
+        lost = self.data_backend_config is None
+        require(lost, "train", "data_backend_config", "a JSON file that exists", repr(str(self.data_backend_config)))
         if self.instance_data_dir is None and self.prompts_file is None:
             raise ArgumentError("train", "instance_data_dir", "given, a folder of images (or prompts_file)", "neither")
         if self.twinflow is not None and self.twinflow.data_free and self.prompts_file is None:

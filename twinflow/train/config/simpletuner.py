@@ -20,18 +20,40 @@ REFUSED: dict[str, tuple[list[Any], str]] = {
     name: (neutral, instead) for instead, names in _TABLE["refused"].items() for name, neutral in names.items()
 }
 OPTIONS = (*REFUSED, *IGNORED)
+_IGNORED_PREFIXES = ("sdnq_",)  # how a base is packed, which `base_model_precision` asks for
 # a model family that is not trained here -> why, or what to use
 REFUSED_FAMILIES: dict[str, str] = {
     name: reason for reason, names in _TABLE["refused_families"].items() for name in names
 }
 
 
-def refuse(name: str, value: Any) -> None:
-    """Raises ArgumentError where a refused option would change something, and says what to use instead."""
+def knows(name: str) -> bool:
+    """Whether an option is one of SimpleTuner's."""
+    return name in OPTIONS or name.startswith(_IGNORED_PREFIXES)
+
+
+def prompt_library(path: Any) -> list[str]:
+    """The prompts of a `user_prompt_library`, a JSON file of names and prompts.
+
+    Raises:
+        ArgumentError: there is no such file.
+    """
+    try:
+        found = json.loads(Path(str(path)).expanduser().read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArgumentError("train", "user_prompt_library", "a JSON file", f"{path}: {error}") from None
+    if not isinstance(found, dict) or not all(isinstance(prompt, str) for prompt in found.values()):
+        raise ArgumentError("train", "user_prompt_library", "names and prompts", path, verb="hold")
+    return list(found.values())
+
+
+def refusal(name: str, value: Any) -> list[ValueError]:
+    """What is wrong where a refused option would change something, and what to use instead; empty: nothing."""
     neutral, instead = REFUSED.get(name, ([], ""))
     plain = _plain(value)
     if name in REFUSED and plain not in ({}, [], ()) and plain not in (*NEUTRAL, *neutral):
-        raise ArgumentError("train", name, "left out, as it is not supported", shown(value), instead)
+        return [ArgumentError("train", name, "left out, as it is not supported", shown(value), instead)]
+    return []
 
 
 def _plain(value: Any) -> Any:

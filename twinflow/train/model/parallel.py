@@ -18,6 +18,8 @@ from twinflow.models import FlowModel
 from twinflow.train.config.settings import TrainSettings
 from twinflow.train.model.student import build_teacher
 
+_LAUNCHER = ("MIXED_PRECISION", "GRADIENT_ACCUMULATION_STEPS", "DYNAMO_BACKEND")  # it sets ACCELERATE_...
+
 
 def wrap(
     settings: TrainSettings, model: FlowModel, accelerator: Any, preset: MemoryPreset | None = None
@@ -83,6 +85,19 @@ def launcher_kind(accelerator: Any) -> str:
     alone = set(dimensions) <= {"dp_shard"}
     require(alone, "train", "FSDP2", "one dimension, dp_shard", ", ".join(dimensions), verb="have")
     return "fsdp2"
+
+
+def check_launcher(settings: TrainSettings) -> None:
+    """Raises ArgumentError for what `accelerate launch` was asked for beside processes, and the settings do not do."""
+    asked = {name: os.environ.get(f"ACCELERATE_{name}", "").lower() for name in _LAUNCHER}
+    precision, steps, backend = asked.values()
+    held = precision in ("", "no", settings.mixed_precision)
+    require(held, "train", "mixed_precision", f"{precision}, as `accelerate launch` asks", settings.mixed_precision)
+    number, got = settings.gradient_accumulation_steps, settings.gradient_accumulation_steps
+    held = steps in ("", "1", str(number))
+    require(held, "train", "gradient_accumulation_steps", f"{steps}, as `accelerate launch` asks", got)
+    held, got = backend in ("", "no") or settings.compile_blocks, f"false with dynamo_backend {backend}"
+    require(held, "train", "compile_blocks", "true where `accelerate launch` asks for compilation", got)
 
 
 def check_sharded(settings: TrainSettings, model: FlowModel, preset: MemoryPreset | None = None) -> None:
