@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from helpers.drawing import draw
-from helpers.export_cases import lora_student, stock_pipeline
+from helpers.export_cases import lora_student, stock_pipeline, whole_student
 
 import twinflow
 from twinflow.conditioning import plain_copy
@@ -61,3 +61,31 @@ def test_an_embedder_is_built_anew_from_what_offloading_keeps():
     assert not any(hasattr(module, "_hf_hook") for module in second.modules())
     for name, value in second.state_dict().items():
         assert torch.equal(value, values[name])
+
+
+WHOLE = {
+    "groups": lambda pipe: pipe.transformer.enable_group_offload(CPU, CPU, offload_type="leaf_level"),
+    "compiled in place": lambda pipe: pipe.transformer.compile(backend="eager"),
+    "compiled": lambda pipe: setattr(pipe, "transformer", torch.compile(pipe.transformer, backend="eager")),
+}
+
+
+@pytest.mark.parametrize("place", WHOLE)
+def test_a_whole_model_stays_placed_as_the_one_it_replaces(place, tmp_path):
+    folder = export(whole_student("sd3", "dual"), tmp_path)
+    wanted = draw(twinflow.attach(stock_pipeline("sd3"), folder), "sd3", 1)
+    pipe = stock_pipeline("sd3")
+    WHOLE[place](pipe)
+    before = pipe.transformer
+    twinflow.attach(pipe, folder)
+    assert pipe.transformer is before
+    torch.testing.assert_close(draw(pipe, "sd3", 1), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_whole_model_for_a_transformer_in_eight_bits_is_refused(tmp_path):
+    pipe = stock_pipeline("sd3")
+    PLACES["layerwise casting"](pipe.transformer)
+    with pytest.raises(
+        ValueError, match="got one that is compiled, offloaded or cast; attach to a pipeline as it comes"
+    ):
+        twinflow.attach(pipe, export(whole_student("sd3", None), tmp_path))

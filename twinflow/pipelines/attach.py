@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from diffusers.utils import logging
 from torch import nn
 
@@ -47,7 +48,8 @@ def attach(
 ) -> DiffusionPipeline:
     """Makes a stock pipeline draw with what `twinflow.export.export` saved, in a few steps.
 
-    A LoRA is added to the pipeline's transformer, beside those that are active; a whole model replaces it. The pipeline
+    A LoRA is added to the pipeline's transformer, beside those that are active; a whole model replaces it, or
+    its weights where the transformer is compiled or offloaded, which it stays. The pipeline
     gets a `TwinFlowScheduler`, which tells a conditioned transformer the exact times of each call. The conditioning is
     part of the LoRA: where diffusers switches that off, scales, fuses or unloads it, the second time embedding goes
     with it. `detach` gives the pipeline back.
@@ -84,11 +86,15 @@ def attach(
     model = family(transformer)
     strength = None
     if saved.lora is None:
-        device = next(transformer.parameters()).device
-        model = _whole_model(saved.folder, model)
-        stock.register_modules(transformer=model.network)
-        del transformer  # freed before its successor needs the room
-        model.network.to(device)
+        loaded = _whole_model(saved.folder, model)
+        if _is_placed(stock.transformer, transformer):
+            _pour(stock, model, loaded)
+        else:
+            device = next(transformer.parameters()).device
+            model = loaded
+            stock.register_modules(transformer=model.network)
+            del transformer  # freed before its successor needs the room
+            model.network.to(device)
     else:
         strength = _add_lora(pipe, model, saved, adapter_name)
     hooks = SchedulerTimeHooks(pipe, model, strength)
@@ -207,6 +213,42 @@ def _whole_model(folder: Path, replaced: FlowModel) -> FlowModel:
         require(mine == theirs, "attach", "pipe", f"of {what} {mine}", theirs)
     model.network.eval()
     return model
+
+
+def _is_placed(called: nn.Module, transformer: Any) -> bool:
+    """Whether a pipeline's transformer is compiled, offloaded, or cast by hooks, none of which a successor has."""
+    hooked = any(hasattr(module, name) for module in transformer.modules() for name in ("_hf_hook", "_diffusers_hook"))
+    return called is not transformer or transformer._compiled_call_impl is not None or hooked
+
+
+def _pour(pipe: Any, model: FlowModel, loaded: FlowModel) -> None:
+    """Puts a whole model's weights into the transformer that is there, which stays compiled and offloaded as it is."""
+    network: Any = model.network
+    hint = "attach to a pipeline as it comes from from_pretrained, and compile or offload it afterwards"
+    values = loaded.network.state_dict()
+    added = conditioning_tensors(loaded.network).keys()
+    here = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    same = here == {name: tensor.shape for name, tensor in values.items() if name not in added}
+    kept = all(p.is_floating_point() and p.dtype.itemsize > 1 for p in network.parameters())
+    mapped = getattr(pipe, "hf_device_map", None) is not None
+    got = "one that is compiled, offloaded or cast"
+    require(
+        same and kept and not mapped, "attach", "pipe", "a stock transformer for this whole model", got, hint, "have"
+    )
+    by_model, in_sequence, in_groups = network._optionally_disable_offloading(pipe)
+    if loaded.conditioning is not None:
+        model.condition(loaded.conditioning.mode)
+        model.conditioning.requires_grad_(False)  # type: ignore[union-attr]
+    with torch.no_grad():
+        for name, tensor in network.state_dict().items():
+            tensor.copy_(values[name])
+    network.eval()
+    if by_model:
+        pipe.enable_model_cpu_offload()
+    elif in_sequence:
+        pipe.enable_sequential_cpu_offload()
+    elif in_groups:
+        _maybe_remove_and_reapply_group_offloading(network)
 
 
 def _add_lora(pipe: DiffusionPipeline, model: FlowModel, saved: _Saved, adapter: str) -> AdapterStrength:
