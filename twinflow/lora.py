@@ -73,7 +73,7 @@ def add_lora(
     base = None if base_lora is None else _readable_base(student, Path(base_lora), adapter)
     if conditioning is not None and student.conditioning is None:
         student.condition(conditioning)
-    before = {name: enabled_adapters(layer) for name, layer in adapter_layers(network).items()}
+    kept = dict.fromkeys(name for layer in adapter_layers(network).values() for name in enabled_adapters(layer))
     if base is not None:
         network.load_lora_adapter(**base, prefix=student.component, adapter_name=BASE)  # type: ignore[operator]
     student.transformer.requires_grad_(False)
@@ -82,10 +82,9 @@ def add_lora(
         network.add_adapter(config, adapter)  # type: ignore[operator]
     layers = adapter_layers(network)
     added = [adapter] if base is None else [BASE, adapter]
-    for name, layer in layers.items():
-        layer.__dict__.update(_active_adapter=[*before.get(name, []), *added], _disable_adapters=False)
+    for layer in layers.values():
+        layer.__dict__.update(_active_adapter=[*kept, *added], _disable_adapters=False)
     as_float32(layers, adapter)
-    kept = sorted({name for names in before.values() for name in names})
     if kept:
         _log.info("add_lora: trains %r on top of the active adapters %s, which stay frozen", adapter, ", ".join(kept))
     if student.conditioning is not None:

@@ -77,6 +77,7 @@ class FlowModel(nn.Module):
     comfyui: ClassVar[bool] = False  # whether exports for ComfyUI are known to be read
     guidance_argument: ClassVar[str] = "guidance_scale"  # the pipeline's argument of classifier-free guidance
     guidance_off: ClassVar[float] = 0.0  # its value without guidance
+    stock_sigmas: ClassVar[str] = "array"  # how the pipelines send their default grid, see `TwinFlowScheduler`
     guidance: ClassVar[float | None] = None  # scale that the transformer takes as an input (distilled); None: none
     # Whether the pipeline walks in tokens of 2x2 latents, in which fresh noise lies otherwise.
     packs_latents: ClassVar[bool] = False

@@ -28,6 +28,7 @@ class ZImageModel(FlowModel):
     family = "z_image"
     transformer_class = "ZImageTransformer2DModel"
     pipeline_class = "ZImagePipeline"
+    stock_sigmas = "list"
     second_embedder = "t_embedder_2.mlp"
     condition_settings: ClassVar = {"prompt_embeds": "cap_feat_dim"}
     comfyui = True

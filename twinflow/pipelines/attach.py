@@ -30,9 +30,10 @@ from twinflow.interface import check_tensors
 from twinflow.lora import adapter_names, check_layers, lora_tensors
 from twinflow.models import FlowModel, load
 from twinflow.models.registry import diffusers_families, family_of_class
+from twinflow.pipelines.embedded_guidance import EmbeddedGuidanceCheck
 from twinflow.pipelines.time_hooks import AdapterStrength, SchedulerTimeHooks
 from twinflow.scheduler import TwinFlowScheduler
-from twinflow.teachers.adapter_slot import adapter_layers
+from twinflow.teachers.adapter_slot import adapter_layers, enabled_adapters
 
 # Stands in the configuration that a conditioned transformer is saved with, and so in the error of loading it again.
 _SAVED = "was saved with an export attached, without its conditioning: call twinflow.attach(pipe, folder) on the base"
@@ -76,8 +77,8 @@ def attach(
     hooks = SchedulerTimeHooks.of(transformer)
     gone = hooks is not None and hooks.strength is not None and not hooks.strength.present
     require(hooks is None or gone, "attach", "pipe", "no export attached", "one", "call twinflow.detach(pipe)", "have")
-    walk = TwinFlowScheduler(style=style, **scheduler)
     family = _family(transformer)
+    walk = TwinFlowScheduler(style=style, **{"stock_sigmas": family.stock_sigmas, **scheduler})
     saved = _read(Path(lora_or_dir), style, family.conditioning_roots())
     theirs = family.family if saved.manifest is None else saved.manifest.family
     require(theirs == family.family, "attach", "pipe", f"of family {theirs}", family.family)
@@ -101,6 +102,7 @@ def attach(
     hooks.before = {"scheduler": stock.scheduler, "config": model.network._internal_dict}
     stock.register_modules(scheduler=walk)
     hooks.register(model.network)
+    EmbeddedGuidanceCheck(pipe, model)
     mode = "" if model.conditioning is None else model.conditioning.mode
     if "dual" in mode or ("midpoint" in mode and style != "few"):
         model.network.register_to_config(quantization_config={"quant_method": _SAVED})  # type: ignore[operator]
@@ -262,7 +264,7 @@ def _add_lora(pipe: DiffusionPipeline, model: FlowModel, saved: _Saved, adapter:
     settings = saved.settings
     if settings is not None:
         settings = settings | {f"{model.component}.init_lora_weights": True}
-    active = dict.fromkeys(name for layer in adapter_layers(network).values() for name in layer.active_adapters)
+    active = dict.fromkeys(name for layer in adapter_layers(network).values() for name in enabled_adapters(layer))
     if mode is not None:  # before the LoRA is loaded: diffusers then places the new layers as the pipeline is placed
         model.condition(mode)
         put_conditioning(network, saved.conditioning, "attach")
@@ -276,7 +278,7 @@ def _add_lora(pipe: DiffusionPipeline, model: FlowModel, saved: _Saved, adapter:
         brief = " ".join(str(error).split())[:300]  # peft names every layer
         raise ArgumentError("attach", f"{saved.folder}", "a LoRA that peft takes", brief, verb="hold") from error
     for layer in adapter_layers(network).values():
-        layer._active_adapter = [*(active | {adapter: None})]
+        layer.__dict__.update(_active_adapter=[*(active | {adapter: None})], _disable_adapters=False)
     for name, weight in lora_tensors(network, adapter).items():
         if weight.dtype.itemsize == 1:  # as the base is stored under layerwise casting, which leaves adapters out
             weight.data = saved.lora[f"{model.component}.{name}"].to(weight.device, torch.float32)
