@@ -30,6 +30,7 @@ class Published:
         text_tokens: usual length of the prompts.
         lora_rank: as it is usually trained; None: all weights.
         text_encoder_gb: its text encoders in bf16, GB (1e9 bytes).
+        repositories: of the hub that have this transformer.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Published:
     text_tokens: int
     lora_rank: int | None
     text_encoder_gb: float
+    repositories: tuple[str, ...] = ()
 
 
 class FlowModel(nn.Module):

@@ -32,6 +32,7 @@ class FluxModel(FlowModel):
         Published(
             "flux.1", dict(guidance_embeds=True),
             latent_channels=16, text_tokens=512, lora_rank=64, text_encoder_gb=9.8,
+            repositories=("black-forest-labs/FLUX.1-dev",),
         ),
     )  # fmt: skip
     tiny: ClassVar = dict(

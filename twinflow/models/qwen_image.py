@@ -34,6 +34,7 @@ class QwenImageModel(FlowModel):
         Published(
             "qwen-image", dict(),
             latent_channels=16, text_tokens=256, lora_rank=64, text_encoder_gb=16.6,
+            repositories=("Qwen/Qwen-Image", "Qwen/Qwen-Image-2512"),
         ),
     )  # fmt: skip
     tiny: ClassVar = dict(

@@ -34,6 +34,7 @@ class SanaModel(FlowModel):
         Published(
             "sana-1.6b", dict(caption_channels=2304, sample_size=32),
             latent_channels=32, text_tokens=300, lora_rank=None, text_encoder_gb=5.2,
+            repositories=("Efficient-Large-Model/Sana_1600M_1024px_diffusers",),
         ),
         Published(
             "sana-0.6b", dict(
@@ -41,6 +42,7 @@ class SanaModel(FlowModel):
                 num_cross_attention_heads=16, cross_attention_head_dim=72, cross_attention_dim=1152
             ),
             latent_channels=32, text_tokens=300, lora_rank=None, text_encoder_gb=5.2,
+            repositories=("Efficient-Large-Model/Sana_600M_1024px_diffusers",),
         ),
     )  # fmt: skip
     tiny: ClassVar = dict(

@@ -33,6 +33,7 @@ class SD3Model(FlowModel):
                 qk_norm="rms_norm", dual_attention_layers=tuple(range(13))
             ),
             latent_channels=16, text_tokens=333, lora_rank=64, text_encoder_gb=11.2,
+            repositories=("stabilityai/stable-diffusion-3.5-medium",),
         ),
         Published(
             "sd3.5-large", dict(
@@ -41,6 +42,7 @@ class SD3Model(FlowModel):
                 qk_norm="rms_norm"
             ),
             latent_channels=16, text_tokens=333, lora_rank=64, text_encoder_gb=11.2,
+            repositories=("stabilityai/stable-diffusion-3.5-large", "stabilityai/stable-diffusion-3.5-large-turbo"),
         ),
     )  # fmt: skip
     tiny: ClassVar = dict(

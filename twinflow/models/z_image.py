@@ -37,6 +37,7 @@ class ZImageModel(FlowModel):
         Published(
             "z-image", dict(),
             latent_channels=16, text_tokens=256, lora_rank=64, text_encoder_gb=8.0,
+            repositories=("Tongyi-MAI/Z-Image-Turbo", "Tongyi-MAI/Z-Image"),
         ),
     )  # fmt: skip
     tiny: ClassVar = dict(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich import box
@@ -17,9 +17,12 @@ from twinflow.teachers.teachers import StudentTeacher
 from twinflow.train.config.describe import describe
 from twinflow.train.config.settings import TrainSettings
 from twinflow.train.data.prepare import encoders_of, items_of, require_fitting
-from twinflow.train.model.memory import workload_of_run
+from twinflow.train.model.memory import workload_of_published, workload_of_run
 from twinflow.train.model.pipeline_source import configurations
 from twinflow.train.model.student import build_student
+
+if TYPE_CHECKING:
+    from twinflow.memory.planner.workload import Workload
 
 _CALLS = 24  # of a plan that are shown
 
@@ -40,10 +43,15 @@ def dry_run(settings: TrainSettings, console: Console) -> None:
     try:
         folder = configurations(settings.pretrained_model_name_or_path)
     except ArgumentError as error:
-        return say(f"  no forecast: {error.without_function}")
+        workload = workload_of_published(settings)
+        if workload is None:
+            return say(f"  no forecast: {error.without_function}")
+        say(f"  the model is not here; forecast by the published architecture of {workload.architecture.name}")
+        return _forecast(settings, lambda: workload, console, say)
     if (folder / "vae" / "config.json").is_file():
         require_fitting(settings, encoders_of(settings, folder, torch.device("cpu")))
-    _forecast(settings, folder, console, say)
+    student = build_student(settings, folder, weights=False)
+    _forecast(settings, lambda: workload_of_run(settings, student), console, say)
 
 
 def _data(settings: TrainSettings) -> str:
@@ -74,13 +82,14 @@ def step_plan(settings: TrainSettings) -> str:
     return "\n".join(f"  {line}" for line in (head, names, *shown, total))
 
 
-def _forecast(settings: TrainSettings, folder: Path, console: Console, say: Callable[[str], None]) -> None:
+def _forecast(
+    settings: TrainSettings, workload: Callable[[], "Workload"], console: Console, say: Callable[[str], None]
+) -> None:
     """The presets that apply and their peaks; of a named one, its own."""
     from twinflow.memory.planner.forecast import Planner
 
-    student = build_student(settings, folder, weights=False)
     try:
-        planner = Planner(workload_of_run(settings, student))
+        planner = Planner(workload())
     except ArgumentError as error:
         return say(f"  no forecast: {error.without_function}")
     usable = torch.cuda.mem_get_info()[0] / 1e9 if torch.cuda.is_available() else None

@@ -21,6 +21,7 @@ class Architecture:
         text_tokens: usual length of the prompts.
         lora_rank: as it is usually trained; None: all weights.
         text_encoder_gb: its text encoders in bf16, GB: what stays resident where prompts are not cached.
+        repositories: of the hub that have it.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Architecture:
     text_tokens: int
     lora_rank: int | None = None
     text_encoder_gb: float = 0.0
+    repositories: tuple[str, ...] = ()
 
     def blocks(self) -> list["Block"]:
         """Its repeated blocks in order of execution."""
@@ -86,6 +88,12 @@ def architecture_of(name: str) -> Architecture:
         ValueError: unknown; the message has the nearest names.
     """
     return lookup(architectures(), name, "plan", "model")
+
+
+def architecture_on_the_hub(repository: str) -> Architecture | None:
+    """The known model that a hub repository has; None: it is not known."""
+    known = {name: entry for entry in architectures().values() for name in entry.repositories}
+    return known.get(repository)
 
 
 @cache

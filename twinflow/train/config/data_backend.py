@@ -49,7 +49,7 @@ def read_backend(path: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def _options(entry: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    neutral = (None, False, 0, "", [], {})
+    neutral: tuple[Any, ...] = (None, False, 0, "", [], {})
     lost = [f"{k} {shown(v)}" for k, v in entry.items() if k not in (*_TAKEN, *_IGNORED) and v not in neutral]
     square = bool(entry.get("crop")) and entry.get("crop_aspect", "square") == "square"
     kind = entry.get("resolution_type", "pixel_area")

@@ -53,7 +53,8 @@ def read_config(path: Path | None, overrides: Mapping[str, Any]) -> TrainSetting
     """
     from_file = {} if path is None else known_options(read_json(Path(path)))
     given = known_options(overrides)
-    backend, warnings = (from_file | given).get("data_backend_config"), []
+    backend = (from_file | given).get("data_backend_config")
+    warnings: list[str] = []
     if backend:
         place = OPTIONS["data_backend_config"].kind.convert("data_backend_config", backend)
         found, warnings = read_backend(place)

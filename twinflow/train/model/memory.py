@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -81,6 +81,25 @@ def workload_of_run(settings: TrainSettings, student: FlowModel, text_tokens: in
     return workload_from_student(
         student, resolution=settings.resolution, batch=settings.train_batch_size, recipe=objective.recipe,
         order=objective.estimate_order, text_tokens=text_tokens,
+        optimizer=_OPTIMIZERS.get(settings.optimizer, settings.optimizer),
+    )  # fmt: skip
+
+
+def workload_of_published(settings: TrainSettings) -> "Workload | None":
+    """The workload of a run whose model is not here, by what the planner knows of its hub repository; None: nothing."""
+    from twinflow.memory.planner.architectures import architecture_on_the_hub
+    from twinflow.memory.planner.workload import Workload
+
+    architecture = architecture_on_the_hub(settings.pretrained_model_name_or_path)
+    if architecture is None:
+        return None
+    objective, lora = settings.objective, settings.model_type == "lora"
+    more: dict[str, Any] = {} if settings.conditioning is None else {"conditioning": settings.conditioning}
+    return Workload(
+        architecture=architecture, resolution=settings.resolution, batch=settings.train_batch_size,
+        lora_rank=settings.lora_rank if lora else None, lora_targets=settings.lora_layers or None,
+        recipe=objective.recipe, order=objective.estimate_order, **more,
+        base="bfloat16" if lora and settings.mixed_precision == "bf16" else "float32",
         optimizer=_OPTIMIZERS.get(settings.optimizer, settings.optimizer),
     )  # fmt: skip
 

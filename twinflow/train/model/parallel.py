@@ -93,9 +93,9 @@ def check_launcher(settings: TrainSettings) -> None:
     precision, steps, backend = asked.values()
     held = precision in ("", "no", settings.mixed_precision)
     require(held, "train", "mixed_precision", f"{precision}, as `accelerate launch` asks", settings.mixed_precision)
-    number, got = settings.gradient_accumulation_steps, settings.gradient_accumulation_steps
+    number = settings.gradient_accumulation_steps
     held = steps in ("", "1", str(number))
-    require(held, "train", "gradient_accumulation_steps", f"{steps}, as `accelerate launch` asks", got)
+    require(held, "train", "gradient_accumulation_steps", f"{steps}, as `accelerate launch` asks", number)
     held, got = backend in ("", "no") or settings.compile_blocks, f"false with dynamo_backend {backend}"
     require(held, "train", "compile_blocks", "true where `accelerate launch` asks for compilation", got)
 
