@@ -76,7 +76,7 @@ def export(
         raise ArgumentError("export", "format 'comfyui'", f"a student of {known}", model.family, verb="have")
     mode = None if model.conditioning is None else model.conditioning.mode
     manifest = Manifest(model.family, mode, kind, "student" if teacher is None else "ema", format, usage=usage)
-    path = Path(folder)
+    path = Path(folder).expanduser()
     check_folder(path, manifest)
     require(
         not merge_base or _beneath(_network(model)),

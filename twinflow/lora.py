@@ -70,7 +70,7 @@ def add_lora(
     if targets is not None:
         _require_each(network, targets)
     chosen = _targeted(network, student.lora_targets if targets is None else targets)
-    base = None if base_lora is None else _readable_base(student, Path(base_lora), adapter)
+    base = None if base_lora is None else _readable_base(student, Path(base_lora).expanduser(), adapter)
     if conditioning is not None and student.conditioning is None:
         student.condition(conditioning)
     kept = dict.fromkeys(name for layer in adapter_layers(network).values() for name in enabled_adapters(layer))
@@ -202,7 +202,7 @@ def load_lora(student: "FlowModel", path: str | Path, adapter: str = "default") 
         ValueError: no such adapter, another rank, alpha or conditioning, other layers, or a damaged file; nothing is
             then changed.
     """
-    file = Path(path)
+    file = Path(path).expanduser()
     file = file / LORA if file.is_dir() else file
     mine = lora_tensors(student.network, adapter)
     require(mine, "load_lora", "adapter", "one that the student has", repr(adapter))

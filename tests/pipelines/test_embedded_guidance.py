@@ -9,6 +9,7 @@ from helpers.export_cases import lora_student, stock_pipeline
 
 from twinflow import attach
 from twinflow.export import export
+from twinflow.lora import load_lora
 
 
 def call(pipe, **more):
@@ -62,3 +63,12 @@ def test_an_attached_lora_is_on_where_others_are_switched_off(tmp_path):
     pipe.load_lora_weights(style, adapter_name="style")
     pipe.disable_lora()
     torch.testing.assert_close(draw(attach(pipe, few), "sd3"), draw(alone, "sd3"))
+
+
+def test_folders_below_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    student = lora_student("sd3", None)
+    export(student, "~/few")
+    assert (tmp_path / "few").is_dir()
+    draw(attach(stock_pipeline("sd3"), "~/few"), "sd3")
+    load_lora(student, "~/few")

@@ -79,7 +79,7 @@ def attach(
     require(hooks is None or gone, "attach", "pipe", "no export attached", "one", "call twinflow.detach(pipe)", "have")
     family = _family(transformer)
     walk = TwinFlowScheduler(style=style, **{"stock_sigmas": family.stock_sigmas, **scheduler})
-    saved = _read(Path(lora_or_dir), style, family.conditioning_roots())
+    saved = _read(Path(lora_or_dir).expanduser(), style, family.conditioning_roots())
     theirs = family.family if saved.manifest is None else saved.manifest.family
     require(theirs == family.family, "attach", "pipe", f"of family {theirs}", family.family)
     if hooks is not None:  # of a LoRA that has been unloaded since
