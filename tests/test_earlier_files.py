@@ -20,6 +20,7 @@ import twinflow
 from twinflow import EMATeacher, FrozenTeacher, StudentTeacher, TwinFlowConfig, TwinFlowLoss
 from twinflow.cli import main
 from twinflow.export import export
+from twinflow.formats.manifest import read_tensors
 from twinflow.lora import add_lora, load_lora
 from twinflow.models import load
 from twinflow.sampling import sample
@@ -48,7 +49,7 @@ def records(kind, after=0):
 def lora(folder):
     """All that an export of a LoRA holds."""
     files = ("pytorch_lora_weights.safetensors", "twinflow_conditioning.safetensors")
-    return {name: value for file in files for name, value in load_file(Path(folder) / file).items()}
+    return {name: value for file in files for name, value in read_tensors(Path(folder) / file).items()}
 
 
 def with_lora():

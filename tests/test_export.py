@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from twinflow import EMATeacher
 from twinflow.export import export, merged
 from twinflow.formats.export_folder import without_refusal
-from twinflow.formats.manifest import CONDITIONING, LORA, read_manifest
+from twinflow.formats.manifest import CONDITIONING, LORA, read_manifest, read_tensors
 from twinflow.lora import add_lora
 from twinflow.models import load
 from twinflow.models.sd3 import SD3Model
@@ -100,7 +100,7 @@ def test_averages_go_out_under_the_names_of_the_student_s_own(wrap, tmp_path):
     assert [read_manifest(tmp_path / name).weights for name in ("student", "ema")] == ["student", "ema"]
     averages = {name.replace(".default.", "."): value for name, value in teacher.parameters().items()}
     for file, prefix in ((LORA, ""), (CONDITIONING, "transformer.")):
-        mine, theirs = load_file(tmp_path / "student" / file), load_file(tmp_path / "ema" / file)
+        mine, theirs = read_tensors(tmp_path / "student" / file), read_tensors(tmp_path / "ema" / file)
         assert mine.keys() == theirs.keys() and not any("ema" in name for name in mine)
         for name, value in theirs.items():
             assert torch.equal(value, averages[prefix + name])

@@ -24,6 +24,7 @@ from twinflow.formats.manifest import (
     LAYOUTS,
     REFUSAL,
     Manifest,
+    marked,
     write_conditioning,
 )
 from twinflow.interface import Student, plain_name, plain_names
@@ -214,7 +215,8 @@ def _write_lora(lora: _Lora, model: FlowModel, manifest: Manifest, folder: Path)
         save_file(comfyui.lora_tensors(lora.tensors, lora.scalings), folder / COMFYUI_LORA, metadata)
     else:
         saver = model.pipeline()
-        written = {f"{lora.component}_lora_layers": lora.tensors, f"{lora.component}_lora_adapter_metadata": settings}
+        tensors = marked(lora.tensors) if manifest.needs_conditioning else lora.tensors
+        written = {f"{lora.component}_lora_layers": tensors, f"{lora.component}_lora_adapter_metadata": settings}
         saver.save_lora_weights(folder, **written)
     write_conditioning(conditioning, folder)
 

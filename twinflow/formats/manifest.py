@@ -31,6 +31,9 @@ LAYOUTS = ("diffusers", "comfyui")
 # Stock diffusers would load such weights without their second time embedder. Its own error then carries this sentence:
 # it stands where an unknown value is refused by name.
 REFUSAL = "these weights need their second time embedder: call twinflow.attach(pipe, folder)"
+# Loaded without their settings (a state dict, a hot swap) such LoRA weights are refused for a tensor of no layer, and
+# for one with a row too many.
+_MARK = "call_twinflow_attach.lora_A.weight"
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,25 @@ def read_tensors(path: Path, roots: tuple[str, ...] | None = None) -> dict[str, 
     """
     with _opened(path) as file:
         names = [n for n in file.keys() if roots is None or n.partition(".")[0] in roots]  # noqa: SIM118
-        return {name: file.get_tensor(name) for name in names}
+        tensors = {name: file.get_tensor(name) for name in names}
+    return unmarked(tensors)
+
+
+def marked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """LoRA weights as a file holds them that only `attach` is to read."""
+    first = min(name for name in tensors if name.endswith(".lora_A.weight"))
+    value = tensors[first]
+    return tensors | {first: torch.cat([value, value[:1]]), _MARK: value.new_zeros(1, 1)}
+
+
+def unmarked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The LoRA weights of a file, marked or not."""
+    marks = [name for name in tensors if name.endswith(_MARK)]
+    if not marks:
+        return tensors
+    plain = {name: value for name, value in tensors.items() if name not in marks}
+    first = min(name for name in plain if name.endswith(".lora_A.weight"))
+    return plain | {first: plain[first][:-1].contiguous()}
 
 
 def read_names(path: Path) -> set[str]:

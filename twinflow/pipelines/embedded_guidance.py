@@ -37,7 +37,8 @@ class EmbeddedGuidanceCheck:
             return
         pipe: Any = self._pipe()
         scale = getattr(pipe, "guidance_scale", None)  # a property of the pipeline, absent before its first call
-        untrained = scale is not None and scale != self._scale and scale not in self._said
-        if untrained and isinstance(pipe.scheduler, TwinFlowScheduler):
+        if scale is None or scale == self._scale or scale in self._said:
+            return
+        if isinstance(pipe.scheduler, TwinFlowScheduler):
             self._said.add(scale)
             warnings.warn(_OTHER_SCALE.format(scale, self._scale), stacklevel=2)

@@ -36,6 +36,7 @@ class AdapterStrength:
         layer: Any = network.get_submodule(path)
         self._layer = layer
         self._nominal: float = layer.scaling[adapter]
+        self._sample = self._weights()
 
     @property
     def present(self) -> bool:
@@ -47,6 +48,19 @@ class AdapterStrength:
     def fused(self) -> bool:
         """Whether its product stands in the weights."""
         return self.adapter in self._layer.merged_adapters
+
+    @property
+    def swapped(self) -> bool:
+        """Whether other weights have taken the adapter's name; waits for a GPU."""
+        if self.adapter not in self._layer.scaling:
+            return False
+        now, sample = self._weights(), self._sample
+        return now is not None and sample is not None and not torch.allclose(now, sample, rtol=0.1, atol=1e-6)
+
+    def _weights(self) -> torch.Tensor | None:
+        """Some of its weights, a float32 copy on the CPU; None where they are offloaded."""
+        weight = self._layer.lora_A[self.adapter].weight
+        return None if weight.is_meta else weight.detach().flatten()[:64].to("cpu", torch.float32, copy=True)
 
     def __call__(self) -> float:
         """1 as attached, 0 where the adapter is off, by whichever of diffusers' and peft's switches."""
@@ -100,9 +114,11 @@ class SchedulerTimeHooks:
             self.conditioning.remove(transformer)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_compiling() and not self._warned and self._guided():
-            self._warned = True
-            warnings.warn(self._no_guidance, stacklevel=2)
+        if not torch.compiler.is_compiling():
+            self._check_weights()
+            if not self._warned and self._guided():
+                self._warned = True
+                warnings.warn(self._no_guidance, stacklevel=2)
         if self.conditioning is None:
             return
         timestep = kwargs[self._timestep] if self._timestep in kwargs else args[self._position]
@@ -112,6 +128,14 @@ class SchedulerTimeHooks:
         """Also after an exception."""
         assert self.conditioning is not None
         self.conditioning.end((None, None))
+
+    def _check_weights(self) -> None:
+        """Raises ArgumentError where a run begins with other weights under the adapter's name: a hot swap."""
+        begins = getattr(getattr(self._pipe(), "scheduler", None), "step_index", 0) is None
+        if begins and self.conditioning is not None and self.strength is not None and self.strength.swapped:
+            which, wanted = f"adapter {self.strength.adapter!r}", "the weights that were attached"
+            hint = "call twinflow.detach(pipe) before another is loaded"
+            raise ArgumentError("twinflow.attach", which, wanted, "others under its name", hint, "have")
 
     def _guided(self) -> bool:
         """Whether the call is of a guided step: of twice the rows, or the second one within the step."""
