@@ -52,15 +52,17 @@ class Code:
         return min(by_registers, by_shared, BLOCKS, THREADS // threads) * threads / THREADS
 
 
-def read(binary: bytes) -> dict[str, Code]:
-    """Function -> what it says, of a cubin or of an object file of nvcc."""
+def read(binary: bytes, listing: bool = True) -> dict[str, Code]:
+    """Function -> what it says, of a cubin or of an object file of nvcc; without a listing its resources alone."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
         said = [
             subprocess.run([TOOLS / "cuobjdump", option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
+            for option in ("-res-usage", *(["-sass"] if listing else []))
         ]
+    if not listing:
+        return {name: Code(*map(int, numbers)) for name, *numbers in _USAGE.findall(said[0])}
     usage = {name: tuple(map(int, numbers)) for name, *numbers in _USAGE.findall(said[0])}
     found = {}
     for text in said[1].split("Function : ")[1:]:

@@ -70,11 +70,8 @@ def main() -> None:
         export(student, args.out, teacher=teacher)
         pipe = DiffusionPipeline.from_pretrained(args.pipeline, torch_dtype=dtype).to(accelerator.device)
         attach(pipe, args.out)
-        scale = student.guidance or 0.0  # FLUX.1-dev embeds one, and was trained at it; elsewhere guidance is off
-        images = pipe(
-            captions[0], height=args.size, width=args.size, guidance_scale=scale, num_inference_steps=2
-        ).images
-        images[0].save(args.out / "sample.png")
+        options = dict(height=args.size, width=args.size, guidance_scale=student.guidance or 0.0)  # FLUX embeds one
+        pipe(captions[0], num_inference_steps=2, **options).images[0].save(args.out / "sample.png")
         accelerator.print(f"written: {args.out}")
 
 

@@ -61,7 +61,10 @@ def test_a_dry_run_needs_no_data_and_no_network(config, capsys, monkeypatch):
     assert "none yet: instance_data_dir must be given" in capsys.readouterr().out
     name = "stabilityai/stable-diffusion-3.5-large"
     assert main(["train", str(config), "--dry-run", "--pretrained_model_name_or_path", name]) == 0
-    assert f"a model that is here or can be downloaded, got '{name}'" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"* pretrained_model_name_or_path = {name}" in out and "memory_preset auto takes the first of these" in out
+    assert main(["train", str(config), "--dry-run", "--pretrained_model_name_or_path", "some/model"]) == 0
+    assert "a model that is here or can be downloaded, got 'some/model'" in capsys.readouterr().out
 
 
 def test_long_plans_are_cut():

@@ -35,24 +35,23 @@ class Watch:
 
     def __init__(self) -> None:
         self.kernel = ""
-        self.ranges: list[tuple[int, int]] = []
+        self.begins = self.ends = np.zeros(1, dtype=np.int64)  # of the tensors' ranges, rising
         self.tables: list[tuple[int, int]] = []  # of tensors whose addresses a kernel reads from a table
 
     def launch(self, kernel: str, tensors: list[torch.Tensor]) -> None:
         """Begins a launch of a kernel on tensors."""
         self.kernel = kernel
         spans = [(x.data_ptr(), x.data_ptr() + _span(x)) for x in tensors if x.numel()]
-        self.ranges = sorted([*spans, *self.tables])
+        self.begins, ends = np.array(sorted([*spans, *self.tables]) or [(0, 0)], dtype=np.int64).T
+        self.ends = np.maximum.accumulate(ends)  # a tensor may lie within another
 
     def check(self, what: str, addresses: np.ndarray, mask: np.ndarray, size: int) -> None:
         """Fails the test where an address is outside of every tensor."""
         touched = addresses[mask].astype(np.int64)
         if not touched.size:
             return
-        begins, ends = np.array(self.ranges or [(0, 0)], dtype=np.int64).T
-        place = np.searchsorted(begins, touched, "right") - 1
-        ends = np.maximum.accumulate(ends)  # a tensor may lie within another
-        outside = (place < 0) | (touched + size > ends[place])
+        place = np.searchsorted(self.begins, touched, "right") - 1
+        outside = (place < 0) | (touched + size > self.ends[place])
         if outside.any():
             pytest.fail(f"{self.kernel} {what} {int(outside.sum())} elements outside of its tensors")
 

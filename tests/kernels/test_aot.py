@@ -57,7 +57,16 @@ STACK = {"_time_features_kernel": "the float64 sine reduces large angles through
 OCCUPANCY = 0.25  # of an SM's threads: with 16 bytes of each in flight it is 8 KB, what a memory's latency takes
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", sorted(KERNELS))
+def test_resources_of_a_triton_kernel(name):
+    """On sm_80; of sm_90 the whole code is read, of sm_80 among the slow."""
+    for launch in launches().get(name, []):
+        (code,) = machine_code.read(aot.compile_launch(launch, KERNELS[name], 80), listing=False).values()
+        assert code.stack == 0 or name in STACK, f"{code.stack} bytes of stack: {launch}"
+        assert code.occupancy(launch.threads, 80) >= OCCUPANCY, f"{code.registers} registers: {launch}"
+
+
+@pytest.mark.parametrize("capability", [90, *(pytest.param(number, marks=pytest.mark.slow) for number in (80, 100))])
 @pytest.mark.parametrize("name", sorted(KERNELS))
 def test_triton_kernel(name, capability):
     for launch in launches().get(name, []):

@@ -205,7 +205,7 @@ def test_an_exception_inside_a_call_leaves_the_student_as_it_was():
         answer(teacher, batch)
     handle.remove()
     assert state_of(student) == before and student.conditioning.second.linear_1.weight is second
-    assert student.conditioning._times is None
+    assert student.conditioning._current() is None
     assert torch.isfinite(TwinFlowLoss()(move(student), *batch, teacher=teacher).loss)
 
 

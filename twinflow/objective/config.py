@@ -52,7 +52,7 @@ class TwinFlowConfig:
         target_clamp: bound of the residual per element; None or inf for none.
         loss: `barron` or `l2`; None: by recipe.
         rectify_loss: loss of the rectify term; None: the same as `loss`, as published. `l2` keeps networks stable
-            that diverge with the published form; where they do not it costs some quality (README, Stability).
+            that diverge with the published form; where they do not it costs some quality (docs/experiments.md).
         barron_alpha, barron_c: shape and scale of the Barron loss.
         time_weight: weight the consistency rows by tan((1 - (|t| - |r|)) pi / 2.5) + 1; None: by recipe.
         time_dist: (a, b, scale): t ~ Beta(a, b) * scale.
