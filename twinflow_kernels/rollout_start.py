@@ -10,7 +10,9 @@ section 2.
 Bytes moved: 4 reads and 2 writes, 24 B/element in float32; rows with ratio = 0 read only v_target and x_t, 16 B.
 
 Ladder: v1 = eager, 5 launches and 4 temporaries; v2 = one Triton launch, the not enhanced rows decided per row without
-boolean indexing, hence without a host sync. LADDER_CPU
+boolean indexing, hence without a host sync. On the CPU
+v3 = one C++ pass, chunks of 2048 elements over threads: (8, 16, 128, 128) in 1.3 ms where eager with row masks takes
+3.2 and torch.compile 1.5 (2 threads, benchmarks/results/).
 """
 
 import torch
