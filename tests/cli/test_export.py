@@ -7,17 +7,16 @@ import torch
 from diffusers import DiffusionPipeline
 from helpers.finished_runs import finished_run, kept_run
 from helpers.tiny_pipelines import saved_pipeline
-from safetensors.torch import load_file
 
 from twinflow.cli import main
-from twinflow.formats.manifest import COMFYUI_LORA, CONDITIONING, LORA, read_manifest
+from twinflow.formats.manifest import COMFYUI_LORA, CONDITIONING, LORA, read_manifest, read_tensors
 from twinflow.train.checkpoint.checkpoint import read_checkpoint
 
 
 def exported(folder):
     """Name within the transformer -> weight."""
-    lora = {name.removeprefix("transformer."): value for name, value in load_file(folder / LORA).items()}
-    return lora | load_file(folder / CONDITIONING)
+    lora = {name.removeprefix("transformer."): value for name, value in read_tensors(folder / LORA).items()}
+    return lora | read_tensors(folder / CONDITIONING)
 
 
 def trained(run, average, step=2):
@@ -72,7 +71,7 @@ def test_a_run_without_an_average_gives_the_student(tmp_path, capsys):
 
 def test_key_names_of_comfyui(tmp_path, capsys):
     assert main(["export", str(kept_run("qwen_image")), "--format", "comfyui", "--out", str(tmp_path)]) == 0
-    assert load_file(tmp_path / COMFYUI_LORA) and "models/loras" in capsys.readouterr().out
+    assert read_tensors(tmp_path / COMFYUI_LORA) and "models/loras" in capsys.readouterr().out
 
 
 def test_a_lora_and_its_frozen_base_as_one(tmp_path):
@@ -83,7 +82,7 @@ def test_a_lora_and_its_frozen_base_as_one(tmp_path):
     )
     assert main(["export", str(run), "--out", str(tmp_path / "alone")]) == 0
     assert main(["export", str(run), "--out", str(tmp_path / "merged"), "--merge-base"]) == 0
-    alone, merged = (load_file(tmp_path / name / LORA) for name in ("alone", "merged"))
+    alone, merged = (read_tensors(tmp_path / name / LORA) for name in ("alone", "merged"))
     name = next(name for name in alone if name.endswith("lora_A.weight"))
     assert (alone[name].shape[0], merged[name].shape[0]) == (2, 4)
 
