@@ -62,7 +62,7 @@ class SignTable(nn.Module):
 
 
 @dataclass
-class _Call:
+class BoundCall:
     """What is known of a call that runs: its times, or the timestep that they are found by when they are needed."""
 
     times: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -92,8 +92,8 @@ class TimeConditioning:
         require(mode in MODES, "TimeConditioning", "mode", f"one of {', '.join(MODES)}", repr(mode))
         self.mode, self.embedder = mode, embedder
         self.names: tuple[str, ...] = ()
-        self._calls: dict[int, _Call] = {}  # thread -> its call
-        self._shared: _Call | None = None  # the latest call: what compiled code, which asks for no thread, reads
+        self._calls: dict[int, BoundCall] = {}  # thread -> its call
+        self._shared: BoundCall | None = None  # the latest call: what compiled code, which asks for no thread, reads
         self._strength: Callable[[], float] | None = None
         self._find_times: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
         first = _submodule(transformer, embedder.path)
@@ -148,18 +148,18 @@ class TimeConditioning:
         Args:
             t, r: float32 or float64, in [-1, 1].
         """
-        with self._bound(_Call((t, r))):
+        with self._bound(BoundCall((t, r))):
             yield
 
     @contextmanager
-    def _bound(self, call: _Call) -> Iterator[None]:
+    def _bound(self, call: BoundCall) -> Iterator[None]:
         before = self.begin(call)
         try:
             yield
         finally:
             self.end(before)
 
-    def begin(self, call: _Call) -> tuple[_Call | None, _Call | None]:
+    def begin(self, call: BoundCall) -> tuple[BoundCall | None, BoundCall | None]:
         """Binds a call; returns what `end` puts back."""
         shared, self._shared = self._shared, call
         if torch.compiler.is_compiling():
@@ -168,7 +168,7 @@ class TimeConditioning:
         self._calls[get_ident()] = call
         return mine, shared
 
-    def end(self, before: tuple[_Call | None, _Call | None]) -> None:
+    def end(self, before: tuple[BoundCall | None, BoundCall | None]) -> None:
         """Unbinds the call of this thread."""
         mine, self._shared = before
         if torch.compiler.is_compiling():
@@ -178,7 +178,7 @@ class TimeConditioning:
         else:
             self._calls[get_ident()] = mine
 
-    def _current(self) -> _Call | None:
+    def _current(self) -> BoundCall | None:
         return self._shared if torch.compiler.is_compiling() else self._calls.get(get_ident(), self._shared)
 
     def serve(

@@ -246,14 +246,22 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):
         evaluation = self._schedule.evaluations[self._schedule.due(f"{_NAME}.times")]
         return evaluation.t, evaluation.r
 
-    def asks_for(self, timestep: float) -> float | None:
-        """How far, relatively, a transformer's timestep is from the one of the evaluation to come, in the units of
-        any pipeline; None: there is no such evaluation."""
+    def asks_for(self, timestep: float, reversed: bool) -> float | None:
+        """How far, relatively, a transformer's timestep is from the one of the evaluation to come.
+
+        Args:
+            timestep: as a pipeline tells it: ours, or over `num_train_timesteps`.
+            reversed: the transformer's time runs from 0 at noise to 1 at data.
+
+        Returns:
+            The distance; None where no evaluation is to come.
+        """
         done = self._schedule.step_index == len(self._schedule.timesteps)
         if self.num_inference_steps is None or done:
             return None
         value = self._schedule.timesteps[self._schedule.due(f"{_NAME}.asks_for")]
-        units = (value, value / 1000, 1 - value / 1000)
+        share = value / self.config["num_train_timesteps"]
+        units = (1 - share,) if reversed else (value, share)
         return min(abs(unit - timestep) / max(abs(unit), 1e-3) for unit in units)
 
     def index_for_timestep(self, timestep: float | torch.Tensor) -> int:

@@ -93,14 +93,7 @@ def _rollout_start_kernel(
     tl.store(x_m_ptr + offsets, x - delta * v_star, mask=mask)
 
 
-def _rollout_start_triton(
-    v_target: torch.Tensor,
-    x_t: torch.Tensor,
-    v_cond: torch.Tensor | None,
-    v_uncond: torch.Tensor | None,
-    ratio: torch.Tensor,
-    delta: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _rollout_start_triton(v_target, x_t, v_cond, v_uncond, ratio, delta) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = _dtype(v_target, x_t)
     v_star, x_m = (torch.empty(x_t.shape, dtype=dtype, device=x_t.device) for _ in range(2))
     if x_t.numel() == 0:
@@ -116,14 +109,7 @@ def _rollout_start_triton(
     return v_star, x_m
 
 
-def _rollout_start_cpu(
-    v_target: torch.Tensor,
-    x_t: torch.Tensor,
-    v_cond: torch.Tensor | None,
-    v_uncond: torch.Tensor | None,
-    ratio: torch.Tensor,
-    delta: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _rollout_start_cpu(v_target, x_t, v_cond, v_uncond, ratio, delta) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = _dtype(v_target, x_t)
     v_star, x_m = torch.empty(x_t.shape, dtype=dtype), torch.empty(x_t.shape, dtype=dtype)
     if x_t.numel() == 0:
@@ -139,14 +125,7 @@ def _rollout_start_cpu(
     return v_star, x_m
 
 
-def _fake(
-    v_target: torch.Tensor,
-    x_t: torch.Tensor,
-    v_cond: torch.Tensor | None,
-    v_uncond: torch.Tensor | None,
-    ratio: torch.Tensor,
-    delta: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake(v_target, x_t, v_cond, v_uncond, ratio, delta) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = _dtype(v_target, x_t)
     return x_t.new_empty(x_t.shape, dtype=dtype), x_t.new_empty(x_t.shape, dtype=dtype)
 

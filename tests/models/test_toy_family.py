@@ -208,9 +208,10 @@ def test_an_attached_export_draws_what_sample_draws(tmp_path, folder):
     move(student, 0.05)
     pipe = attach(DiffusionPipeline.from_pretrained(folder), export(student, tmp_path / "export"))
     pipe.set_progress_bar_config(disable=True)
-    z, cond = torch.randn(1, 16, 8, 8), student.encode_prompt(pipe, ["a fox"])
+    with torch.no_grad():  # with a graph the text encoders' attention rounds otherwise
+        z, cond = torch.randn(1, 16, 8, 8), student.encode_prompt(pipe, ["a fox"])
     drawn = pipe("a fox", latents=z, num_inference_steps=1, height=16, width=16, output_type="latent").images
-    torch.testing.assert_close(drawn, sample(student, z, cond, steps=1), rtol=1e-4, atol=1e-4)
+    assert torch.equal(drawn, sample(student, z, cond, steps=1))
 
 
 def test_a_whole_model_is_exported_for_both_layouts(tmp_path, folder):

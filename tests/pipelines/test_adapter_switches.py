@@ -179,3 +179,36 @@ def test_a_plain_lora_compiles_no_more_graphs(tmp_path):
             draw(pipe, "sd3", steps)
         counts.append(len(graphs))
     assert counts[0] == counts[1]
+
+
+def test_a_schedule_that_was_used_later_but_stands_elsewhere_is_not_asked(dual):
+    """The call's own timestep decides between the schedules of a thread."""
+    pipe = twinflow.attach(stock_pipeline("sd3"), dual, style="any")
+    alone, left = draw(pipe, "sd3", 3), TwinFlowScheduler(style="mul")
+
+    def leave_one_midway(_, index, timestep, tensors):
+        left.set_timesteps(5)
+        left.step(torch.zeros(1, 4), left.timesteps[0], torch.zeros(1, 4))
+        return tensors
+
+    assert torch.equal(draw(pipe, "sd3", 3, callback_on_step_end=leave_one_midway), alone)
+
+
+@pytest.mark.parametrize("reversed, told", [(False, (600.0, 0.6)), (True, (0.4,))])
+def test_a_timestep_is_known_in_the_units_of_its_pipeline(reversed, told):
+    scheduler = TwinFlowScheduler()
+    assert scheduler.asks_for(1000.0, reversed) is None
+    scheduler.set_timesteps(sigmas=[0.6, 0.3])
+    assert all(scheduler.asks_for(value, reversed) < 1e-5 for value in told)
+    assert scheduler.asks_for(0.6 if reversed else 0.4, reversed) > 0.1
+
+
+def test_nothing_of_it_stays(tmp_path):
+    """Of FLUX.1-dev, which has one more check."""
+    pipe, folder = stock_pipeline("flux_guidance"), export(lora_student("flux_guidance", "dual"), tmp_path)
+    before = dict(pipe.transformer._forward_pre_hooks)
+    for _ in range(2):
+        twinflow.attach(pipe, folder)
+        assert len(pipe.transformer._forward_pre_hooks) == len(before) + 2
+        twinflow.detach(pipe)
+    assert pipe.transformer._forward_pre_hooks == before and not pipe.transformer._forward_hooks

@@ -11,7 +11,14 @@ from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_off
 from diffusers.utils import logging
 from torch import nn
 
-from twinflow.conditioning import TimeConditioning, TimeEmbedder, conditioning_tensors, hook_owner, plain_copy
+from twinflow.conditioning import (
+    TimeConditioning,
+    TimeEmbedder,
+    conditioning_tensors,
+    hook_owner,
+    plain_copy,
+    remove_hooks,
+)
 from twinflow.distributed import unwrap
 from twinflow.errors import ArgumentError, require, require_type
 from twinflow.formats.export_folder import without_refusal
@@ -84,20 +91,12 @@ def attach(
     require(theirs == family.family, "attach", "pipe", f"of family {theirs}", family.family)
     if hooks is not None:  # of a LoRA that has been unloaded since
         _take_off(stock, transformer, hooks)
-    model = family(transformer)
-    strength = None
+    model, strength = family(transformer), None
     if saved.lora is None:
-        loaded = _whole_model(saved.folder, model)
-        if _is_placed(stock.transformer, transformer):
-            _pour(stock, model, loaded)
-        else:
-            device = next(transformer.parameters()).device
-            model = loaded
-            stock.register_modules(transformer=model.network)
-            del transformer  # freed before its successor needs the room
-            model.network.to(device)
+        model = _replaced(stock, model, _whole_model(saved.folder, model))
     else:
         strength = _add_lora(pipe, model, saved, adapter_name)
+    del transformer  # freed where a whole model has taken its place
     hooks = SchedulerTimeHooks(pipe, model, strength)
     hooks.before = {"scheduler": stock.scheduler, "config": model.network._internal_dict}
     stock.register_modules(scheduler=walk)
@@ -145,6 +144,9 @@ def _take_off(pipe: Any, transformer: Any, hooks: SchedulerTimeHooks) -> None:
     """Hooks, conditioning, and the LoRA where it is still there."""
     assert hooks.strength is not None
     hooks.remove(transformer)
+    check = hook_owner(transformer, EmbeddedGuidanceCheck)
+    if check is not None:
+        remove_hooks(transformer, check)
     transformer._internal_dict = hooks.before["config"]
     if hooks.strength.adapter in adapter_names(transformer):
         transformer.delete_adapters(hooks.strength.adapter)
@@ -215,6 +217,17 @@ def _whole_model(folder: Path, replaced: FlowModel) -> FlowModel:
         require(mine == theirs, "attach", "pipe", f"of {what} {mine}", theirs)
     model.network.eval()
     return model
+
+
+def _replaced(pipe: Any, model: FlowModel, loaded: FlowModel) -> FlowModel:
+    """The model that draws from now on: the loaded one, or the one that is there with its weights."""
+    if _is_placed(pipe.transformer, model.network):
+        _pour(pipe, model, loaded)
+        return model
+    device = next(model.network.parameters()).device
+    pipe.register_modules(transformer=loaded.network)
+    loaded.network.to(device)
+    return loaded
 
 
 def _is_placed(called: nn.Module, transformer: Any) -> bool:

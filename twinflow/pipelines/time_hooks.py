@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from twinflow.conditioning import _Call, hook_owner, remove_hooks
+from twinflow.conditioning import BoundCall, hook_owner, remove_hooks
 from twinflow.errors import ArgumentError
 from twinflow.models.base import FlowModel
 from twinflow.scheduler import TwinFlowScheduler, schedulers_in_use
@@ -105,7 +105,7 @@ class SchedulerTimeHooks:
         transformer.register_forward_pre_hook(self._before, with_kwargs=True)
         if self.conditioning is not None:
             transformer.register_forward_hook(self._after, always_call=True)
-            self.conditioning.serve(_find_times, self.strength)
+            self.conditioning.serve(self._find_times, self.strength)
 
     def remove(self, transformer: nn.Module) -> None:
         """Takes the hooks and the conditioning off a transformer."""
@@ -122,12 +122,17 @@ class SchedulerTimeHooks:
         if self.conditioning is None:
             return
         timestep = kwargs[self._timestep] if self._timestep in kwargs else args[self._position]
-        self.conditioning.begin(_Call(timestep=timestep))
+        self.conditioning.begin(BoundCall(timestep=timestep))
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Also after an exception."""
         assert self.conditioning is not None
         self.conditioning.end((None, None))
+
+    def _find_times(self, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.conditioning is not None
+        t, r = _scheduled_times(timestep, self.conditioning.embedder.reversed)
+        return t, r
 
     def _check_weights(self) -> None:
         """Raises ArgumentError where a run begins with other weights under the adapter's name: a hot swap."""
@@ -148,27 +153,29 @@ class SchedulerTimeHooks:
         return again or bool(getattr(pipe, "do_classifier_free_guidance", False))
 
 
-@torch.library.custom_op("twinflow::scheduled_times", mutates_args=())
-def _scheduled_times(timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The times (t, r) of the call with this timestep, both (B,), float32; opaque to `torch.compile`."""
+# It reads the timestep on the host: no CUDA graph may hold it (the tag came with torch 2.9).
+_TAGS = [tag for name, tag in torch.Tag.__members__.items() if name == "cudagraph_unsafe"]
+
+
+@torch.library.custom_op("twinflow::scheduled_times", mutates_args=(), tags=_TAGS)
+def _scheduled_times(timestep: torch.Tensor, reversed: bool) -> torch.Tensor:
+    """The times (t, r) of the call with this timestep, (2, B), float32; opaque to `torch.compile`.
+
+    Args:
+        timestep: (B,), as the pipeline tells it.
+        reversed: see `TwinFlowScheduler.asks_for`.
+    """
     value = float(timestep.flatten()[0])
-    known = [(s, s.asks_for(value)) for s in schedulers_in_use()]
+    known = [(s, s.asks_for(value, reversed)) for s in schedulers_in_use()]
     for nearness in (_EXACT, _CLOSE):
         for scheduler, distance in known:
             if distance is not None and distance <= nearness:
-                t, r = (torch.full(timestep.shape, v, device=timestep.device) for v in scheduler.times())
-                return t.float(), r.float()
+                times = torch.tensor(scheduler.times(), dtype=torch.float32)
+                return times[:, None].repeat(1, timestep.numel()).to(timestep.device)
     wanted, got = "a TwinFlowScheduler", f"none that asks for the timestep {value:g} in this thread"
     raise ArgumentError("twinflow.attach", "pipe.scheduler", wanted, got, "twinflow.detach(pipe) gives the base back")
 
 
 @_scheduled_times.register_fake
-def _(timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return timestep.new_empty(timestep.shape, dtype=torch.float32), timestep.new_empty(
-        timestep.shape, dtype=torch.float32
-    )
-
-
-def _find_times(timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    t, r = _scheduled_times(timestep)
-    return t, r
+def _(timestep: torch.Tensor, reversed: bool) -> torch.Tensor:
+    return timestep.new_empty((2, timestep.numel()), dtype=torch.float32)
