@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Img2ImgPipeline
@@ -14,6 +15,7 @@ from helpers.tiny_pipelines import image_size, tiny_transformer
 from PIL import Image
 
 import twinflow
+import twinflow.pipelines.attach as attach_module
 from twinflow import EMATeacher
 from twinflow.export import export
 from twinflow.lora import add_lora
@@ -173,3 +175,16 @@ def test_twinflow_imports_without_diffusers_and_peft():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "diffusers" in run.stdout
+
+
+def test_an_export_on_the_hub(tmp_path, monkeypatch):
+    student = lora_student("sd3")
+    folder, asked = export(student, tmp_path), []
+    monkeypatch.setattr(attach_module, "snapshot_download", lambda name, allow_patterns: asked.append(name) or folder)
+    pipe = twinflow.attach(stock_pipeline("sd3"), "someone/few-step")
+    torch.testing.assert_close(draw(pipe, "sd3"), sampled(student, pipe, "sd3"), **CLOSE)
+    assert asked == ["someone/few-step"]
+    monkeypatch.undo()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="lora_or_dir must be a folder, a file, or a name on the hub, got 'no/one': "):
+        twinflow.attach(stock_pipeline("sd3"), "no/one")

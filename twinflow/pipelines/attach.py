@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from diffusers.utils import logging
+from huggingface_hub import snapshot_download
 from torch import nn
 
 from twinflow.conditioning import (
@@ -64,7 +65,7 @@ def attach(
 
     Args:
         pipe: a pipeline of the family that was trained, as it comes from `from_pretrained`.
-        lora_or_dir: an exported folder, or a LoRA file.
+        lora_or_dir: an exported folder, here or on the hub as owner/name, or a LoRA file.
         style: target time of each call: `few` r = 0, `any` r = the next time, `mul` r = t.
         adapter_name: the LoRA's name in the pipeline.
         scheduler: further options of `TwinFlowScheduler`.
@@ -86,7 +87,7 @@ def attach(
     require(hooks is None or gone, "attach", "pipe", "no export attached", "one", "call twinflow.detach(pipe)", "have")
     family = _family(transformer)
     walk = TwinFlowScheduler(style=style, **{"stock_sigmas": family.stock_sigmas, **scheduler})
-    saved = _read(Path(lora_or_dir).expanduser(), style, family.conditioning_roots())
+    saved = _read(_local(lora_or_dir), style, family.conditioning_roots())
     theirs = family.family if saved.manifest is None else saved.manifest.family
     require(theirs == family.family, "attach", "pipe", f"of family {theirs}", family.family)
     if hooks is not None:  # of a LoRA that has been unloaded since
@@ -163,6 +164,18 @@ class _Saved:
     lora: dict[str, torch.Tensor] | None = None
     settings: dict[str, Any] | None = None
     conditioning: dict[str, torch.Tensor] | None = None
+
+
+def _local(lora_or_dir: str | Path) -> Path:
+    """The path of an export, which is downloaded where it is a name on the hub."""
+    path, name = Path(lora_or_dir).expanduser(), str(lora_or_dir)
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        return path
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:  # of the network, the hub, or its access rules
+        wanted, brief = "a folder, a file, or a name on the hub", " ".join(str(error).split())[:200]
+        raise ArgumentError("attach", "lora_or_dir", wanted, f"{name!r}: {brief}") from error
 
 
 def _read(path: Path, style: str, roots: tuple[str, ...]) -> _Saved:
