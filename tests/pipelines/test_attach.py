@@ -9,7 +9,8 @@ import huggingface_hub
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Img2ImgPipeline
-from helpers.drawing import PROMPTS, arguments, draw, sampled
+from diffusers.modular_pipelines.stable_diffusion_3.modular_blocks_stable_diffusion_3 import StableDiffusion3AutoBlocks
+from helpers.drawing import PROMPTS, arguments, draw, encoding, fresh, sampled, start
 from helpers.export_cases import FAMILIES, lora_student, scrambled, stock_pipeline, whole_student
 from helpers.tiny_pipelines import image_size, tiny_transformer
 from PIL import Image
@@ -188,3 +189,22 @@ def test_an_export_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="lora_or_dir must be a folder, a file, or a name on the hub, got 'no/one': "):
         twinflow.attach(stock_pipeline("sd3"), "no/one")
+
+
+def test_a_modular_pipeline(tmp_path):
+    """It draws what the stock pipeline draws, and gets its own parts back."""
+    folder, stock = export(lora_student("sd3"), tmp_path), stock_pipeline("sd3")
+    modular = StableDiffusion3AutoBlocks().init_pipeline()
+    modular.update_components(**{n: part for n, part in stock.components.items() if n in modular.component_names})
+    modular.guider.disable()
+    own, (height, width) = modular.scheduler, image_size("sd3")
+    call = dict(prompt=list(PROMPTS), latents=start("sd3"), num_inference_steps=2, output="images")
+    call |= dict(output_type="latent", height=height, width=width, **encoding("sd3"))
+    plain = modular(**call)
+    assert twinflow.attach(modular, folder, style="any") is modular
+    modular.scheduler.set_generator(fresh())
+    drawn = modular(**call)
+    assert twinflow.detach(modular).scheduler is own
+    assert torch.equal(modular(**call), plain)
+    wanted = draw(twinflow.attach(stock_pipeline("sd3"), folder, style="any"), "sd3")
+    torch.testing.assert_close(drawn, wanted, **CLOSE)

@@ -3,10 +3,10 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from diffusers.utils import logging
 from huggingface_hub import snapshot_download
@@ -43,18 +43,19 @@ from twinflow.pipelines.time_hooks import AdapterStrength, SchedulerTimeHooks
 from twinflow.scheduler import TwinFlowScheduler
 from twinflow.teachers.adapter_slot import adapter_layers, enabled_adapters
 
+Pipeline = TypeVar("Pipeline")
 # Stands in the configuration that a conditioned transformer is saved with, and so in the error of loading it again.
 _SAVED = "was saved with an export attached, without its conditioning: call twinflow.attach(pipe, folder) on the base"
 
 
 def attach(
-    pipe: DiffusionPipeline,
+    pipe: Pipeline,
     lora_or_dir: str | Path,
     *,
     style: str = "few",
     adapter_name: str = "twinflow",
     **scheduler: Any,
-) -> DiffusionPipeline:
+) -> Pipeline:
     """Makes a stock pipeline draw with what `twinflow.export.export` saved, in a few steps.
 
     A LoRA is added to the pipeline's transformer, beside those that are active; a whole model replaces it, or
@@ -64,7 +65,7 @@ def attach(
     with it. `detach` gives the pipeline back.
 
     Args:
-        pipe: a pipeline of the family that was trained, as it comes from `from_pretrained`.
+        pipe: a pipeline of the family that was trained, a modular one too, as it comes from `from_pretrained`.
         lora_or_dir: an exported folder, here or on the hub as owner/name, or a LoRA file.
         style: target time of each call: `few` r = 0, `any` r = the next time, `mul` r = t.
         adapter_name: the LoRA's name in the pipeline.
@@ -78,10 +79,7 @@ def attach(
         ValueError: weights of another family or model, a pipeline that has an export attached, a name that is taken, a
             damaged file, or a LoRA file without the folder that it needs. The pipeline then draws as before.
     """
-    complete = isinstance(pipe, DiffusionPipeline) and isinstance(getattr(pipe, "transformer", None), nn.Module)
-    require_type(complete, "attach", "pipe", "a diffusers pipeline with a transformer", type(pipe).__name__)
-    stock: Any = pipe
-    transformer: Any = unwrap(stock.transformer)
+    stock, transformer = _parts("attach", pipe)
     hooks = SchedulerTimeHooks.of(transformer)
     gone = hooks is not None and hooks.strength is not None and not hooks.strength.present
     require(hooks is None or gone, "attach", "pipe", "no export attached", "one", "call twinflow.detach(pipe)", "have")
@@ -98,18 +96,18 @@ def attach(
     else:
         strength = _add_lora(pipe, model, saved, adapter_name)
     del transformer  # freed where a whole model has taken its place
-    hooks = SchedulerTimeHooks(pipe, model, strength)
+    hooks = SchedulerTimeHooks(stock, model, strength)
     hooks.before = {"scheduler": stock.scheduler, "config": model.network._internal_dict}
-    stock.register_modules(scheduler=walk)
+    _register(stock, scheduler=walk)
     hooks.register(model.network)
-    EmbeddedGuidanceCheck(pipe, model)
+    EmbeddedGuidanceCheck(stock, model)
     mode = "" if model.conditioning is None else model.conditioning.mode
     if "dual" in mode or ("midpoint" in mode and style != "few"):
         model.network.register_to_config(quantization_config={"quant_method": _SAVED})  # type: ignore[operator]
     return pipe
 
 
-def detach(pipe: DiffusionPipeline) -> DiffusionPipeline:
+def detach(pipe: Pipeline) -> Pipeline:
     """Takes off what `attach` added: the LoRA, its conditioning and the scheduler; the pipeline draws as before.
 
     Args:
@@ -122,10 +120,7 @@ def detach(pipe: DiffusionPipeline) -> DiffusionPipeline:
         TypeError: `pipe` is no pipeline with a transformer.
         ValueError: nothing is attached, a whole model is, or the LoRA is fused into the weights.
     """
-    complete = isinstance(pipe, DiffusionPipeline) and isinstance(getattr(pipe, "transformer", None), nn.Module)
-    require_type(complete, "detach", "pipe", "a diffusers pipeline with a transformer", type(pipe).__name__)
-    stock: Any = pipe
-    transformer: Any = unwrap(stock.transformer)
+    stock, transformer = _parts("detach", pipe)
     hooks = SchedulerTimeHooks.of(transformer)
     if hooks is None:
         raise ArgumentError("detach", "pipe", "an export attached", "none", verb="have")
@@ -137,8 +132,22 @@ def detach(pipe: DiffusionPipeline) -> DiffusionPipeline:
     require(alone, "detach", f"LoRA {adapter!r}", "apart from the weights", "fused into them", hint)
     _take_off(stock, transformer, hooks)
     if isinstance(stock.scheduler, TwinFlowScheduler):
-        stock.register_modules(scheduler=hooks.before["scheduler"])
+        _register(stock, scheduler=hooks.before["scheduler"])
     return pipe
+
+
+def _parts(function: str, pipe: Any) -> tuple[Any, Any]:
+    """A pipeline, checked, and its transformer without wrappers."""
+    known = isinstance(pipe, (DiffusionPipeline, ModularPipeline))
+    complete = known and isinstance(getattr(pipe, "transformer", None), nn.Module)
+    require_type(complete, function, "pipe", "a diffusers pipeline with a transformer", type(pipe).__name__)
+    return pipe, unwrap(pipe.transformer)
+
+
+def _register(pipe: Any, **components: Any) -> None:
+    """Puts components into a pipeline."""
+    modular = isinstance(pipe, ModularPipeline)
+    (pipe.update_components if modular else pipe.register_modules)(**components)
 
 
 def _take_off(pipe: Any, transformer: Any, hooks: SchedulerTimeHooks) -> None:
@@ -238,7 +247,7 @@ def _replaced(pipe: Any, model: FlowModel, loaded: FlowModel) -> FlowModel:
         _pour(pipe, model, loaded)
         return model
     device = next(model.network.parameters()).device
-    pipe.register_modules(transformer=loaded.network)
+    _register(pipe, transformer=loaded.network)
     loaded.network.to(device)
     return loaded
 
@@ -279,7 +288,7 @@ def _pour(pipe: Any, model: FlowModel, loaded: FlowModel) -> None:
         _maybe_remove_and_reapply_group_offloading(network)
 
 
-def _add_lora(pipe: DiffusionPipeline, model: FlowModel, saved: _Saved, adapter: str) -> AdapterStrength:
+def _add_lora(pipe: Any, model: FlowModel, saved: _Saved, adapter: str) -> AdapterStrength:
     network: Any = model.network
     assert saved.lora is not None and saved.conditioning is not None
     require(adapter not in adapter_names(network), "attach", "adapter_name", "a name that is not taken", repr(adapter))
