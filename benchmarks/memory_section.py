@@ -1,6 +1,7 @@
 """Peak memory: what the planner says beside what a step takes, and its time, for every way to run it."""
 
 import json
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -99,7 +100,8 @@ def _reason(ended: subprocess.CompletedProcess[str]) -> str:
     """The last line of a process that failed; or its signal, as where the host has run out of memory."""
     if ended.returncode < 0:
         return f"signal {-ended.returncode}"
-    return (ended.stderr.strip().splitlines() or [f"status {ended.returncode}"])[-1]
+    last = (ended.stderr.strip().splitlines() or [f"status {ended.returncode}"])[-1]
+    return re.sub(r"^(\w+\.)+(?=\w+: )", "", last)  # an error's class without its module
 
 
 def _line(

@@ -27,7 +27,7 @@ def test_a_run_in_a_process_of_its_own():
     "run, limit_s, outcome",
     [
         pytest.param(
-            "90gb", 300.0, "failed: ValueError: apply_memory: preset must be auto or 80gb", marks=pytest.mark.slow
+            "90gb", 300.0, "failed: ArgumentError: apply_memory: preset must be auto or 80gb", marks=pytest.mark.slow
         ),
         ("80gb", 0.01, "over 0.01 s"),
     ],
